@@ -325,7 +325,7 @@ def _check_trainable(table, allow_leakage):
     if shared and not allow_leakage:
         raise ValueError(f'{shared} groups are in more than one split, so scores would flatter; use split_groups, or allow_leakage=True to go on')
 
-# %% ../nbs/11_data.ipynb #528c50d2
+# %% ../nbs/11_data.ipynb #a0ed37c3
 def image_dls(
     table:pd.DataFrame,  # Image table with `split` filled
     size:int,            # Image side, in pixels
@@ -335,7 +335,7 @@ def image_dls(
     device=None,         # Where batches go; fastai's default device if left out
     progress:bool=False, # Show a progress bar while images are read
     allow_leakage:bool=False, # Accept groups that are in more than one split
-)->DataLoaders: # `train` and `valid`, and `test` where the table has test images; with `task`, `classes`, `size`, `table`
+)->DataLoaders: # `train` and `valid`, and `test` where the table has test images; with `task`, `classes`, `counts` (training images of each class), `size`, `table`
     "fastai `DataLoaders` of an image table, its images read once into memory"
     if size<1 or bs<1: raise ValueError(f'size and bs must be positive, got size={size}, bs={bs}')
     _check_trainable(table, allow_leakage)
@@ -353,6 +353,8 @@ def _describe(dls, table, size):
     "Tell `dls` what kdmed and fastai ask it later, and read its images"
     dls.task,dls.classes,dls.size,dls.table = table.attrs['task'],list(table.attrs['classes']),size,table
     dls.c = 1 if dls.task=='binary' else len(dls.classes)
+    train = table.label[table.split=='train'].str.split('|').explode()
+    dls.counts = [int((train==c).sum()) for c in dls.classes]
     if dls.task=='binary': dls.train_ds.loss_func = BCEWithLogitsLossFlat()
     if len(dls.loaders)>2: dls.test = dls.loaders[2]
     for dl in dls.loaders: dl.decoded()

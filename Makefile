@@ -1,0 +1,59 @@
+# Everything a person runs. Needs Python >= 3.10 with venv, git and make; all else goes into .venv.
+PYTHON  ?= python3
+WORKERS ?= 2
+BIN     := .venv/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo test bench coverage prepare readme docs clean
+
+# Notebooks run side by side, so one thread each; and what they print must be the same everywhere, without a dependency's own warnings
+test coverage prepare: export OMP_NUM_THREADS ?= 1
+test coverage prepare: export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
+
+help: ## List what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@echo 'PYTHON=python3.12 make … picks the Python that .venv is made with; WORKERS=4 how many notebooks run at once'
+
+install: ## Install kdmed and what it needs into .venv; does nothing when that is done
+	@command -v "$(PYTHON)" >/dev/null || { echo 'kdmed needs Python 3.10 or newer, and found no $(PYTHON). Name one: PYTHON=python3.12 make test' >&2; exit 1; }
+	@"$(PYTHON)" tools/install.py
+
+demo: install ## Distil a small student from a teacher, and compare them in runs/demo
+	$(BIN)/kdmed demo --out runs/demo --force
+
+test: install ## Check notebooks, modules, README, lessons, pages and project
+	@echo '== Modules are what the notebooks export; notebooks are clean'
+	@$(BIN)/python tools/check.py sources
+	@echo '== README.md is what nbs/index.ipynb says'
+	@$(BIN)/python tools/readme.py --check
+	@echo '== Lessons hold'
+	@$(BIN)/python tools/check.py lessons --workers $(WORKERS)
+	@echo '== Pages can be made'
+	@$(BIN)/python tools/check.py site --workers $(WORKERS)
+	@echo '== Tests'
+	@$(BIN)/python -m pytest
+
+bench: install ## Measure, and write bench.json
+	$(BIN)/python tests/bench.py
+
+coverage: install ## Run the lessons against the installed package, and report the lines they miss
+	$(BIN)/python -m coverage run -m pytest --lessons
+	$(BIN)/python -m coverage report --show-missing
+
+prepare: install ## Before a commit: export modules, run all lessons and keep their outputs, clean, render README.md
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-test --n-workers $(WORKERS) --save
+	$(BIN)/nbdev-clean
+	$(BIN)/python tools/readme.py
+
+readme: install ## Render README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+docs: install ## Build the site in _docs (needs quarto)
+	@command -v quarto >/dev/null || { echo 'Building the site needs quarto: https://quarto.org' >&2; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-docs --n-workers $(WORKERS)
+
+clean: ## Remove what the other targets made, except .venv and runs
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .coverage htmlcov nbs/sidebar.yml bench.json
+	find kdmed nbs tests tools -name __pycache__ -prune -exec rm -rf {} +

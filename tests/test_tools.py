@@ -1,0 +1,118 @@
+"The scripts in tools/, on small projects made for the test"
+import base64, json, sys
+
+import pytest
+from fastcore.nbio import mk_cell, new_nb, write_nb
+
+import check, install, readme
+
+PNG = base64.b64encode(b'not really a picture').decode()
+SITE = 'https://kdmed.github.io/kdmed'
+
+def notebook(path, *cells):
+    "Write a notebook of (type, source, outputs) and return its path"
+    made = [mk_cell(source, kind, id=f'cell{i}', metadata={}, **({'outputs': outputs, 'execution_count': None} if kind == 'code' else {}))
+            for i,(kind,source,*outputs) in enumerate(cells)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_nb(new_nb(made), path)
+    return path
+
+def result(**data):
+    data = {k.replace('_', '/'): v for k,v in data.items()}
+    return {'output_type': 'execute_result', 'metadata': {}, 'execution_count': None, 'data': data}
+
+def stream(text, name='stdout'): return {'output_type': 'stream', 'name': name, 'text': text}
+
+# -- readme
+
+@pytest.fixture
+def index(tmp_path):
+    return notebook(tmp_path/'index.ipynb',
+        ('code', '#| hide\nfrom kdmed.kd import *'),
+        ('markdown', '# kdmed\n\n> A line'),
+        ('markdown', '#| export\nSee [core](00_core.ipynb#seeds), [page](tutorials/01_start.ipynb), `[code](00_core.ipynb)`,\n'
+                     '![plot](images/plot.png) and [out](https://fast.ai).\n\n```\n[fenced](00_core.ipynb)\n```'),
+        ('markdown', '## Result'),
+        ('code', '#| echo: true\nx = 1 #| hide_line\nx+1', stream('noise', 'stderr'), stream('printed\n'), result(text_plain='2')),
+        ('code', 'frame', result(text_html='<table></table>', text_plain='  a\n0 1')),
+        ('code', 'table', result(text_markdown='|a|\n|-|\n|1|', text_plain='Table')),
+        ('code', '#| echo: false\nplot()', result(image_png=PNG, text_plain='<Figure>')))
+
+def test_readme_says_what_the_index_says(index):
+    text,images = readme.render(index, SITE)
+    assert text == '\n\n'.join([readme.WARNING, '# kdmed\n\n> A line',
+        f'See [core]({SITE}/core.html#seeds), [page]({SITE}/tutorials/start.html), `[code](00_core.ipynb)`,\n'
+        '![plot](nbs/images/plot.png) and [out](https://fast.ai).\n\n```\n[fenced](00_core.ipynb)\n```',
+        '## Result', '```python\nx+1\n```', '```\nprinted\n```', '```\n2\n```', '```python\nframe\n```', '```\n  a\n0 1\n```',
+        '```python\ntable\n```', '|a|\n|-|\n|1|', '![Result](README_files/cell7-0.png)']) + '\n'
+    assert images == {'cell7-0.png': b'not really a picture'}
+
+def test_readme_check_sees_every_difference(index, tmp_path):
+    text,images = readme.render(index, SITE)
+    readme.write(tmp_path, text, {**images, 'old.png': b''})
+    assert list(readme.differences(tmp_path, text, images)) == ['README_files/old.png differs']
+    readme.write(tmp_path, text, images)
+    assert list(readme.differences(tmp_path, text, images)) == []
+    (tmp_path/'README_files'/'cell7-0.png').write_bytes(b'another')
+    diff,image = readme.differences(tmp_path, text.replace('> A line', '> Another'), images)
+    assert '-> A line' in diff and '+> Another' in diff and image == 'README_files/cell7-0.png differs'
+
+# -- site
+
+class Config: doc_url,git_url,user,repo,branch = SITE,'https://github.com/kdmed/kdmed','kdmed','kdmed','main'
+
+def site_problems(folder, text):
+    notebook(folder/'00_core.ipynb', ('raw', '---\ntitle: Core\n---'), ('markdown', '## A first `step`: done'))
+    notebook(folder/'tutorials'/'01_start.ipynb', ('raw', '---\ntitle: Start\n---'), ('markdown', text))
+    (folder/'plot.png').write_bytes(b'')
+    return list(check.Site(folder, Config).problems())
+
+@pytest.mark.parametrize('link', [
+    '../00_core.ipynb', '../core.html#a-first-step-done', '../00_core.ipynb#a-first-step-done', '#here', '../plot.png',
+    f'{SITE}/core.html#anything', f'{SITE}/', f'{SITE}/core.html.md', 'https://fast.ai', f'{Config.git_url}/blob/main/settings.ini',
+    'https://colab.research.google.com/github/kdmed/kdmed/blob/main/nbs/00_core.ipynb'])
+def test_site_lets_good_links_pass(link, tmp_path):
+    notebook(tmp_path/'index.ipynb', ('raw', '---\ntitle: Home\n---'))
+    assert site_problems(tmp_path, f'## Here\n\n[a]({link})') == []
+
+@pytest.mark.parametrize('link', [
+    '00_core.ipynb', '../00_core.ipynb#second', '../other.html', '#there', '../none.png', f'{SITE}/other.html',
+    f'{Config.git_url}/blob/main/none.py',
+    'attachment:a.png', '../../setup.py'])
+@pytest.mark.parametrize('form', ['[a]({})', '![a]({})', '<img src="{}">', '[a]: {}'])
+def test_site_finds_dead_links(link, form, tmp_path):
+    found = site_problems(tmp_path, '## Here\n\n' + form.format(link))
+    assert len(found) == 1 and link in found[0]
+
+def test_site_wants_one_title(tmp_path):
+    assert 'second title' in site_problems(tmp_path, '# Again')[0]
+    assert site_problems(tmp_path, '```\n# a comment\n[a](nowhere.html)\n```\n`[b](nowhere.html)` and $[c](d)$') == []
+    notebook(tmp_path/'02_none.ipynb', ('markdown', 'No title'))
+    assert 'has no title' in site_problems(tmp_path, 'Text')[0]
+
+# -- sources
+
+def test_changes_names_what_to_do():
+    found = list(check.changes({'a': b'1', 'b': b'1', 'd': b'1'}, {'b': b'2', 'c': b'', 'd': b'1'}, 'do'))
+    assert found == ['a should not exist: do', 'b is out of date: do', 'c is missing: do']
+
+# -- install
+
+def test_install_refuses_an_old_python(monkeypatch):
+    monkeypatch.setattr(sys, 'version_info', (3, 9, 18))
+    with pytest.raises(SystemExit, match='needs Python 3.10 or newer.* is Python 3.9'): install.check_python()
+
+def test_install_trusts_only_its_own_finished_work(tmp_path, monkeypatch):
+    python,stamp = tmp_path/'python',tmp_path/'stamp.json'
+    monkeypatch.setattr(install, 'VENV_PYTHON', str(python))
+    monkeypatch.setattr(install, 'STAMP', str(stamp))
+    assert install.stamp() == {}
+    stamp.write_text(json.dumps(install.wanted()))
+    assert install.stamp() == {} # the environment is gone
+    python.touch()
+    assert install.stamp() == install.wanted()
+    monkeypatch.setattr(install, 'ROOT', str(tmp_path))
+    for name in ('settings.ini', 'pyproject.toml', 'setup.py'): (tmp_path/name).write_text('changed')
+    assert install.stamp() != install.wanted()
+    stamp.write_text('{"root"')
+    assert install.stamp() == {}
