@@ -325,7 +325,7 @@ def _check_trainable(table, allow_leakage):
     if shared and not allow_leakage:
         raise ValueError(f'{shared} groups are in more than one split, so scores would flatter; use split_groups, or allow_leakage=True to go on')
 
-# %% ../nbs/11_data.ipynb #a0ed37c3
+# %% ../nbs/11_data.ipynb #426e1028
 def image_dls(
     table:pd.DataFrame,  # Image table with `split` filled
     size:int,            # Image side, in pixels
@@ -357,5 +357,7 @@ def _describe(dls, table, size):
     dls.counts = [int((train==c).sum()) for c in dls.classes]
     if dls.task=='binary': dls.train_ds.loss_func = BCEWithLogitsLossFlat()
     if len(dls.loaders)>2: dls.test = dls.loaders[2]
-    for dl in dls.loaders: dl.decoded()
+    for dl,split in zip(dls.loaders, SPLITS):
+        dl.table = table[table.split==split].reset_index(drop=True)
+        dl.decoded()
     return dls

@@ -434,21 +434,22 @@ class DistillTokenKD(DistillCallback):
         if self.kind=='hard': return hard_token_loss(self.token_logits, teacher_logits)
         return soft_token_loss(self.token_logits, teacher_logits, self.temperature, self.divide_by_classes)
 
-# %% ../nbs/31_kd.ipynb #a9935c5e
+# %% ../nbs/31_kd.ipynb #ded0e914
 def _metrics(dls):
     "Metrics to watch while training, by task"
     if dls.task=='multiclass': return [accuracy, BalancedAccuracy()]
     return accuracy_multi
 
 def _make(model, dls, seed):
-    "A model out of a timm name; a Module is taken as it is"
+    "A model out of a timm name or a function that makes one, on a seed; a Module is taken as it is"
     seed_everything(seed)
-    return create_student(model, dls.classes, dls.size, dls.task) if isinstance(model, str) else model
+    if isinstance(model, str): return create_student(model, dls.classes, dls.size, dls.task)
+    return model if isinstance(model, nn.Module) else model()
 
-# %% ../nbs/31_kd.ipynb #8063e243
+# %% ../nbs/31_kd.ipynb #53c9efd5
 def fit_classifier(
     dls,            # From `image_dls`
-    model,          # timm name, trained from scratch, or a Module, trained further in place
+    model,          # timm name, trained from scratch; function that makes a model; or Module, trained further in place
     epochs:int=10,  # Passes over the training images
     lr:float=3e-3,  # Peak learning rate of the one-cycle schedule
     seed:int=0,     # Decides initial weights, batches and augmentation
@@ -509,10 +510,10 @@ def check_outputs(dls, student, teacher):
     teacher.forget()
     if ours!=theirs: raise ValueError(f'the student has {ours[-1]} outputs, the teacher {theirs[-1]}')
 
-# %% ../nbs/31_kd.ipynb #d9b320bb
+# %% ../nbs/31_kd.ipynb #e13e2328
 def distill(
     dls,               # From `image_dls`
-    student,           # timm name, trained from scratch, or a Module, trained further in place
+    student,           # timm name, trained from scratch; function that makes a model; or Module, trained further in place
     teacher,           # `Teacher`, Module or fitted Learner, of the same classes
     method:str='auto', # A name in `METHODS`
     epochs:int=10,     # Passes over the training images
