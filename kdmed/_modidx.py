@@ -220,6 +220,7 @@ d = { 'settings': { 'branch': 'main',
                               'kdmed.report.compare': ('report.html#compare', 'kdmed/report.py'),
                               'kdmed.report.compare_predictions': ('report.html#compare_predictions', 'kdmed/report.py'),
                               'kdmed.report.distillation_study': ('report.html#distillation_study', 'kdmed/report.py'),
+                              'kdmed.report.load_comparison': ('report.html#load_comparison', 'kdmed/report.py'),
                               'kdmed.report.measure_cost': ('report.html#measure_cost', 'kdmed/report.py'),
                               'kdmed.report.predict': ('report.html#predict', 'kdmed/report.py'),
                               'kdmed.report.training_history': ('report.html#training_history', 'kdmed/report.py')}}}

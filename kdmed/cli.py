@@ -131,8 +131,8 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)))
     return parser
 
-# %% ../nbs/80_cli.ipynb #6d0f5b3c
-DEMO = dict(teacher='resnet18', student='test_efficientnet', size=48, bs=32, teacher_epochs=15, epochs=15, lr=3e-3, method='auto', repeats=3,
+# %% ../nbs/80_cli.ipynb #78eef69c
+DEMO = dict(teacher='resnet10t', student='test_efficientnet', size=48, bs=32, teacher_epochs=12, epochs=12, lr=3e-3, method='auto', repeats=3,
             pretrained=False, teacher_checkpoint=None)
 
 def _positive(kind):

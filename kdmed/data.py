@@ -276,23 +276,23 @@ def decode_images(
         raise ValueError(f'{len(unreadable)} of {len(images)} images cannot be read:\n' + '\n'.join(unreadable[i] for i in sorted(unreadable)))
     return decoded
 
-# %% ../nbs/11_data.ipynb #66e54ece
+# %% ../nbs/11_data.ipynb #c5088597
 class ImageDL(TfmdDL):
     "A fastai `DataLoader` that takes a batch out of an array of decoded images in one step"
-    def __init__(self, dataset, size=None, progress=False, **kwargs):
+    def __init__(self, dataset, size=None, **kwargs):
         super().__init__(dataset, **kwargs)
-        self.size,self.progress = size,progress
+        self.size = size
 
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader of the same kind, over the same or other data"
         return super().new(dataset, cls, **{'size': self.size, **kwargs})
 
-    def decoded(self):
-        "Images, uint8 [N, size, size, 3], and encoded labels of this loader's data; read at first use"
+    def decoded(self, images=None):
+        "Images, uint8 [N, size, size, 3], and encoded labels of this loader's data; read at first use, unless given"
         if 'decoded_' not in self.dataset.__dict__:
             pixels,*labels = self.dataset.tls
             rows = pixels.items.itertuples() if isinstance(pixels.items, pd.DataFrame) else pixels.items
-            images = decode_images([_image_of(row) for row in rows], self.size, self.progress)
+            if images is None: images = decode_images([_image_of(row) for row in rows], self.size)
             self.dataset.decoded_ = images,*(torch.stack(list(encoded)) for encoded in labels)
         return self.dataset.decoded_
 
@@ -325,7 +325,7 @@ def _check_trainable(table, allow_leakage):
     if shared and not allow_leakage:
         raise ValueError(f'{shared} groups are in more than one split, so scores would flatter; use split_groups, or allow_leakage=True to go on')
 
-# %% ../nbs/11_data.ipynb #426e1028
+# %% ../nbs/11_data.ipynb #800593f2
 def image_dls(
     table:pd.DataFrame,  # Image table with `split` filled
     size:int,            # Image side, in pixels
@@ -345,19 +345,19 @@ def image_dls(
     dsets = Datasets(rows, [[_image_of, OpenImage(size)], _label_tfms(classes, task)], splits=parts)
     dsets.tls[0].types = [object] # any image will do for `learn.predict` and `test_dl`
     tfms = dict(after_item=[ToTensor()], after_batch=[IntToFloatTensor(), *listify(batch_tfms), Normalize.from_stats(*stats)])
-    def loader(i): return ImageDL(dsets.subset(i), size, progress, bs=bs, shuffle=i==0, drop_last=i==0 and len(parts[0])>bs, num_workers=0, **tfms)
+    def loader(i): return ImageDL(dsets.subset(i), size, bs=bs, shuffle=i==0, drop_last=i==0 and len(parts[0])>bs, num_workers=0, **tfms)
     dls = DataLoaders(*[loader(i) for i in range(3) if i<2 or parts[2]], device=device or default_device())
+    images = decode_images(table.image, size, progress)
+    for dl,part in zip(dls.loaders, parts): dl.decoded(images[part])
     return _describe(dls, table, size)
 
 def _describe(dls, table, size):
-    "Tell `dls` what kdmed and fastai ask it later, and read its images"
+    "Tell `dls` what kdmed and fastai ask it later"
     dls.task,dls.classes,dls.size,dls.table = table.attrs['task'],list(table.attrs['classes']),size,table
     dls.c = 1 if dls.task=='binary' else len(dls.classes)
     train = table.label[table.split=='train'].str.split('|').explode()
     dls.counts = [int((train==c).sum()) for c in dls.classes]
     if dls.task=='binary': dls.train_ds.loss_func = BCEWithLogitsLossFlat()
     if len(dls.loaders)>2: dls.test = dls.loaders[2]
-    for dl,split in zip(dls.loaders, SPLITS):
-        dl.table = table[table.split==split].reset_index(drop=True)
-        dl.decoded()
+    for dl,split in zip(dls.loaders, SPLITS): dl.table = table[table.split==split].reset_index(drop=True)
     return dls

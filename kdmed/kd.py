@@ -12,10 +12,11 @@ __all__ = ['METHODS', 'Teacher', 'LossTerms', 'TermMean', 'DistillCallback', 'Lo
            'inverse_frequency_weights', 'soft_target_loss', 'soft_token_loss', 'add_distillation_token',
            'create_student', 'create_teacher', 'truncate_vit']
 
-# %% ../nbs/31_kd.ipynb #cd3ca451
+# %% ../nbs/31_kd.ipynb #80b63e59
 import random
 from contextlib import contextmanager, nullcontext
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -446,7 +447,7 @@ def _make(model, dls, seed):
     if isinstance(model, str): return create_student(model, dls.classes, dls.size, dls.task)
     return model if isinstance(model, nn.Module) else model()
 
-# %% ../nbs/31_kd.ipynb #53c9efd5
+# %% ../nbs/31_kd.ipynb #dd0f93a1
 def fit_classifier(
     dls,            # From `image_dls`
     model,          # timm name, trained from scratch; function that makes a model; or Module, trained further in place
@@ -455,7 +456,7 @@ def fit_classifier(
     seed:int=0,     # Decides initial weights, batches and augmentation
     cbs=(),         # fastai callbacks
     progress:bool=True, # Show progress bars and the training log
-)->Learner: # Fitted
+)->Learner: # Fitted; `history` holds its training log
     "Train a classifier, repeatably"
     if epochs<1 or lr<=0: raise ValueError(f'epochs and lr must be positive, got epochs={epochs}, lr={lr}')
     learn = Learner(dls, _make(model, dls, seed), metrics=_metrics(dls))
@@ -463,6 +464,8 @@ def fit_classifier(
     dls.train.rng = random.Random(seed)
     with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
         learn.fit_one_cycle(epochs, lr, cbs=cbs)
+    names = [n for n in learn.recorder.metric_names if n not in ('epoch', 'time')]
+    learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
     return learn
 
 # %% ../nbs/31_kd.ipynb #895da705
@@ -510,7 +513,7 @@ def check_outputs(dls, student, teacher):
     teacher.forget()
     if ours!=theirs: raise ValueError(f'the student has {ours[-1]} outputs, the teacher {theirs[-1]}')
 
-# %% ../nbs/31_kd.ipynb #e13e2328
+# %% ../nbs/31_kd.ipynb #d92e14db
 def distill(
     dls,               # From `image_dls`
     student,           # timm name, trained from scratch; function that makes a model; or Module, trained further in place
@@ -521,7 +524,7 @@ def distill(
     seed:int=0,        # Decides initial weights, batches and augmentation, as in `fit_classifier`
     cbs=(),            # More fastai callbacks
     progress:bool=True, # Show progress bars and the training log
-)->Learner: # Fitted; `learn.model` is the student alone
+)->Learner: # Fitted, with its training log in `history`; `learn.model` is the student alone
     "Train a student with a teacher; `fit_classifier` with the same arguments is its control"
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     check_in(method, ['auto', *METHODS], 'method')

@@ -1,0 +1,93 @@
+"The command line from outside: installed entry point, a small demo, folders and CSV files as users have them."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from kdmed import cli
+from kdmed.data import split_groups, synthetic_table
+
+SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teacher_epochs=1, epochs=1)
+
+
+def test_installed_command_explains_itself():
+    kdmed = Path(sys.executable).with_name('kdmed')
+    for command,words in {'demo': ['--out', 'replace a run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model that learns']}.items():
+        printed = subprocess.run([kdmed, command, '--help'], capture_output=True, text=True, check=True).stdout
+        assert all(w in printed for w in words)
+
+
+def test_demo_writes_a_whole_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'DEMO', cli.DEMO | SMALL)
+    monkeypatch.setattr(cli, 'synthetic_table', lambda n, **kwargs: synthetic_table(240, **kwargs))
+    assert cli.main(['demo', '--out', str(tmp_path/'run')]) == 0
+    run = tmp_path/'run'
+    assert sorted(f.name for f in run.iterdir()) == sorted(cli.RUN_FILES)
+    metrics = json.loads((run/'metrics.json').read_text())
+    for name in ('teacher', 'plain', 'distilled'):
+        assert {'parameters', 'macs', 'latency_ms'} <= metrics[name].keys()
+        assert set(metrics[name]['balanced_accuracy']) == {'value', 'low', 'high'}
+    assert metrics['difference']['macro_auroc']['low'] <= metrics['difference']['macro_auroc']['value'] <= metrics['difference']['macro_auroc']['high']
+    history = pd.read_csv(run/'history.csv')
+    assert history.groupby('model').run.nunique().to_dict() == {'teacher': 1, 'plain': 3, 'distilled': 3}
+    assert {'label_loss', 'logit_kd'} <= set(history)
+    assert 'distilled − plain' in capsys.readouterr().out
+    assert not list(tmp_path.glob('run/.part*'))
+
+
+@pytest.fixture
+def findings_csv(tmp_path):
+    table = split_groups(synthetic_table(n=180, classes=3, task='multilabel', size=32), sizes=(.5, .2, .3))
+    table['image'] = [f'{i}.png' for i in table.index]
+    for name,image in zip(table.image, synthetic_table(n=180, classes=3, task='multilabel', size=32).image): Image.fromarray(image).save(tmp_path/name)
+    table.rename(columns={'label': 'Finding Labels', 'group': 'Patient ID'}).to_csv(tmp_path/'films.csv', index=False)
+    return tmp_path/'films.csv'
+
+
+def arguments(csv, out, **more):
+    args = dict(data=csv, dataset='csv', label='Finding Labels', group='Patient ID', task='multilabel', teacher='test_resnet', student='test_efficientnet',
+                size=32, epochs=1, teacher_epochs=1, bs=16, out=out) | more
+    return ['distill', *[text for k,v in args.items() for text in (f"--{k.replace('_', '-')}", str(v))]]
+
+
+def test_several_findings_from_a_csv_with_splits(findings_csv, tmp_path):
+    assert cli.main(arguments(findings_csv, tmp_path/'run')) == 0
+    metrics = json.loads((tmp_path/'run/metrics.json').read_text())
+    assert metrics['about']['task'] == 'multilabel' and metrics['about']['images'] == (pd.read_csv(findings_csv).split=='test').sum()
+    assert json.loads((tmp_path/'run/student.json').read_text())['classes'] == metrics['about']['classes']
+
+
+@pytest.mark.parametrize('break_it, message', [
+    (lambda rows: rows.drop(columns='Patient ID'), "missing column ['Patient ID']"),
+    (lambda rows: rows.assign(image=rows.image.replace('3.png', 'lost.png')), 'lost.png'),
+    (lambda rows: rows.assign(split=rows.split.where(rows['Finding Labels'].isna() | ~rows['Finding Labels'].str.contains('enlarged', na=False), 'test')), "classes ['enlarged'] have no training image"),
+    (lambda rows: rows.assign(split=np.resize(['train', 'valid', 'test'], len(rows))), 'groups are in more than one split'),
+])
+def test_a_wrong_csv_is_told_before_training(findings_csv, tmp_path, capsys, break_it, message):
+    break_it(pd.read_csv(findings_csv)).to_csv(findings_csv, index=False)
+    assert cli.main(arguments(findings_csv, tmp_path/'run')) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path/'run').exists()
+
+
+def test_all_unreadable_images_are_named(findings_csv, tmp_path, capsys):
+    for name in ('3.png', '50.png', '99.png'): (findings_csv.parent/name).write_bytes(b'not an image')
+    assert cli.main(arguments(findings_csv, tmp_path/'run')) == 2
+    said = capsys.readouterr().err
+    assert '3 of 180 images cannot be read' in said and all(name in said for name in ('3.png', '50.png', '99.png'))
+
+
+def test_a_run_is_never_overwritten_unasked(findings_csv, tmp_path, capsys):
+    out = tmp_path/'run'
+    out.mkdir()
+    (out/'metrics.json').write_text('precious')
+    (out/'notes.txt').write_text('mine')
+    assert cli.main(arguments(findings_csv, out)) == 2
+    assert 'already holds a run (metrics.json)' in capsys.readouterr().err and (out/'metrics.json').read_text() == 'precious'
+    assert cli.main([*arguments(findings_csv, out), '--force']) == 0
+    assert (out/'metrics.json').read_text() != 'precious' and (out/'notes.txt').read_text() == 'mine'
