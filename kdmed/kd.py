@@ -12,7 +12,7 @@ __all__ = ['METHODS', 'Teacher', 'LossTerms', 'TermMean', 'DistillCallback', 'Lo
            'inverse_frequency_weights', 'soft_target_loss', 'soft_token_loss', 'add_distillation_token',
            'create_student', 'create_teacher', 'truncate_vit']
 
-# %% ../nbs/31_kd.ipynb #80b63e59
+# %% ../nbs/31_kd.ipynb #3d066208
 import random
 from contextlib import contextmanager, nullcontext
 
@@ -24,7 +24,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import fit_one_cycle
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Metric
-from fastai.losses import BCEWithLogitsLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, accuracy, accuracy_multi
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -435,22 +435,29 @@ class DistillTokenKD(DistillCallback):
         if self.kind=='hard': return hard_token_loss(self.token_logits, teacher_logits)
         return soft_token_loss(self.token_logits, teacher_logits, self.temperature, self.divide_by_classes)
 
-# %% ../nbs/31_kd.ipynb #ded0e914
-def _metrics(dls):
-    "Metrics to watch while training, by task"
-    if dls.task=='multiclass': return [accuracy, BalancedAccuracy()]
-    return accuracy_multi
-
+# %% ../nbs/31_kd.ipynb #b0b06020
 def _make(model, dls, seed):
     "A model out of a timm name or a function that makes one, on a seed; a Module is taken as it is"
     seed_everything(seed)
-    if isinstance(model, str): return create_student(model, dls.classes, dls.size, dls.task)
-    return model if isinstance(model, nn.Module) else model()
+    if not isinstance(model, str): return model if isinstance(model, nn.Module) else model()
+    if not hasattr(dls, 'task'): raise ValueError(f'only with data of image_dls can a model be given by name; pass a Module, got {model!r}')
+    return create_student(model, dls.classes, dls.size, dls.task)
 
-# %% ../nbs/31_kd.ipynb #dd0f93a1
+def _first_batch(dls):
+    "Inputs and targets of a validation batch, as `Learner` splits them"
+    batch = tuple(next(iter(dls.valid)))
+    n_inp = getattr(dls, 'n_inp', max(1, len(batch)-1))
+    return batch[:n_inp],batch[n_inp:]
+
+def _task_settings(dls):
+    "Metrics to watch, and a loss where the data brings none"
+    if not hasattr(dls, 'task'): return dict(loss_func=BCEWithLogitsLossFlat() if _first_batch(dls)[1][0].is_floating_point() else CrossEntropyLossFlat())
+    return dict(metrics=[accuracy, BalancedAccuracy()] if dls.task=='multiclass' else accuracy_multi)
+
+# %% ../nbs/31_kd.ipynb #741128d4
 def fit_classifier(
-    dls,            # From `image_dls`
-    model,          # timm name, trained from scratch; function that makes a model; or Module, trained further in place
+    dls,            # From `image_dls`, or any `DataLoaders`
+    model,          # Module, trained further in place; function that makes one; or timm name, trained from scratch
     epochs:int=10,  # Passes over the training images
     lr:float=3e-3,  # Peak learning rate of the one-cycle schedule
     seed:int=0,     # Decides initial weights, batches and augmentation
@@ -459,7 +466,7 @@ def fit_classifier(
 )->Learner: # Fitted; `history` holds its training log
     "Train a classifier, repeatably"
     if epochs<1 or lr<=0: raise ValueError(f'epochs and lr must be positive, got epochs={epochs}, lr={lr}')
-    learn = Learner(dls, _make(model, dls, seed), metrics=_metrics(dls))
+    learn = Learner(dls, _make(model, dls, seed), **_task_settings(dls))
     seed_everything(seed)
     dls.train.rng = random.Random(seed)
     with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
@@ -468,12 +475,12 @@ def fit_classifier(
     learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
     return learn
 
-# %% ../nbs/31_kd.ipynb #895da705
+# %% ../nbs/31_kd.ipynb #e16d6cc0
 def stage_names(
     model:nn.Module, # A timm model
 )->list: # Layer names, first stage first
     "Names of the layers that end a model's stages"
-    if not hasattr(model, 'feature_info'): raise ValueError(f'{type(model).__name__} does not list its stages: use FeatureKD with pairs of layer names')
+    if not hasattr(model, 'feature_info'): raise ValueError(f'{type(model).__name__} does not list its stages: use method "logit", or FeatureKD with pairs of layer names')
     return [stage['module'] for stage in model.feature_info]
 
 def _logit(student, teacher): return [LogitKD(teacher)]
@@ -482,8 +489,9 @@ def _both(student, teacher): return _logit(student, teacher) + _feature(student,
 def _hard_token(student, teacher): return [DistillTokenKD(teacher, 'hard')]
 def _soft_token(student, teacher): return [DistillTokenKD(teacher, 'soft', weight=.1, label_weight=.9)]
 def _kd_convnext(student, teacher):
-    pairs = list(zip(stage_names(student), stage_names(teacher.model)))
-    return [FeatureKD(teacher, pairs, weight=.5), LogitKD(teacher, weight=.5), FocalKD(gamma=2)]
+    ours,theirs = stage_names(student),stage_names(teacher.model)
+    if len(ours)!=len(theirs): raise ValueError(f'kd_convnext pairs stages, and the student has {len(ours)}, the teacher {len(theirs)}')
+    return [FeatureKD(teacher, list(zip(ours, theirs)), weight=.5), LogitKD(teacher, weight=.5), FocalKD(gamma=2)]
 
 METHODS = { # name: (callbacks, what they do)
     'logit': (_logit, "softened logits"),
@@ -494,29 +502,36 @@ METHODS = { # name: (callbacks, what they do)
     'soft_token': (_soft_token, "distillation token against softened logits, as DeiT"),
 }
 
-# %% ../nbs/31_kd.ipynb #f41e3799
+# %% ../nbs/31_kd.ipynb #60de1298
 def distill_callbacks(
-    method:str,        # A name in `METHODS`, or `auto`: `hard_token` for a student with a distillation token, else `logit+feature`
+    method:str,        # A name in `METHODS`, or `auto`: what suits the student
     student:nn.Module, # timm model
     teacher:Teacher,   # Its teacher
 )->list: # Callbacks, for `fit`
-    "The callbacks a method stands for"
+    "The callbacks a method stands for; `auto` is `hard_token` for a student with that token, else `logit+feature`, or `logit` where stages are not known"
     check_in(method, ['auto', *METHODS], 'method')
-    if method=='auto': method = 'hard_token' if hasattr(student, 'set_distilled_training') else 'logit+feature'
-    return METHODS[method][0](student, teacher)
+    if method!='auto': return METHODS[method][0](student, teacher)
+    if hasattr(student, 'set_distilled_training'): return _hard_token(student, teacher)
+    staged = len(teacher.models)==1 and hasattr(student, 'feature_info') and hasattr(teacher.model, 'feature_info')
+    return (_both if staged else _logit)(student, teacher)
 
-def check_outputs(dls, student, teacher):
+def check_outputs(
+    dls,               # Its first validation images are tried
+    student:nn.Module, # In any mode, which is kept
+    teacher:Teacher,   # Its teacher
+)->None:
     "Raise `ValueError` unless teacher and student take these images and have as many outputs"
-    xb = dls.valid.one_batch()[:dls.n_inp]
-    with evaluating(student): ours = student.to(xb[0].device)(*(x[:2] for x in xb)).shape
-    theirs = teacher.speak(tuple(x[:2] for x in xb))[0].shape
+    device = next(student.parameters()).device
+    xb = tuple(x[:2].to(device) for x in _first_batch(dls)[0])
+    with evaluating(student): ours = student(*xb).shape
+    theirs = teacher.speak(xb)[0].shape
     teacher.forget()
     if ours!=theirs: raise ValueError(f'the student has {ours[-1]} outputs, the teacher {theirs[-1]}')
 
-# %% ../nbs/31_kd.ipynb #d92e14db
+# %% ../nbs/31_kd.ipynb #722d7115
 def distill(
-    dls,               # From `image_dls`
-    student,           # timm name, trained from scratch; function that makes a model; or Module, trained further in place
+    dls,               # From `image_dls`, or any `DataLoaders`
+    student,           # Module, trained further in place; function that makes one; or timm name, trained from scratch
     teacher,           # `Teacher`, Module or fitted Learner, of the same classes
     method:str='auto', # A name in `METHODS`
     epochs:int=10,     # Passes over the training images
@@ -530,4 +545,4 @@ def distill(
     check_in(method, ['auto', *METHODS], 'method')
     student = _make(student, dls, seed)
     check_outputs(dls, student, teacher)
-    return fit_classifier(dls, student, epochs, lr, seed, [*distill_callbacks(method, student, teacher), *cbs], progress)
+    return fit_classifier(dls, student, epochs, lr, seed, [*distill_callbacks(method, student, teacher), *L(cbs)], progress)

@@ -157,23 +157,22 @@ def truncate_vit(
     if hasattr(vit, 'spec'): short.spec = dict(vit.spec, blocks=blocks)
     return short
 
-# %% ../nbs/20_models.ipynb #56c1016b
+# %% ../nbs/20_models.ipynb #224dc3ae
 class DistillationTokenViT(nn.Module):
     "A timm ViT with a distillation token and its head; see `add_distillation_token`"
     def __init__(self, vit):
         super().__init__()
         self.vit,self.position,self.distilled_training = vit,vit.num_prefix_tokens,False
         self.head_dist = deepcopy(vit.head)
-        new = torch.zeros(1, 1, vit.embed_dim)
-        vit.reg_token = nn.Parameter(torch.cat([new if vit.reg_token is None else torch.cat([vit.reg_token.data, new], 1)], 1))
+        none = torch.zeros(1, 0, vit.embed_dim)
+        vit.reg_token = self._with_new(none if vit.reg_token is None else vit.reg_token, at=vit.num_reg_tokens)
+        if vit.pos_embed is not None and not vit.no_embed_class: vit.pos_embed = self._with_new(vit.pos_embed, at=self.position)
         vit.num_reg_tokens,vit.num_prefix_tokens = vit.num_reg_tokens+1,vit.num_prefix_tokens+1
-        if vit.pos_embed is not None and not vit.no_embed_class: vit.pos_embed = nn.Parameter(self._with_position(vit.pos_embed.data))
-        nn.init.trunc_normal_(vit.reg_token.data[:, -1:], std=.02)
 
-    def _with_position(self, pos_embed):
-        "A random position for the new token, after the other special tokens"
-        new = nn.init.trunc_normal_(torch.empty_like(pos_embed[:, :1]), std=.02)
-        return torch.cat([pos_embed[:, :self.position], new, pos_embed[:, self.position:]], 1)
+    def _with_new(self, rows, at):
+        "Learned rows [1, N, D] with a new, random one at a place"
+        new = nn.init.trunc_normal_(torch.empty(1, 1, rows.shape[2]), std=.02)
+        return nn.Parameter(torch.cat([rows.data[:, :at], new.to(rows), rows.data[:, at:]], 1))
 
     def set_distilled_training(self, enable=True):
         "Return both heads' logits while training; called by `DistillTokenKD`, under timm's name for it"
