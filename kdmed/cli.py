@@ -131,7 +131,7 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)))
     return parser
 
-# %% ../nbs/80_cli.ipynb #78eef69c
+# %% ../nbs/80_cli.ipynb #83ebe90a
 DEMO = dict(teacher='resnet10t', student='test_efficientnet', size=48, bs=32, teacher_epochs=12, epochs=12, lr=3e-3, method='auto', repeats=3,
             pretrained=False, teacher_checkpoint=None)
 
@@ -148,13 +148,13 @@ def _distill_arguments(command):
     add,count = command.add_argument,_positive(int)
     add('--data', required=True, metavar='PATH', help='folder or CSV file')
     add('--dataset', choices=READERS, default='folder', help='; '.join(f'{k}: {v}' for k,v in READERS.items()))
-    add('--teacher', default='resnet18', metavar='NAME', help='timm model that teaches')
-    add('--student', default='test_resnet', metavar='NAME', help='timm model that learns')
+    add('--teacher', default='resnet10t', metavar='NAME', help='timm model that teaches')
+    add('--student', default='test_efficientnet', metavar='NAME', help='timm model that learns; the default is a very small one')
     add('--size', type=count, default=64, metavar='N', help='image side in pixels')
-    add('--epochs', type=count, default=8, metavar='N', help='epochs of each student')
-    add('--teacher-epochs', type=count, default=10, metavar='N', help='epochs of the teacher')
+    add('--epochs', type=count, default=10, metavar='N', help='epochs of each student')
+    add('--teacher-epochs', type=count, default=16, metavar='N', help='epochs of the teacher')
     add('--method', default='auto', metavar='NAME', help='; '.join(f'{k}: {v}' for k,(_,v) in METHODS.items()) + '; auto: token if the student has one, else logit+feature')
-    add('--repeats', type=count, default=1, metavar='N', help='training seeds; each gives a plain and a distilled student')
+    add('--repeats', type=count, default=3, metavar='N', help='training seeds; each gives a plain and a distilled student')
     add('--lr', type=_positive(float), default=3e-3, metavar='X', help='peak learning rate')
     add('--bs', type=count, default=64, metavar='N', help='images in a batch')
     add('--augment', choices=['none', 'flip', 'dihedral'], default='dihedral', help='none; left-right flips; flips and right-angle turns (not for chest films)')

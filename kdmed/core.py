@@ -89,7 +89,7 @@ def count_parameters(
     "Number of parameters of `model`"
     return sum(p.numel() for p in model.parameters())
 
-# %% ../nbs/00_core.ipynb #81a6600b
+# %% ../nbs/00_core.ipynb #77e168b7
 @contextmanager
 def evaluating(
     model:nn.Module, # Any model; each submodule's own mode is restored afterwards
@@ -98,7 +98,7 @@ def evaluating(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode(): yield model
+        with torch.no_grad(): yield model # not inference_mode: what a model caches in here must serve training, too
     finally:
         for m,training in modes.items(): m.training = training
 

@@ -303,7 +303,7 @@ class ImageDL(TfmdDL):
             x = torch.from_numpy(images[idxs]).permute(0, 3, 1, 2).contiguous()
             yield TensorImage(x),*(encoded[idxs] for encoded in labels)
 
-# %% ../nbs/11_data.ipynb #046761cc
+# %% ../nbs/11_data.ipynb #a74dde7d
 def _label_tfms(classes, task):
     "fastai's transforms from a label to a target"
     if task!='multilabel': return [_label_of, Categorize(vocab=classes, sort=False)]
@@ -316,7 +316,8 @@ def _split_findings(label):
 def _check_trainable(table, allow_leakage):
     "Raise an error for a table that cannot be trained on, or whose splits share groups"
     check_table(table)
-    check_in('train', table.split.unique(), 'split')
+    if table.split.isna().any(): raise ValueError(f'{table.split.isna().sum()} of {len(table)} rows have no split; deal them out with split_groups')
+    if absent := [s for s in SPLITS[:2] if s not in set(table.split)]: raise ValueError(f'no images in split {absent}')
     if (~table.split.isin(SPLITS)).any(): raise ValueError(f'split must be one of {SPLITS} in every row, got {sorted(map(str, set(table.split)-set(SPLITS)))}')
     if table.label.isna().any(): raise ValueError(f'{table.label.isna().sum()} rows have no label; leave them out with table[table.label.notna()]')
     train = table[table.split=='train'].label.str.split('|').explode().unique()

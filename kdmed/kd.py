@@ -62,7 +62,7 @@ class Teacher:
         "A pickled callback (`learn.export`) keeps no teacher"
         return dict(self.__dict__, models=[], _batch=None)
 
-# %% ../nbs/31_kd.ipynb #b477287a
+# %% ../nbs/31_kd.ipynb #4ba03935
 def _module_of(model):
     "The Module in a Module, Learner or Teacher"
     model = model.model if isinstance(model, (Learner, Teacher)) else model
@@ -78,7 +78,8 @@ def _dls_classes(dls):
     "Class names of `DataLoaders`; None where they have no vocabulary"
     try: names = getattr(dls, 'classes', None) or dls.vocab
     except AttributeError: return None
-    return [str(n) for n in names] if len(names) and not isinstance(names[0], (list, tuple)) else None
+    plain = all(isinstance(n, str) or not hasattr(n, '__len__') for n in names)
+    return [str(n) for n in names] if plain else None
 
 # %% ../nbs/31_kd.ipynb #d1e772af
 @patch
@@ -140,7 +141,7 @@ class TermMean(Metric):
     @property
     def name(self): return self.term
 
-# %% ../nbs/31_kd.ipynb #56128af7
+# %% ../nbs/31_kd.ipynb #a80dcb92
 class DistillCallback(Callback):
     "Adds a weighted term to the training loss; subclasses say which in `term`"
     order,run_valid = GradientAccumulation.order-1,False
@@ -158,8 +159,11 @@ class DistillCallback(Callback):
         if self.peers[0] is not self: return
         weights = [cb.label_weight for cb in self.peers]
         self.learn.loss_terms = LossTerms(torch.tensor(weights).prod().item())
-        names = dict.fromkeys(['label_loss', *(cb.name for cb in self.peers if cb.adds_term)])
+        for i,cb in enumerate(self.peers): # two of a kind are told apart
+            twins = sum(other.name==cb.name for other in self.peers[:i])
+            cb.term_name = f'{cb.name}_{twins+1}' if twins else cb.name
         self._drop_columns()
+        names = ['label_loss', *(cb.term_name for cb in self.peers if cb.adds_term)]
         self.learn.metrics = list(self.learn.metrics) + [TermMean(self.learn.loss_terms, n) for n in names]
 
     def before_train(self):
@@ -174,7 +178,7 @@ class DistillCallback(Callback):
         "Add this callback's term to what the optimizer minimizes"
         terms = self.learn.loss_terms
         if self.peers[0] is self: terms.start(self.label_loss(), len(self.xb[0]))
-        if self.adds_term: terms.add(self.name, self.term(), self.weight)
+        if self.adds_term: terms.add(self.term_name, self.term(), self.weight)
         self.learn.loss_grad = terms.total
         self.learn.loss = terms.total.detach().clone()
 
@@ -279,17 +283,19 @@ class SplitterWith:
 
 def _itself(x): return x
 
-# %% ../nbs/31_kd.ipynb #592c4326
+# %% ../nbs/31_kd.ipynb #e6958952
 def lend_to_optimizer(
     learn:Learner, # Its optimizer and splitter are changed
     params,        # Parameters to train with the last group
 )->None:
-    "Have the optimizer of a Learner train further parameters"
-    take_from_optimizer(learn)
-    learn.splitter = SplitterWith(learn.splitter, params)
+    "Have the optimizer of a Learner train further parameters, unless it does"
+    if not isinstance(learn.splitter, SplitterWith): learn.splitter = SplitterWith(learn.splitter, [])
     groups = [list(group) for group in learn.opt.param_lists]
-    learn.opt.param_lists = groups[:-1] + [groups[-1] + learn.splitter.params]
-    for p in learn.splitter.params: learn.opt.state.setdefault(p, {})
+    known = {id(p) for p in groups[-1]}
+    new = [p for p in params if id(p) not in known]
+    learn.splitter.params += new
+    learn.opt.param_lists = groups[:-1] + [groups[-1] + new]
+    for p in new: learn.opt.state.setdefault(p, {})
 
 def take_from_optimizer(
     learn:Learner, # Its optimizer and splitter are as before `lend_to_optimizer` afterwards

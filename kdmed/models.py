@@ -23,7 +23,7 @@ from torch import nn
 from .core import check_in, count_macs, count_parameters, evaluating
 from .data import TASKS
 
-# %% ../nbs/20_models.ipynb #da6a8dd1
+# %% ../nbs/20_models.ipynb #fd693b05
 def _n_outputs(classes, task):
     "Outputs a task needs: one logit for binary, one for each class otherwise"
     check_in(task, TASKS, 'task')
@@ -34,8 +34,10 @@ def _n_outputs(classes, task):
 def _build(name, n_out, size, pretrained):
     "A timm model; the image size is passed on where it is part of the architecture"
     check_in(name.split('.')[0], timm.list_models(), 'timm model')
-    fixed = {'img_size': size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    try: return timm.create_model(name, pretrained=pretrained, num_classes=n_out, **fixed)
+    try:
+        fixed = {'img_size': size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+        return timm.create_model(name, pretrained=pretrained, num_classes=n_out, **fixed)
+    except RuntimeError as e: raise ValueError(f'{name} cannot be made: {e}') from e
     except (AssertionError, ValueError) as e: raise ValueError(f'{name} cannot take images of size {size}: {e}') from e
     except OSError as e: raise OSError(f'pretrained weights of {name} could not be loaded; on a machine without internet pass checkpoint=: {e}') from e
 
