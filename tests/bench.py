@@ -6,6 +6,7 @@ from statistics import median
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning)
 
 import torch
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -27,8 +28,11 @@ def seconds(work):
     return time.perf_counter()-start
 
 
-def distillation_step(batches=6, rounds=7, bs=32, size=64, classes=10):
-    "A fastai step with LogitKD and FeatureKD, against a plain fastai step plus one teacher forward under inference_mode"
+def distillation_step(batches=6, rounds=11, bs=32, size=64, classes=10):
+    """A fastai step with LogitKD and FeatureKD, against a plain fastai step plus one teacher forward under inference_mode.
+
+    The baseline runs that forward inside its step, too: two models that take turns share the processor's caches, which neither does alone.
+    """
     torch.manual_seed(0)
     x,y = torch.randn(bs*batches, 3, size, size),torch.randint(classes, (bs*batches,))
     dls = DataLoaders(*[DataLoader(TensorDataset(x, y), batch_size=bs) for _ in range(2)], device=DEVICE)
@@ -46,19 +50,19 @@ def distillation_step(batches=6, rounds=7, bs=32, size=64, classes=10):
         learn.model.train()
         learn.fit(1, 1e-4)
 
-    def teach():
-        with torch.inference_mode():
-            for i in range(batches): teacher(x[i*bs:(i+1)*bs].to(DEVICE))
+    class BareTeacher(Callback):
+        run_valid = False
+        def after_loss(self):
+            with torch.inference_mode(): teacher(*self.xb)
 
-    plain,distilled = learner(),learner([LogitKD(T), FeatureKD(T, [('layer4', 'layer4')])])
-    works = dict(plain=lambda: train(plain), teacher=teach, distilled=lambda: train(distilled))
-    for work in works.values(): work()
-    times = {name: [] for name in works}
+    steps = dict(plain=learner(), baseline=learner(BareTeacher()), distilled=learner([LogitKD(T), FeatureKD(T, [('layer4', 'layer4')])]))
+    for learn in steps.values(): train(learn)
+    times = {name: [] for name in steps}
     for _ in range(rounds):
-        for name,work in works.items(): times[name].append(seconds(work))
+        for name,learn in steps.items(): times[name].append(seconds(lambda: train(learn)))
     ms = {name: 1000*median(t)/batches for name,t in times.items()}
-    ratio = median(d/(p+t) for p,t,d in zip(times['plain'], times['teacher'], times['distilled']))
-    print(f"plain {ms['plain']:.0f} ms, teacher {ms['teacher']:.0f} ms, distilled {ms['distilled']:.0f} ms a step")
+    ratio = median(d/b for b,d in zip(times['baseline'], times['distilled']))
+    print(f"a step: plain {ms['plain']:.0f} ms, with a bare teacher forward {ms['baseline']:.0f} ms, distilled {ms['distilled']:.0f} ms")
     return dict(name='distillation step / (plain fastai step + teacher forward)', value=round(ratio, 3), unit='ratio', limit=1.1)
 
 
