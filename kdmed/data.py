@@ -6,7 +6,7 @@ Docs: https://kdmed.github.io/kdmed/data.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'SPLITS', 'FINDINGS', 'HEMATOXYLIN', 'EOSIN', 'ImageRow', 'image_table', 'check_table', 'synthetic_table',
-           'open_image', 'show_images', 'split_groups', 'OpenImage', 'decode_images', 'ImageDL', 'image_dls']
+           'open_image', 'show_images', 'split_groups', 'decode_images', 'ImageDL', 'image_dls']
 
 # %% ../nbs/11_data.ipynb #528bebde
 from collections import namedtuple
@@ -241,7 +241,7 @@ def split_groups(
     split = dict(zip(groups, np.array(SPLITS)[part]))
     return table.assign(split=table.group.map(split))
 
-# %% ../nbs/11_data.ipynb #0e01af06
+# %% ../nbs/11_data.ipynb #04d592be
 ImageRow = namedtuple('ImageRow', 'image label')
 
 def _image_of(row):
@@ -252,7 +252,7 @@ def _label_of(row):
     "The label of a table row"
     return row.label
 
-class OpenImage(Transform):
+class _OpenImage(Transform):
     "`open_image` at one size"
     def __init__(self, size): self.size = size
     def encodes(self, image): return open_image(image, self.size)
@@ -326,7 +326,7 @@ def _check_trainable(table, allow_leakage):
     if shared and not allow_leakage:
         raise ValueError(f'{shared} groups are in more than one split, so scores would flatter; use split_groups, or allow_leakage=True to go on')
 
-# %% ../nbs/11_data.ipynb #800593f2
+# %% ../nbs/11_data.ipynb #cf9e6d47
 def image_dls(
     table:pd.DataFrame,  # Image table with `split` filled
     size:int,            # Image side, in pixels
@@ -343,7 +343,7 @@ def image_dls(
     classes,task = table.attrs['classes'],table.attrs['task']
     rows = [ImageRow(*r) for r in zip(table.image, table.label)]
     parts = [np.flatnonzero(table.split==s).tolist() for s in SPLITS]
-    dsets = Datasets(rows, [[_image_of, OpenImage(size)], _label_tfms(classes, task)], splits=parts)
+    dsets = Datasets(rows, [[_image_of, _OpenImage(size)], _label_tfms(classes, task)], splits=parts)
     dsets.tls[0].types = [object] # any image will do for `learn.predict` and `test_dl`
     tfms = dict(after_item=[ToTensor()], after_batch=[IntToFloatTensor(), *listify(batch_tfms), Normalize.from_stats(*stats)])
     def loader(i): return ImageDL(dsets.subset(i), size, bs=bs, shuffle=i==0, drop_last=i==0 and len(parts[0])>bs, num_workers=0, **tfms)
