@@ -61,7 +61,7 @@ def get_layer(
     check_in(name, [n for n in layers if n], f'{owner} layer')
     return layers[name]
 
-# %% ../nbs/00_core.ipynb #32bbb0df
+# %% ../nbs/00_core.ipynb #6e611a2e
 @contextmanager
 def capture_activations(
     model:nn.Module,     # Model to observe; its hooks are gone when the block ends, however it ends
@@ -73,7 +73,9 @@ def capture_activations(
     activations = dict.fromkeys(names)
     layers = {name: get_layer(model, name, owner) for name in names}
     def keep(name):
-        def hook(module, inputs, output): activations[name] = output.clone() if clone else output
+        def hook(module, inputs, output):
+            if not isinstance(output, Tensor): raise TypeError(f'{owner} layer {name!r} gives a {type(output).__name__}, not a tensor; name a layer inside it')
+            activations[name] = output.clone() if clone else output
         return hook
     handles = []
     try:

@@ -240,7 +240,7 @@ def _fit(logits, teacher_logits):
     "Shape for teacher logits: [B] and [B, 1] mean the same, nothing else is bent"
     return logits.shape if logits.numel()==teacher_logits.numel()==len(logits) else teacher_logits.shape
 
-# %% ../nbs/31_kd.ipynb #614e5b41
+# %% ../nbs/31_kd.ipynb #5723088b
 def feature_map(
     features:Tensor,  # [B, C, H, W], [B, H, W, C], tokens [B, N, C] or pooled [B, C]
     model:nn.Module,  # Where they come from; says which format it uses and how many of its tokens are not places
@@ -249,10 +249,10 @@ def feature_map(
     if features.ndim==2: return features[:, :, None, None]
     if features.ndim==4: return features.permute(0, 3, 1, 2) if _is_nhwc(features, model) else features
     if features.ndim!=3: raise ValueError(f'expected features with 2 to 4 dimensions, got shape {tuple(features.shape)}')
-    places = features[:, _fact(model, 'num_prefix_tokens', 0):].transpose(1, 2)
-    side = round(places.shape[2] ** .5)
-    if side*side!=places.shape[2]: raise ValueError(f'{places.shape[2]} tokens do not fill a square')
-    return places.unflatten(2, (side, side))
+    for places in (features[:, _fact(model, 'num_prefix_tokens', 0):], features): # some models add their class token late
+        side = round(places.shape[1] ** .5)
+        if side*side==places.shape[1]: return places.transpose(1, 2).unflatten(2, (side, side))
+    raise ValueError(f'{features.shape[1]} tokens do not fill a square')
 
 def _fact(model, name, default):
     "The first value of attribute `name` on `model` or one of its submodules"
@@ -494,7 +494,7 @@ def fit_classifier(
     learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
     return learn
 
-# %% ../nbs/31_kd.ipynb #e16d6cc0
+# %% ../nbs/31_kd.ipynb #22fddea0
 def stage_names(
     model:nn.Module, # A timm model
 )->list: # Layer names, first stage first
@@ -508,9 +508,8 @@ def _both(student, teacher): return _logit(student, teacher) + _feature(student,
 def _hard_token(student, teacher): return [DistillTokenKD(teacher, 'hard')]
 def _soft_token(student, teacher): return [DistillTokenKD(teacher, 'soft', weight=.1, label_weight=.9)]
 def _kd_convnext(student, teacher):
-    ours,theirs = stage_names(student),stage_names(teacher.model)
-    if len(ours)!=len(theirs): raise ValueError(f'kd_convnext pairs stages, and the student has {len(ours)}, the teacher {len(theirs)}')
-    return [FeatureKD(teacher, list(zip(ours, theirs)), weight=.5), LogitKD(teacher, weight=.5), FocalKD(gamma=2)]
+    last_first = zip(reversed(stage_names(student)), reversed(stage_names(teacher.model))) # some models count their stem as a stage
+    return [FeatureKD(teacher, list(last_first)[::-1], weight=.5), LogitKD(teacher, weight=.5), FocalKD(gamma=2)]
 
 METHODS = { # name: (callbacks, what they do)
     'logit': (_logit, "softened logits"),

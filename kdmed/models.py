@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/models.html.md"""
 __all__ = ['create_student', 'create_teacher', 'load_weights', 'save_student', 'load_student', 'truncate_vit',
            'DistillationTokenViT', 'add_distillation_token']
 
-# %% ../nbs/20_models.ipynb #8952ac48
+# %% ../nbs/20_models.ipynb #0c620e3c
 import json, warnings
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +17,7 @@ import timm
 import torch
 from fastai.vision.core import imagenet_stats
 from safetensors.torch import load_file, save_file
+from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
 from torch import nn
 
@@ -41,11 +42,12 @@ def _build(name, n_out, size, pretrained):
     except (AssertionError, ValueError) as e: raise ValueError(f'{name} cannot take images of size {size}: {e}') from e
     except OSError as e: raise OSError(f'pretrained weights of {name} could not be loaded; on a machine without internet pass checkpoint=: {e}') from e
 
-# %% ../nbs/20_models.ipynb #dcd00398
+# %% ../nbs/20_models.ipynb #f6e2e3f5
 def _check_size(model, name, size, n_out):
     "Run one blank image through `model`; raise an error that names size or head if that fails"
-    patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', (1, 1))
-    if size % patch[0]: raise ValueError(f'{name} cannot take images of size {size}: not a multiple of its patch size {patch[0]}')
+    cut = getattr(model, 'patch_embed', None)
+    if isinstance(cut, PatchEmbed) and size % cut.patch_size[0]:
+        raise ValueError(f'{name} cannot take images of size {size}: not a multiple of its patch size {cut.patch_size[0]}')
     try:
         with evaluating(model): out = model(torch.zeros(1, 3, size, size))
     except Exception as e: raise ValueError(f'{name} cannot take images of size {size}: {e}') from e
