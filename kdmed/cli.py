@@ -7,20 +7,20 @@ Docs: https://kdmed.github.io/kdmed/cli.html.md"""
 # %% auto #0
 __all__ = ['RUN_FILES', 'READERS', 'DEMO', 'main']
 
-# %% ../nbs/80_cli.ipynb #bd36666c
+# %% ../nbs/80_cli.ipynb #b1299178
 import argparse, json, os, platform, sys, tempfile, time, warnings
+from importlib.metadata import version
 from pathlib import Path
 
 # %% ../nbs/80_cli.ipynb #66e3823c
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
 
-# %% ../nbs/80_cli.ipynb #cc8e9d93
+# %% ../nbs/80_cli.ipynb #378d6635
 import fastai
 import timm
 import torch
 from fastai.vision.augment import Dihedral, Flip
 
-from . import __version__
 from .core import check_in
 from .data import image_dls, split_groups, synthetic_table
 from .datasets import read_csv, read_folder, read_ham10000
@@ -60,11 +60,11 @@ def _save_run(
         for name in RUN_FILES: os.replace(part/name, out/name)
     return out
 
-# %% ../nbs/80_cli.ipynb #2045c7d6
+# %% ../nbs/80_cli.ipynb #92ba5437
 def _environment():
     "Versions and hardware a run depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return dict(kdmed=__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__,
+    return dict(kdmed=version('kdmed'), torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__,
                 python=platform.python_version(), device=device, threads=torch.get_num_threads())
 
 def _run_study(
@@ -111,7 +111,7 @@ def _demo_command(args):
     table = split_groups(synthetic_table(2400, classes=4, size=args.size, seed=2026), sizes=(.5, .1, .4), seed=0)
     return _run_study(table, args, [Dihedral()])
 
-# %% ../nbs/80_cli.ipynb #a89f55c9
+# %% ../nbs/80_cli.ipynb #076a329b
 def _common(command, seed=0):
     "Arguments both commands have"
     command.add_argument('--out', required=True, metavar='DIR', help='folder for the run: student, report, metrics, log, settings')
@@ -122,7 +122,7 @@ def _common(command, seed=0):
 def _make_parser():
     "The parser of `kdmed`"
     parser = argparse.ArgumentParser(prog='kdmed', description='Distil medical image classifiers, and see what the student kept. Research software, not a medical device.')
-    parser.add_argument('--version', action='version', version=f'kdmed {__version__}')
+    parser.add_argument('--version', action='version', version=f"kdmed {version('kdmed')}")
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     demo = _common(commands.add_parser('demo', help='try it on synthetic tissue: a few minutes, no data needed'))
     demo.set_defaults(run=_demo_command, **DEMO)
