@@ -15,6 +15,9 @@ help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 	@echo 'PYTHON=python3.12 make … picks the Python that .venv is made with; WORKERS=4 how many notebooks run at once'
 
+# Threads with nothing to do sleep instead of spin: timings then depend far less on what else the machine does
+bench: export OMP_WAIT_POLICY ?= PASSIVE
+
 install: ## Install kdmed and what it needs into .venv; does nothing when that is done
 	@command -v "$(PYTHON)" >/dev/null || { echo 'kdmed needs Python 3.10 or newer, and found no $(PYTHON). Name one: PYTHON=python3.12 make test' >&2; exit 1; }
 	@"$(PYTHON)" tools/install.py

@@ -12,10 +12,11 @@ import argparse, json, os, platform, sys, tempfile, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 
-# %% ../nbs/80_cli.ipynb #66e3823c
+# %% ../nbs/80_cli.ipynb #d5e3169f
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
 
-# %% ../nbs/80_cli.ipynb #378d6635
+# %% ../nbs/80_cli.ipynb #75cfa239
 import fastai
 import timm
 import torch
@@ -24,22 +25,26 @@ from fastai.vision.augment import Dihedral, Flip
 from .core import check_in
 from .data import image_dls, split_groups, synthetic_table
 from .datasets import read_csv, read_folder, read_ham10000
-from .kd import METHODS
+from .kd import METHODS, Teacher, distill_callbacks
 from .models import create_student, create_teacher, save_student
 from .report import distillation_study, training_history
 
-# %% ../nbs/80_cli.ipynb #e8e4310a
+# %% ../nbs/80_cli.ipynb #5706ffeb
 RUN_FILES = 'student.safetensors','student.json','metrics.json','report.md','report.png','history.csv','settings.json'
 
 def _check_out(
     out,             # Folder for a run
     force:bool=False, # Accept one that holds a run
 )->Path:
-    "Raise `FileExistsError` when a folder already holds files of a run"
+    "Raise an error when a folder already holds files of a run, or cannot be written to"
     out = Path(out).expanduser()
     if out.exists() and not out.is_dir(): raise FileExistsError(f'--out {out} is a file; expected a folder')
     held = [f for f in RUN_FILES if (out/f).exists()]
     if held and not force: raise FileExistsError(f'--out {out} already holds a run ({", ".join(held)}); choose another folder, or pass --force to replace it')
+    existed = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out): "it can be written to"
+    if not existed: out.rmdir()
     return out
 
 # %% ../nbs/80_cli.ipynb #910d2358
@@ -85,7 +90,7 @@ def _run_study(
     print('\n' + comparison.to_markdown() + f'\nTook {settings["seconds"]:.0f} s. Report, student and settings are in {out}')
     return out
 
-# %% ../nbs/80_cli.ipynb #f8019160
+# %% ../nbs/80_cli.ipynb #e7f498c1
 READERS = {'folder': 'one folder for each class', 'csv': 'a CSV file with columns image, label, group', 'ham10000': 'HAM10000 as on Kaggle'}
 
 def _read_data(
@@ -101,7 +106,8 @@ def _distill_command(args):
     "kdmed distill"
     _check_out(args.out, args.force)
     check_in(args.method, ['auto', *METHODS], '--method')
-    for name in (args.teacher, args.student): create_student(name, 2, args.size)
+    teacher,student = (create_student(name, 2, args.size) for name in (args.teacher, args.student))
+    distill_callbacks(args.method, student, Teacher(teacher))
     augment = [] if args.augment=='none' else [Flip()] if args.augment=='flip' else [Dihedral()]
     return _run_study(_read_data(args), args, augment)
 

@@ -30,16 +30,20 @@ from scipy.ndimage import gaussian_filter
 
 from .core import check_in, figure
 
-# %% ../nbs/11_data.ipynb #be4fbd75
+# %% ../nbs/11_data.ipynb #4a1897c8
 TASKS = 'binary','multiclass','multilabel'
 SPLITS = 'train','valid','test'
+
+def _tidy(label):
+    "A label as text, without spaces around its names; missing stays missing"
+    return label if pd.isna(label) else '|'.join(name.strip() for name in str(label).split('|'))
 
 def _classes_of(labels, task):
     "Sorted class names found in `labels`"
     labels = labels.dropna().astype(str)
     return sorted({c for l in labels for c in l.split('|') if c}) if task=='multilabel' else sorted(labels.unique())
 
-# %% ../nbs/11_data.ipynb #426b5626
+# %% ../nbs/11_data.ipynb #6614fbd7
 def image_table(
     images,           # Paths, or uint8 arrays [H, W] or [H, W, 3]; one an image
     labels,           # One class name an image; for `multilabel`, names joined by `|`
@@ -50,7 +54,8 @@ def image_table(
     **attrs,          # More facts to keep in `table.attrs`, such as `licence` and `citation`
 )->pd.DataFrame: # Columns `image`, `label`, `group`, `split` (empty)
     "An image table from three columns"
-    images,labels = list(images),pd.Series(list(labels), dtype=object)
+    images,labels = list(images),pd.Series([_tidy(l) for l in labels], dtype=object)
+    classes = classes and [str(c) for c in classes]
     groups = range(len(images)) if groups is None else list(groups)
     if not len(images)==len(labels)==len(groups):
         raise ValueError(f'expected one label and one group an image, got {len(images)} images, {len(labels)} labels, {len(groups)} groups')
@@ -176,13 +181,15 @@ def synthetic_table(
         groups += [f'patient {patient:04d}']*len(tiles)
     return image_table(images, labels, groups, names, task, name='synthetic tissue', licence='CC0-1.0', citation='kdmed')
 
-# %% ../nbs/11_data.ipynb #bb466a65
+# %% ../nbs/11_data.ipynb #e99c815b
 def open_image(
     image,         # Path, uint8 array [H, W] or [H, W, 3], or PIL image
     size=None,     # Side to resize to, in pixels (the whole image is kept, squeezed if it is not square); as it is if left out
 )->PILImage: # RGB
     "Read one image, in color, at a chosen size"
+    if isinstance(image, np.ndarray) and image.dtype!=np.uint8: raise ValueError(f'image arrays must be uint8, from 0 to 255, got {image.dtype}')
     opened = Image.open(image) if isinstance(image, (str, Path)) else image if isinstance(image, Image.Image) else Image.fromarray(image)
+    if opened.mode[0] in 'IF': raise ValueError(f'pixels must have 8 bits, got mode {opened.mode}; choose a window and save it as 8 bit')
     opened = opened.convert('RGB')
     if size is not None and opened.size!=(size, size): opened = opened.resize((size, size), Image.Resampling.BILINEAR)
     return PILImage(opened)

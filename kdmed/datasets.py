@@ -7,7 +7,8 @@ Docs: https://kdmed.github.io/kdmed/datasets.html.md"""
 # %% auto #0
 __all__ = ['HAM10000_CLASSES', 'read_folder', 'read_csv', 'read_ham10000']
 
-# %% ../nbs/12_datasets.ipynb #89bb2e48
+# %% ../nbs/12_datasets.ipynb #a9dee1eb
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,7 @@ def _existing(path, what):
     if not path.exists(): raise FileNotFoundError(f'{what} not found: {path}')
     return path
 
-# %% ../nbs/12_datasets.ipynb #8d85fcec
+# %% ../nbs/12_datasets.ipynb #14b2b069
 def read_folder(
     path,                # Folder that holds one folder for each class
     group_pattern:str='', # Regular expression whose first bracket is the group in a file name; each image its own group if empty
@@ -35,17 +36,22 @@ def read_folder(
     labels = [f.relative_to(path).parts[0] for f in files]
     if loose := [f.name for f in files if f.parent==path]:
         raise ValueError(f'{path}: expected one folder for each class, found {len(loose)} images outside of any, such as {loose[0]}')
+    if set(labels) <= {'train', 'valid', 'val', 'validation', 'test'}:
+        raise ValueError(f'{path}: folders {sorted(set(labels))} look like splits, not classes; read one of them, or list all images in a CSV file with a split column')
     groups = _groups_from_names(files, group_pattern) if group_pattern else None
     return image_table(files, labels, groups, name=name or path.name)
 
 def _groups_from_names(files, pattern):
     "First bracket of `pattern` in each file's name"
+    try: brackets = re.compile(pattern).groups
+    except re.error as e: raise ValueError(f'group_pattern {pattern!r} is no regular expression: {e}') from e
+    if not brackets: raise ValueError(f'group_pattern {pattern!r} has no bracket around the group')
     groups = pd.Series([f.name for f in files]).str.extract(pattern)[0]
     if groups.isna().any():
         raise ValueError(f'group_pattern {pattern!r} does not match {groups.isna().sum()} file names, such as {files[groups.isna().argmax()].name}')
     return groups
 
-# %% ../nbs/12_datasets.ipynb #c1b1b559
+# %% ../nbs/12_datasets.ipynb #18965281
 def read_csv(
     path,                # CSV file, one row an image
     images='',           # Folder the image names are relative to; the CSV's own folder if empty
@@ -57,15 +63,18 @@ def read_csv(
 )->pd.DataFrame: # Image table; further columns of the CSV are kept
     "Image table from a CSV file"
     path = _existing(path, 'CSV file')
-    rows = pd.read_csv(path, dtype={image: str, label: str, group: str})
+    try: rows = pd.read_csv(path, dtype={image: str, label: str, group: str})
+    except (pd.errors.EmptyDataError, IsADirectoryError) as e: raise ValueError(f'{path} is no CSV file with a header: {e}') from e
     missing = [c for c in (image, label, group) if c not in rows]
     if missing: raise ValueError(f'{path}: missing column {missing}; it has {list(rows.columns)}')
     if task=='multilabel': rows[label] = rows[label].fillna('') # nothing found
     folder = _existing(images or path.parent, 'image folder')
+    if rows[image].isna().any(): raise ValueError(f'{path}: {rows[image].isna().sum()} rows have no {image}')
     files = [folder/name for name in rows[image]]
     if absent := [str(f) for f in files if not f.is_file()]: raise FileNotFoundError(f'{path}: {len(absent)} image files not found:\n' + '\n'.join(absent))
     if rows[image].duplicated().any(): raise ValueError(f'{path}: {image} repeats: {sorted(rows[image][rows[image].duplicated()].unique())}')
     table = image_table(files, rows[label], rows[group], task=task, name=path.stem)
+    if split in rows: rows[split] = rows[split].replace({'val': 'valid', 'validation': 'valid'})
     return _with_columns(table, rows.drop(columns=[image, label, group]).rename(columns={split: 'split'}))
 
 def _with_columns(table, more):

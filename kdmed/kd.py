@@ -390,7 +390,7 @@ def _make_regressors(self:FeatureKD, maps):
     self.regressors = nn.ModuleList(convs).to(maps[0][0].device)
     _lend_to_optimizer(self.learn, self.regressors.parameters())
 
-# %% ../nbs/31_kd.ipynb #42b918f2
+# %% ../nbs/31_kd.ipynb #2cff81cd
 class FocalKD(DistillCallback):
     "Replace the training label loss by the focal loss, with a weight for each class"
     order,adds_term = DistillCallback.order-1,False
@@ -399,7 +399,7 @@ class FocalKD(DistillCallback):
         class_weights=None, # Factor for each class, [C], such as `inverse_frequency_weights(counts)`
         weight:float=1.,    # Factor on the label loss
     ):
-        if gamma<0: raise ValueError(f'gamma must not be negative, got {gamma}')
+        if gamma<0 or weight<0: raise ValueError(f'gamma and weight must not be negative, got gamma={gamma}, weight={weight}')
         super().__init__(None, label_weight=weight)
         self.gamma = gamma
         self.class_weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float)
@@ -414,7 +414,13 @@ class FocalKD(DistillCallback):
         if self._is_bernoulli(): return bernoulli_focal_loss(logits, targets.reshape(_fit(logits, targets)).float(), self.gamma, weights)
         return focal_loss(logits, targets, self.gamma, weights)
 
-# %% ../nbs/31_kd.ipynb #b05f4c4a
+# %% ../nbs/31_kd.ipynb #33c45e98
+def _check_token(student):
+    "Raise `ValueError` for a student without a distillation token"
+    if not hasattr(student, 'set_distilled_training'):
+        raise ValueError(f'{type(student).__name__} has no distillation token: use add_distillation_token, or a deit_*_distilled model of timm')
+
+# %% ../nbs/31_kd.ipynb #3845d1f7
 class DistillTokenKD(DistillCallback):
     "Match a student's distillation token with the teacher's decision (hard) or softened logits (soft)"
     def __init__(self,
@@ -431,8 +437,7 @@ class DistillTokenKD(DistillCallback):
 
     def before_fit(self):
         super().before_fit()
-        if not hasattr(self.learn.model, 'set_distilled_training'):
-            raise ValueError(f'{type(self.learn.model).__name__} has no distillation token: use add_distillation_token, or a deit_*_distilled model of timm')
+        _check_token(self.learn.model)
 
     def before_batch(self): _within_next_forward(self.learn.model, self._both_heads())
 
@@ -454,7 +459,7 @@ class DistillTokenKD(DistillCallback):
         if self.kind=='hard': return hard_token_loss(self.token_logits, teacher_logits)
         return soft_token_loss(self.token_logits, teacher_logits, self.temperature, self.divide_by_classes)
 
-# %% ../nbs/31_kd.ipynb #b0b06020
+# %% ../nbs/31_kd.ipynb #5acf8bc0
 def _make(model, dls, seed):
     "A model out of a timm name or a function that makes one, on a seed; a Module is taken as it is"
     seed_everything(seed)
@@ -468,12 +473,15 @@ def _first_batch(dls):
     n_inp = getattr(dls, 'n_inp', max(1, len(batch)-1))
     return batch[:n_inp],batch[n_inp:]
 
-def _task_settings(dls):
+def _task_settings(dls, model):
     "Metrics to watch, and a loss where the data brings none"
-    if not hasattr(dls, 'task'): return dict(loss_func=BCEWithLogitsLossFlat() if _first_batch(dls)[1][0].is_floating_point() else CrossEntropyLossFlat())
+    if not hasattr(dls, 'task'):
+        xb,yb = _first_batch(dls)
+        with evaluating(model): outputs = model(*(x[:1].to(next(model.parameters()).device) for x in xb))
+        return dict(loss_func=BCEWithLogitsLossFlat() if yb[0].is_floating_point() or outputs.numel()==1 else CrossEntropyLossFlat())
     return dict(metrics=[accuracy, BalancedAccuracy()] if dls.task=='multiclass' else accuracy_multi)
 
-# %% ../nbs/31_kd.ipynb #741128d4
+# %% ../nbs/31_kd.ipynb #d4401f46
 def fit_classifier(
     dls,            # From `image_dls`, or any `DataLoaders`
     model,          # Module, trained further in place; function that makes one; or timm name, trained from scratch
@@ -485,7 +493,8 @@ def fit_classifier(
 )->Learner: # Fitted; `history` holds its training log
     "Train a classifier, repeatably"
     if epochs<1 or lr<=0: raise ValueError(f'epochs and lr must be positive, got epochs={epochs}, lr={lr}')
-    learn = Learner(dls, _make(model, dls, seed), **_task_settings(dls))
+    model = _make(model, dls, seed)
+    learn = Learner(dls, model, **_task_settings(dls, model))
     seed_everything(seed)
     dls.train.rng = random.Random(seed)
     with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
@@ -494,7 +503,7 @@ def fit_classifier(
     learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
     return learn
 
-# %% ../nbs/31_kd.ipynb #22fddea0
+# %% ../nbs/31_kd.ipynb #f112130e
 def stage_names(
     model:nn.Module, # A timm model
 )->list: # Layer names, first stage first
@@ -505,8 +514,12 @@ def stage_names(
 def _logit(student, teacher): return [LogitKD(teacher)]
 def _feature(student, teacher): return [FeatureKD(teacher, [(stage_names(student)[-1], stage_names(teacher.model)[-1])], pool=True)]
 def _both(student, teacher): return _logit(student, teacher) + _feature(student, teacher)
-def _hard_token(student, teacher): return [DistillTokenKD(teacher, 'hard')]
-def _soft_token(student, teacher): return [DistillTokenKD(teacher, 'soft', weight=.1, label_weight=.9)]
+def _hard_token(student, teacher):
+    _check_token(student)
+    return [DistillTokenKD(teacher, 'hard')]
+def _soft_token(student, teacher):
+    _check_token(student)
+    return [DistillTokenKD(teacher, 'soft', weight=.1, label_weight=.9)]
 def _kd_convnext(student, teacher):
     last_first = zip(reversed(stage_names(student)), reversed(stage_names(teacher.model))) # some models count their stem as a stage
     return [FeatureKD(teacher, list(last_first)[::-1], weight=.5), LogitKD(teacher, weight=.5), FocalKD(gamma=2)]

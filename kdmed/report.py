@@ -116,7 +116,7 @@ def table(self:Comparison,
     if self.difference is not None: rows['distilled − plain'] = {m: _cell(self.difference.loc[m], signed=True) for m in metrics}
     return pd.DataFrame.from_dict(rows, orient='index')
 
-# %% ../nbs/41_report.ipynb #ea4fa71b
+# %% ../nbs/41_report.ipynb #e5746f7b
 @patch
 def findings(self:Comparison,
     metric:str='balanced_accuracy', # What the models are judged by
@@ -130,6 +130,8 @@ def findings(self:Comparison,
         said.append(f'In this run the distilled student is {verdict} the plain student in {name}: {_cell(d, signed=True)}.')
         harmed = [m.split('/')[1] for m,row in self.difference.iterrows() if m.startswith('sensitivity/') and row.high<0]
         said.append(f'Classes whose sensitivity distillation harmed: {", ".join(harmed)}.' if harmed else 'No class lost sensitivity beyond chance.')
+        unseen = [c for c in a['classes'] if np.isnan(self.difference.value[f'sensitivity/{c}'])]
+        if unseen: said.append(f'Not judged, since the test images hold none of them: {", ".join(unseen)}.')
     if 'teacher' in self.scores and 'plain' in self.scores:
         gap = self.scores['teacher'].value[metric] - self.scores['plain'].value[metric]
         said.append(f'The teacher is {abs(gap):.3f} {"above" if gap>0 else "below"} the plain student' + ('.' if gap>0 else ': it had little to teach.'))
@@ -209,7 +211,7 @@ def save(self:Comparison,
     (folder/'report.md').write_text('# Distillation report\n\n' + self.to_markdown() + '\n![Metrics and sensitivity for each class](report.png)\n')
     return folder
 
-# %% ../nbs/41_report.ipynb #13ac331e
+# %% ../nbs/41_report.ipynb #f51dcb48
 def load_comparison(
     folder, # Holds a `metrics.json` of `Comparison.save`
 )->Comparison:
@@ -221,8 +223,8 @@ def load_comparison(
     def frame(numbers):
         rows = {m: v for m,v in numbers.items() if isinstance(v, dict)}
         return pd.DataFrame.from_dict(rows, orient='index').astype(float).assign(note='')
-    costs = {name: {k: v for k,v in numbers.items() if not isinstance(v, dict)} for name,numbers in saved.items()}
     difference = frame(saved.pop('difference')) if 'difference' in saved else None
+    costs = {name: {k: v for k,v in numbers.items() if not isinstance(v, dict)} for name,numbers in saved.items()}
     return Comparison({name: frame(numbers) for name,numbers in saved.items()}, difference, costs, about)
 
 # %% ../nbs/41_report.ipynb #e0199754

@@ -93,6 +93,11 @@ def test_distill_on_plain_tensors_is_repeatable(task):
     with pytest.raises(ValueError, match='pass a Module'): distill(dls, 'resnet18', teacher)
 
 
+def test_one_logit_is_binary_whatever_the_type_of_its_targets():
+    dls = learner(1, None, lambda n: torch.randint(2, (n,))).dls
+    assert 'BCE' in str(distill(dls, lambda: cnn(4, 1), cnn(8, 1), epochs=1, progress=False).loss_func)
+
+
 def test_wrong_teacher_is_named_before_a_step_is_taken():
     outputs,loss,targets = TASKS['multiclass']
     learn = learner(outputs, loss, targets, [LogitKD(cnn(8, 1))])
