@@ -94,7 +94,7 @@ def test_distill_on_plain_tensors_is_repeatable(task):
 
 
 def test_one_logit_is_binary_whatever_the_type_of_its_targets():
-    dls = learner(1, None, lambda n: torch.randint(2, (n,))).dls
+    dls = learner(1, nn.BCEWithLogitsLoss(), lambda n: torch.randint(2, (n,))).dls
     assert 'BCE' in str(distill(dls, lambda: cnn(4, 1), cnn(8, 1), epochs=1, progress=False).loss_func)
 
 
