@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
 
-# %% ../nbs/80_cli.ipynb #d09700eb
+# %% ../nbs/80_cli.ipynb #4061e43e
 import fastai
 import timm
 import torch
@@ -26,6 +26,7 @@ from .core import check_in
 from .data import image_dls, official_split, split_groups, synthetic_table
 from .datasets import (read_breakhis, read_chestxray14, read_csv, read_dicom_folder, read_folder, read_ham10000, read_lc25000,
                             read_medmnist)
+from .images import name_of
 from .kd import METHODS, Teacher, distill_callbacks
 from .models import create_student, create_teacher, save_student
 from .report import distillation_study, training_history
@@ -67,7 +68,7 @@ def _save_run(
         for name in RUN_FILES: os.replace(part/name, out/name)
     return out
 
-# %% ../nbs/80_cli.ipynb #bc878dde
+# %% ../nbs/80_cli.ipynb #8ca880ba
 def _environment():
     "Versions and hardware a run depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -87,7 +88,8 @@ def _run_study(
     seeds = tuple(range(args.seed, args.seed + args.repeats))
     comparison,models = distillation_study(dls, teacher() if args.teacher_checkpoint else teacher, make(create_student, args.student), args.method,
                                            args.teacher_epochs, args.epochs, args.lr, seeds)
-    settings = {k: v for k,v in vars(args).items() if k not in ('run', 'force')} | {'seconds': round(time.time()-start, 1), 'environment': _environment()}
+    left_out = {name_of(r.image): r.reason for r in dls.quarantine.itertuples()} if len(dls.quarantine) else {}
+    settings = {k: v for k,v in vars(args).items() if k not in ('run', 'force')} | {'left_out': left_out, 'seconds': round(time.time()-start, 1), 'environment': _environment()}
     out = _save_run(Path(args.out), comparison, models, settings)
     print('\n' + comparison.to_markdown() + f'\nTook {settings["seconds"]:.0f} s. Report, student and settings are in {out}')
     return out
@@ -114,7 +116,7 @@ def _read_data(
     if args.official: return official_split(table, args.official)
     return table if table.split.notna().all() else split_groups(table, seed=args.split_seed)
 
-# %% ../nbs/80_cli.ipynb #77905ef1
+# %% ../nbs/80_cli.ipynb #6b402e90
 AUGMENTS = {'none': None, 'flip': Flip, 'dihedral': Dihedral, 'tissue': tissue_augment, 'skin': skin_augment, 'chest': chest_augment,
             'deit_lung': deit_lung_augment, 'kd_convnext': kd_convnext_augment, 'mskd': mskd_augment}
 
@@ -127,9 +129,11 @@ def _distill_command(args):
     "kdmed distill"
     _check_out(args.out, args.force)
     check_in(args.method, ['auto', *METHODS], '--method')
+    args.augment = args.augment or ('chest' if args.dataset=='chestxray14' else 'dihedral')
     teacher,student = (create_student(name, 2, args.size) for name in (args.teacher, args.student))
     distill_callbacks(args.method, student, Teacher(teacher))
-    return _run_study(_read_data(args), args, store=args.store, sampling=args.sampling, unreadable=args.unreadable, **_augmentation(args.augment, args.seed))
+    return _run_study(_read_data(args), args, store=args.store, sampling=args.sampling, unreadable=args.unreadable,
+                      allow_leakage=args.allow_leakage, **_augmentation(args.augment, args.seed))
 
 def _demo_command(args):
     "kdmed demo"
@@ -156,7 +160,7 @@ def _make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)))
     return parser
 
-# %% ../nbs/80_cli.ipynb #b59f0cca
+# %% ../nbs/80_cli.ipynb #4aad0cca
 DEMO = dict(teacher='resnet10t', student='test_efficientnet', size=48, bs=32, teacher_epochs=12, epochs=12, lr=3e-3, method='auto', repeats=3,
             pretrained=False, teacher_checkpoint=None)
 
@@ -182,7 +186,8 @@ def _distill_arguments(command):
     add('--repeats', type=count, default=3, metavar='N', help='training seeds; each gives a plain and a distilled student')
     add('--lr', type=_positive(float), default=3e-3, metavar='X', help='peak learning rate')
     add('--bs', type=count, default=64, metavar='N', help='images in a batch')
-    add('--augment', choices=AUGMENTS, default='dihedral', help='none; left-right flips; flips and right-angle turns (not for chest films); or a policy of kdmed.transforms')
+    add('--augment', choices=AUGMENTS, help='none; left-right flips; flips and right-angle turns; or a policy of kdmed.transforms; if left out dihedral, and chest for chestxray14')
+    add('--allow-leakage', action='store_true', help='accept groups or images that are in more than one split, as in some official ones; scores then flatter')
     add('--store', nargs='?', const=True, default='memory', metavar='DIR', help='keep decoded images in a packed store on disk, in DIR or the default folder, instead of in memory')
     add('--sampling', choices=['natural', 'balanced'], default='natural', help='draw training images as they are, or all classes equally often')
     add('--unreadable', choices=['error', 'quarantine'], default='error', help='stop if images cannot be read, or go on without them')

@@ -22,7 +22,7 @@ from scipy.ndimage import gaussian_filter
 
 from .core import check_in, figure
 
-# %% ../nbs/05_images.ipynb #4a1897c8
+# %% ../nbs/05_images.ipynb #c43ca82c
 TASKS = 'binary','multiclass','multilabel'
 SPLITS = 'train','valid','test'
 
@@ -30,12 +30,16 @@ def _tidy(label):
     "A label as text, without spaces around its names; missing stays missing"
     return label if pd.isna(label) else '|'.join(name.strip() for name in str(label).split('|'))
 
+def _tidy_group(group):
+    "A group without spaces around its name; an empty name is a missing one"
+    return (group.strip() or None) if isinstance(group, str) else group
+
 def _classes_of(labels, task):
     "Sorted class names found in `labels`"
     labels = labels.dropna().astype(str)
     return sorted({c for l in labels for c in l.split('|') if c}) if task=='multilabel' else sorted(labels.unique())
 
-# %% ../nbs/05_images.ipynb #6614fbd7
+# %% ../nbs/05_images.ipynb #9af34328
 def image_table(
     images,           # Paths, or uint8 arrays [H, W] or [H, W, 3]; one an image
     labels,           # One class name an image; for `multilabel`, names joined by `|`
@@ -48,7 +52,7 @@ def image_table(
     "An image table from three columns"
     images,labels = list(images),pd.Series([_tidy(l) for l in labels], dtype=object)
     classes = classes and [str(c) for c in classes]
-    groups = range(len(images)) if groups is None else list(groups)
+    groups = range(len(images)) if groups is None else [_tidy_group(g) for g in groups]
     if not len(images)==len(labels)==len(groups):
         raise ValueError(f'expected one label and one group an image, got {len(images)} images, {len(labels)} labels, {len(groups)} groups')
     several = labels.dropna().astype(str).str.contains('|', regex=False).any()
@@ -58,7 +62,7 @@ def image_table(
     table.attrs = dict(name=name, task=task, classes=list(classes or found), **attrs)
     return check_table(table)
 
-# %% ../nbs/05_images.ipynb #e374224c
+# %% ../nbs/05_images.ipynb #93966bc3
 def check_table(
     table:pd.DataFrame, # An image table
 )->pd.DataFrame: # The same table
@@ -66,7 +70,9 @@ def check_table(
     missing = [c for c in ('image', 'label', 'group', 'split') if c not in table]
     if missing: raise ValueError(f'image table: missing column {missing}; it has {list(table.columns)}')
     if not len(table): raise ValueError('image table: no images')
-    check_in(table.attrs.get('task'), TASKS, "task in table.attrs['task']")
+    if not {'task', 'classes'} <= table.attrs.keys():
+        raise ValueError("image table: table.attrs lacks task or classes; make it with image_table, or, where pandas dropped them, table.attrs.update(before.attrs)")
+    check_in(table.attrs['task'], TASKS, "task in table.attrs['task']")
     classes,task = table.attrs['classes'],table.attrs['task']
     unknown = sorted(set(_classes_of(table.label, task)) - set(classes))
     if unknown: raise ValueError(f'image table: labels {unknown} are not among the classes {classes}')
@@ -76,7 +82,7 @@ def check_table(
     if table.group.isna().any(): raise ValueError(f'image table: {table.group.isna().sum()} rows have no group')
     return table
 
-# %% ../nbs/05_images.ipynb #659a79e0
+# %% ../nbs/05_images.ipynb #f6526df7
 @dataclass(frozen=True)
 class WindowedImage:
     "A file of more than 8 bits and the window of values that its gray levels span"
@@ -84,6 +90,14 @@ class WindowedImage:
     window:tuple=None # Center and width, in the file's units (Hounsfield units in CT); a DICOM file's own if left out
 
     def __str__(self): return str(self.path)
+
+def _refuse(what): raise ValueError(f'pixels must have 8 bits, got {what}')
+
+def _check_array(image):
+    "Raise an error for an array that is no image"
+    if image.dtype!=np.uint8: raise ValueError(f'image arrays must be uint8, from 0 to 255, got {image.dtype}')
+    if image.ndim not in (2, 3) or 0 in image.shape or (image.ndim==3 and image.shape[2]!=3):
+        raise ValueError(f'image arrays must have shape [H, W] or [H, W, 3], got {list(image.shape)}')
 
 def _apply_window(
     values,      # Any numbers [H, W]
@@ -94,7 +108,7 @@ def _apply_window(
     if width<=1: raise ValueError(f'window width must be above 1, got {width}')
     return (255*np.clip((values - (center-.5))/(width-1) + .5, 0, 1)).round().astype(np.uint8)
 
-# %% ../nbs/05_images.ipynb #5ef32aa5
+# %% ../nbs/05_images.ipynb #95cc7431
 def _first(value): return float(value[0] if isinstance(value, (list, tuple)) or hasattr(value, '__iter__') else value)
 
 def read_dicom(
@@ -108,20 +122,19 @@ def read_dicom(
     ds = pydicom.dcmread(path)
     if 'PixelData' not in ds: raise ValueError('this DICOM file holds no image')
     if (frames := int(ds.get('NumberOfFrames', 1) or 1)) > 1: raise ValueError(f'expected one image, the file holds {frames} frames')
+    if ds.PhotometricInterpretation=='PALETTE COLOR': raise ValueError('colors must be RGB or gray, got a palette')
     pixels = ds.pixel_array
     if pixels.ndim==3: return pixels if pixels.dtype==np.uint8 else _refuse(f'color of {pixels.dtype}')
     values = apply_modality_lut(pixels, ds)
     if window is None and ds.get('VOILUTSequence'):
-        values,bits = apply_voi_lut(values, ds),int(ds.VOILUTSequence[0].LUTDescriptor[2])
+        values,bits = apply_voi_lut(np.rint(values).astype(np.int32), ds),int(ds.VOILUTSequence[0].LUTDescriptor[2])
         window = 2**(bits-1),2**bits
     elif window is None and ds.get('WindowWidth') is not None: window = _first(ds.WindowCenter),_first(ds.WindowWidth)
     elif window is None: window = (float(values.min())+values.max()+1)/2,max(float(values.max())-values.min()+1, 2)
     gray = _apply_window(values, *window)
     return 255-gray if ds.PhotometricInterpretation=='MONOCHROME1' else gray
 
-def _refuse(what): raise ValueError(f'pixels must have 8 bits, got {what}')
-
-# %% ../nbs/05_images.ipynb #7b8564fb
+# %% ../nbs/05_images.ipynb #297d914f
 _ORIENTATION = 0x0112 # EXIF tag
 _PLAIN_MODES = '1','L','LA','La','P','PA','RGB','RGBA','RGBa','RGBX','YCbCr'
 
@@ -130,15 +143,23 @@ def _bits(opened):
     raw = ' '.join(str(tile[-1]) for tile in getattr(opened, 'tile', ()))
     return 16 if opened.mode[0] in 'IF' or ';16' in raw else 8
 
-def _to_rgb(opened):
+def _windowed(opened, window):
+    "A PIL image of one channel, through a window"
+    if opened.mode!='L' and opened.mode[0] not in 'IF': raise ValueError(f'a window takes gray levels, got mode {opened.mode}')
+    return Image.fromarray(_apply_window(np.asarray(ImageOps.exif_transpose(opened)), *window))
+
+def _to_rgb(opened, window=None):
     "A PIL image as 8-bit RGB, the right way up; an error if that would lose something"
     if (frames := getattr(opened, 'n_frames', 1)) > 1 and opened.format!='MPO': raise ValueError(f'expected one image, the file holds {frames} frames')
-    if _bits(opened)>8: _refuse(f'mode {opened.mode} of 16; choose a window of values: WindowedImage(path, (center, width))')
+    if window is not None: opened = _windowed(opened, window)
+    how = 'choose a window of values: WindowedImage(path, (center, width))' if opened.mode[0] in 'IF' else 'convert it to 8'
+    if _bits(opened)>8: _refuse(f'mode {opened.mode} of 16; {how}')
     if opened.mode not in _PLAIN_MODES: raise ValueError(f'colors must be RGB or gray, got {opened.mode}; convert it with the color profile it was made for')
     if opened.getexif().get(_ORIENTATION, 1)!=1: opened = ImageOps.exif_transpose(opened)
     opened.load()
     return opened if opened.mode=='RGB' else opened.convert('RGB')
 
+# %% ../nbs/05_images.ipynb #31ba48c8
 _RASTER = '.png','.jpg','.jpeg','.tif','.tiff','.bmp','.gif','.webp'
 
 def is_dicom(
@@ -153,13 +174,13 @@ def is_dicom(
 def _read_rgb(image):
     "What a table's `image` cell holds, as a PIL image in RGB"
     if isinstance(image, np.ndarray):
-        if image.dtype!=np.uint8: raise ValueError(f'image arrays must be uint8, from 0 to 255, got {image.dtype}')
+        _check_array(image)
         return Image.fromarray(image).convert('RGB')
     if isinstance(image, Image.Image): return _to_rgb(image)
     path,window = (image.path,image.window) if isinstance(image, WindowedImage) else (image,None)
+    if not isinstance(path, (str, Path)): raise ValueError(f'expected a path, WindowedImage, uint8 array or PIL image, got {type(path).__name__} {str(path)[:40]}')
     if is_dicom(path): return Image.fromarray(read_dicom(path, window)).convert('RGB')
-    with Image.open(path) as opened:
-        return _to_rgb(opened) if window is None else Image.fromarray(_apply_window(np.asarray(opened), *window)).convert('RGB')
+    with Image.open(path) as opened: return _to_rgb(opened, window)
 
 # %% ../nbs/05_images.ipynb #5c0a47db
 def name_of(
@@ -289,7 +310,7 @@ def synthetic_table(
         groups += [f'patient {patient:04d}']*len(tiles)
     return image_table(images, labels, groups, names, task, name='synthetic tissue', licence='CC0-1.0', citation='kdmed')
 
-# %% ../nbs/05_images.ipynb #d55decb6
+# %% ../nbs/05_images.ipynb #2b11316b
 def show_images(
     table:pd.DataFrame, # Image table
     n:int=6,            # Images of each class, from different groups where there are enough
@@ -304,7 +325,7 @@ def show_images(
         for ax in row: ax.axis('off')
         for ax,image in zip(row, chosen.image): ax.imshow(open_image(image))
         row[0].set_title(c, loc='left')
-    fig.suptitle(f"{table.attrs['name']}, n = {len(table)}", fontsize=10)
+    fig.suptitle(f"{table.attrs.get('name', 'images')}, n = {len(table):,}", fontsize=10)
     return axes
 
 # %% ../nbs/05_images.ipynb #9a08631d

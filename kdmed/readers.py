@@ -102,7 +102,7 @@ def read_folder(
     table = image_table(files, labels, groups, name=name or path.resolve().name)
     return _finish(table, {'split': pd.Series(splits)} if splits else {}, [] if group_pattern else [_NO_GROUPS], print_card)
 
-# %% ../nbs/12_readers.ipynb #944e33c9
+# %% ../nbs/12_readers.ipynb #5ff4a8a1
 def _read_rows(path, text=()):
     "Rows of a CSV file; columns in `text` exactly as written (`None`, `007`), where only an empty cell is missing"
     try:
@@ -116,12 +116,15 @@ def _need_columns(path, rows, needed):
     "Raise an error that names the columns of `needed` that a CSV file lacks"
     if missing := [c for c in needed if c not in rows]: raise ValueError(f'{path}: missing column {missing}; it has {list(rows.columns)}')
 
+_NOBODY = '','na','n/a','nan','none','null','<na>' # as a group's name: nobody knows
+
 def _check_ids(path, rows, image, group=''):
     "Raise an error for images without a name, listed twice, or without a group"
     if rows[image].isna().any(): raise ValueError(f'{path}: {rows[image].isna().sum()} rows have no {image}')
     if (twice := rows[image].duplicated()).any(): raise ValueError(f'{path}: {image} repeats: {sorted(rows[image][twice].unique())}')
-    if group and rows[group].isna().any():
-        raise ValueError(f"{path}: {rows[group].isna().sum()} rows have no {group}, such as {rows[image][rows[group].isna()].iloc[0]}; "
+    nobody = rows[group].isna() | rows[group].astype(str).str.strip().str.lower().isin(_NOBODY) if group else pd.Series(False, rows.index)
+    if nobody.any():
+        raise ValueError(f"{path}: {nobody.sum()} rows have no {group}, such as {rows[image][nobody].iloc[0]}; "
                          "fill it in, or pass group='' if every image is of another patient")
 
 # %% ../nbs/12_readers.ipynb #2e9c24d3

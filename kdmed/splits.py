@@ -63,7 +63,7 @@ def _deal(counts, sizes, first, rng):
         have[part[i], c] += share
     return part
 
-# %% ../nbs/06_splits.ipynb #66197a1c
+# %% ../nbs/06_splits.ipynb #353cdca3
 def split_groups(
     table:pd.DataFrame,     # Image table; not changed
     sizes=(.7,.15,.15),     # Shares of train, valid and test; sum to 1
@@ -72,7 +72,7 @@ def split_groups(
     "Deal whole groups out to train, valid and test, stratified by class"
     check_table(table)
     sizes = np.asarray(sizes, float)
-    if sizes.shape!=(3,) or (sizes<0).any() or abs(sizes.sum()-1)>1e-6 or sizes[0]==0:
+    if sizes.shape!=(3,) or not (sizes>=0).all() or abs(sizes.sum()-1)>1e-6 or sizes[0]==0:
         raise ValueError(f'sizes must be three shares (train, valid, test) that sum to 1, got {tuple(sizes.tolist())}')
     numbers,_,counts = _label_counts(table)
     part = _deal(counts, sizes, (3, 1, 2), np.random.default_rng(seed))

@@ -8,8 +8,8 @@ Docs: https://kdmed.github.io/kdmed/store.html.md"""
 __all__ = ['STORE_FORMAT', 'decode_images', 'identify_images', 'store_key', 'default_store_folder', 'pack_images', 'ImageStore',
            'list_stores']
 
-# %% ../nbs/08_store.ipynb #0f6237e7
-import hashlib, json, mmap, os, shutil, types, zlib
+# %% ../nbs/08_store.ipynb #1aaad273
+import hashlib, json, mmap, os, shutil, sys, types, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import chunked, listify
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
@@ -69,7 +70,7 @@ def decode_images(
     if unreadable is not None: unreadable.update(bad)
     return decoded
 
-# %% ../nbs/08_store.ipynb #f00bc9ab
+# %% ../nbs/08_store.ipynb #c993dcaa
 def _digest(*parts):
     "16 hexadecimal digits for some text or bytes"
     digest = hashlib.blake2b(digest_size=8)
@@ -88,12 +89,16 @@ def identify_images(
     common = os.path.commonpath([os.path.abspath(f) for f in folders]) if folders else ''
     return [_identify_file(p, common, getattr(i, 'window', None)) if p else _identify_pixels(i) for i,p in zip(images, paths)]
 
+def _samples(file, size, whole=2**18, n=8, length=4096):
+    "All of a small file, or samples of a large one"
+    if size<=whole: return [file.read()]
+    return [file.read(length) for i in range(n) if file.seek(i*(size-length)//(n-1)) is not None]
+
 def _identify_file(path, common, window):
     try:
         with open(path, 'rb') as f:
             stat = os.fstat(f.fileno())
-            f.seek(stat.st_size//2)
-            sample = zlib.crc32(f.read(4096))
+            sample = zlib.crc32(b''.join(_samples(f, stat.st_size)))
     except OSError: return f'{path}|missing'
     return f"{os.path.relpath(os.path.abspath(path), common)}|{stat.st_size}|{stat.st_mtime_ns}|{sample}" + (f'|{window}' if window else '')
 
@@ -101,34 +106,59 @@ def _identify_pixels(image):
     pixels = np.ascontiguousarray(image)
     return f"{pixels.shape}|{_digest(pixels.data.cast('B') if pixels.size else b'')}"
 
-# %% ../nbs/08_store.ipynb #216e4c6b
-_PLAIN = int,float,str,bytes,bool,tuple,np.ndarray,type(None)
+# %% ../nbs/08_store.ipynb #4a279940
+def _is_library(module):
+    "Whether a module is installed, and so changes only with its version"
+    file = getattr(sys.modules.get(module), '__file__', None) or ''
+    return module.partition('.')[0] in sys.stdlib_module_names or 'site-packages' in file or 'dist-packages' in file
 
-def _value_text(value):
-    return _identify_pixels(value) if isinstance(value, np.ndarray) else repr(value)
+def _named(value):
+    "Module and name of a function, class or module, with the version of the library it belongs to"
+    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, '__module__', None) or ''
+    library = sys.modules.get(module.partition('.')[0])
+    return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)} {getattr(library, '__version__', '')}"
 
-def _code_text(code, scope, module, seen):
-    "What compiled code does: its instructions and constants, and the functions and plain values of its own module that it uses"
-    consts = [_code_text(c, scope, module, seen) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    used = [(n, scope[n]) for n in code.co_names if n in scope]
-    used = [_function_text(v, seen) if callable(v) else _value_text(v) for _,v in used if isinstance(v, _PLAIN) or getattr(v, '__module__', None)==module]
-    return f'{code.co_code.hex()} {code.co_names} {consts} {used}'
+def _code_text(code, scope, seen):
+    "What compiled code does: its instructions and constants, and all that it finds in its module under the names it uses"
+    consts = [_code_text(c, scope, seen) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    used = [scope[n] for n in code.co_names if n in scope]
+    used += [getattr(m, n) for m in used if isinstance(m, types.ModuleType) for n in code.co_names if hasattr(m, n)]
+    return f'{code.co_code.hex()} {code.co_names} {consts} {[_text(v, seen) for v in used]}'
 
-def _function_text(f, seen=()):
-    "A text that is the same for the same preprocessing, and another for any other"
-    if any(f is s for s in seen): return ''
-    seen = *seen,f
-    if isinstance(f, partial): return f'partial {_function_text(f.func, seen)} {f.args} {sorted(f.keywords.items())}'
-    name = f"{getattr(f, '__module__', '')}.{getattr(f, '__qualname__', type(f).__qualname__)}"
-    if isinstance(f, types.FunctionType):
-        held = [_function_text(c, seen) if callable(c) else _value_text(c) for c in (cell.cell_contents for cell in f.__closure__ or ())]
-        return f'{name} {f.__defaults__} {f.__kwdefaults__} {held} ' + _code_text(f.__code__, f.__globals__, f.__module__, seen)
-    if hasattr(f, '__wrapped__'): return name + _function_text(f.__wrapped__, seen)
-    if isinstance(f, type) or not isinstance(vars(type(f)).get('__call__'), types.FunctionType): return name
-    if ' at 0x' in repr(f): raise ValueError(f'preprocessing {name} needs a repr that tells its parameters, such as a dataclass has; got {f!r}')
-    return repr(f) + ' '.join(_function_text(m, seen) for m in vars(type(f)).values() if isinstance(m, types.FunctionType))
+def _class_text(cls, seen):
+    "What the methods and other attributes of a class are"
+    return _named(cls) + ' '.join(f'{n} {_text(v, seen)}' for n,v in vars(cls).items() if isinstance(v, types.FunctionType) or not n.startswith('__'))
 
-# %% ../nbs/08_store.ipynb #3760d2fa
+# %% ../nbs/08_store.ipynb #64b07480
+def _text(value, seen=()):
+    "A text that is the same for the same function or value, and another for any other"
+    if any(value is s for s in seen): return ''
+    seen = *seen,value
+    if isinstance(value, (bool, int, float, complex, str, bytes, type(None))): return repr(value)
+    if isinstance(value, (np.ndarray, torch.Tensor)): return _identify_pixels(np.asarray(value))
+    if isinstance(value, (list, tuple)): return repr([_text(v, seen) for v in value])
+    if isinstance(value, (set, frozenset)): return repr(sorted(_text(v, seen) for v in value))
+    if isinstance(value, dict): return repr([(_text(k, seen), _text(v, seen)) for k,v in value.items()])
+    if isinstance(value, partial): return f'partial {_text(value.func, seen)} {_text(value.args, seen)} {_text(value.keywords, seen)}'
+    if isinstance(value, types.MethodType): return f'{_text(value.__func__, seen)} of {_text(value.__self__, seen)}'
+    if isinstance(value, types.ModuleType) or _is_library(getattr(value, '__module__', None) or type(value).__module__): return _named(value) + _state(value)
+    if hasattr(value, '__wrapped__') and not isinstance(value, types.FunctionType): return _named(value) + _text(value.__wrapped__, seen)
+    if isinstance(value, types.FunctionType):
+        held = [_text(cell.cell_contents, seen) for cell in value.__closure__ or ()]
+        return f'{_named(value)} {_text(value.__defaults__, seen)} {_text(value.__kwdefaults__, seen)} {held} ' + _code_text(value.__code__, value.__globals__, seen)
+    if isinstance(value, type): return _class_text(value, seen)
+    return _state(value) + _class_text(type(value), seen)
+
+def _state(value):
+    "The parameters of an object, by its repr; of one without, its attributes"
+    text = repr(value)
+    if ' at 0x' not in text: return text
+    if isinstance(value, (type, types.ModuleType)) or callable(value) and hasattr(value, '__qualname__'): return ''
+    held = vars(value) if hasattr(value, '__dict__') else {}
+    if not held: return type(value).__qualname__
+    return _text({k: v for k,v in held.items()})
+
+# %% ../nbs/08_store.ipynb #3a8a6c81
 STORE_FORMAT = 1
 
 def store_key(
@@ -137,7 +167,7 @@ def store_key(
     preprocess=(), # Functions applied before resizing
 )->str: # 16 hexadecimal digits
     "The key of a store: another one for any change of images, size or preprocessing"
-    return _digest(STORE_FORMAT, size, [_function_text(f) for f in listify(preprocess)], *sorted(set(identify_images(images))))
+    return _digest(STORE_FORMAT, size, [_text(f) for f in listify(preprocess)], *sorted(set(identify_images(images))))
 
 # %% ../nbs/08_store.ipynb #289f8492
 def default_store_folder()->Path:
@@ -250,7 +280,7 @@ def _to_disk(path):
     "Wait until a file is on disk"
     with open(path, 'r+b') as f: os.fsync(f.fileno())
 
-# %% ../nbs/08_store.ipynb #57a15885
+# %% ../nbs/08_store.ipynb #dc5b0c61
 _RELEASE_BYTES = 128*2**20
 
 class ImageStore:
@@ -294,7 +324,7 @@ class ImageStore:
         "Raise an error if a byte of these stored images has changed; each is looked at once"
         for r in rows[~self._seen[rows]]:
             if zlib.crc32(self._pixels[r])!=self._sums[r] and str(r) not in self.about['unreadable']:
-                raise ValueError(f"{self.home}: image {r} ({self.about['images'][r]}) has changed on disk; delete the folder to pack again")
+                raise ValueError(f"{self.home}: the copy of image {r} ({self.about['images'][r]}) is damaged; delete the folder to pack again")
             self._seen[r] = True
 
     def verify(self):
@@ -303,7 +333,7 @@ class ImageStore:
         self.check(np.unique(self.rows))
         return self
 
-# %% ../nbs/08_store.ipynb #1c21e257
+# %% ../nbs/08_store.ipynb #e11d94fc
 def list_stores(
     folder=None, # Where stores are kept; `default_store_folder()` if left out
 )->pd.DataFrame: # One row a store: `store`, `images`, `size`, `MB`, `preprocess`, `whole`
@@ -313,6 +343,7 @@ def list_stores(
         if not home.is_dir(): continue
         whole = (home/'store.json').exists() and home.suffix!='.part'
         about = json.loads((home/'store.json').read_text()) if whole else {}
-        rows.append(dict(store=home.name, images=len(about.get('images', [])), size=int(home.name.split('px-')[0]),
+        images = len(about['images']) if whole else len(np.load(home/'journal.npy', mmap_mode='r')) if (home/'journal.npy').exists() else 0
+        rows.append(dict(store=home.name, images=images, size=int(home.name.split('px-')[0]),
                          MB=round(sum(f.stat().st_size for f in home.iterdir())/1e6, 1), preprocess=', '.join(about.get('preprocess', [])), whole=whole))
     return pd.DataFrame(rows, columns=['store', 'images', 'size', 'MB', 'preprocess', 'whole'])
