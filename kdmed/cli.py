@@ -160,7 +160,7 @@ def _make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)))
     return parser
 
-# %% ../nbs/80_cli.ipynb #4aad0cca
+# %% ../nbs/80_cli.ipynb #217f93fe
 DEMO = dict(teacher='resnet10t', student='test_efficientnet', size=48, bs=32, teacher_epochs=12, epochs=12, lr=3e-3, method='auto', repeats=3,
             pretrained=False, teacher_checkpoint=None)
 
@@ -172,11 +172,29 @@ def _positive(kind):
         return value
     return parse
 
+# %% ../nbs/80_cli.ipynb #c52183b4
+def _data_arguments(add):
+    "Where images come from and how they are dealt out"
+    add('--data', metavar='PATH', help='folder or file; a public set is looked for in the input folder of Kaggle if left out')
+    add('--dataset', choices=READERS, default='folder', help='; '.join(f'{k}: {v}' for k,v in READERS.items()))
+    add('--augment', choices=AUGMENTS, help='none; left-right flips; flips and right-angle turns; or a policy of kdmed.transforms; if left out dihedral, and chest for chestxray14')
+    add('--allow-leakage', action='store_true', help='accept groups or images that are in more than one split, as in some official ones; scores then flatter')
+    add('--store', nargs='?', const=True, default='memory', metavar='DIR', help='keep decoded images in a packed store on disk, in DIR or the default folder, instead of in memory')
+    add('--sampling', choices=['natural', 'balanced'], default='natural', help='draw training images as they are, or all classes equally often')
+    add('--unreadable', choices=['error', 'quarantine'], default='error', help='stop if images cannot be read, or go on without them')
+    add('--split-seed', type=int, default=0, metavar='N', help='seed of the split by groups, where the data has no split')
+    add('--group-pattern', default='', metavar='REGEX', help='folder: first bracket is the group in a file name; else each image is its own group')
+    add('--label', default='label', metavar='COLUMN', help='csv: column of labels')
+    add('--group', default='group', metavar='COLUMN', help='csv: column of groups')
+    add('--task', choices=['auto', 'binary', 'multiclass', 'multilabel'], default='auto', help='csv, breakhis: the task; auto: by the labels')
+    add('--official', nargs='?', const='official', metavar='COLUMN', help="use the makers' split; for breakhis name a fold: fold1 to fold5")
+    add('--tissue', choices=['lung', 'colon', 'both'], default='lung', help='lc25000: which part')
+    add('--magnification', type=int, choices=[40, 100, 200, 400], metavar='N', help='breakhis: 40, 100, 200 or 400; all if left out')
+
 def _distill_arguments(command):
     "What only `kdmed distill` has"
     add,count = command.add_argument,_positive(int)
-    add('--data', metavar='PATH', help='folder or file; a public set is looked for in the input folder of Kaggle if left out')
-    add('--dataset', choices=READERS, default='folder', help='; '.join(f'{k}: {v}' for k,v in READERS.items()))
+    _data_arguments(add)
     add('--teacher', default='resnet10t', metavar='NAME', help='timm model that teaches')
     add('--student', default='test_efficientnet', metavar='NAME', help='timm model that learns; the default is a very small one')
     add('--size', type=count, default=64, metavar='N', help='image side in pixels')
@@ -186,21 +204,8 @@ def _distill_arguments(command):
     add('--repeats', type=count, default=3, metavar='N', help='training seeds; each gives a plain and a distilled student')
     add('--lr', type=_positive(float), default=3e-3, metavar='X', help='peak learning rate')
     add('--bs', type=count, default=64, metavar='N', help='images in a batch')
-    add('--augment', choices=AUGMENTS, help='none; left-right flips; flips and right-angle turns; or a policy of kdmed.transforms; if left out dihedral, and chest for chestxray14')
-    add('--allow-leakage', action='store_true', help='accept groups or images that are in more than one split, as in some official ones; scores then flatter')
-    add('--store', nargs='?', const=True, default='memory', metavar='DIR', help='keep decoded images in a packed store on disk, in DIR or the default folder, instead of in memory')
-    add('--sampling', choices=['natural', 'balanced'], default='natural', help='draw training images as they are, or all classes equally often')
-    add('--unreadable', choices=['error', 'quarantine'], default='error', help='stop if images cannot be read, or go on without them')
     add('--pretrained', action='store_true', help="start from timm's weights (needs internet)")
     add('--teacher-checkpoint', metavar='FILE', help='weights of a trained teacher, which is then not trained here')
-    add('--split-seed', type=int, default=0, metavar='N', help='seed of the split by groups, where the data has no split')
-    add('--group-pattern', default='', metavar='REGEX', help='folder: first bracket is the group in a file name; else each image is its own group')
-    add('--label', default='label', metavar='COLUMN', help='csv: column of labels')
-    add('--group', default='group', metavar='COLUMN', help='csv: column of groups')
-    add('--task', choices=['auto', 'binary', 'multiclass', 'multilabel'], default='auto', help='csv, breakhis: the task; auto: by the labels')
-    add('--official', nargs='?', const='official', metavar='COLUMN', help="use the makers' split; for breakhis name a fold: fold1 to fold5")
-    add('--tissue', choices=['lung', 'colon', 'both'], default='lung', help='lc25000: which part')
-    add('--magnification', type=int, choices=[40, 100, 200, 400], metavar='N', help='breakhis: 40, 100, 200 or 400; all if left out')
     command.set_defaults(run=_distill_command)
 
 # %% ../nbs/80_cli.ipynb #5f527526

@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/store.html.md"""
 __all__ = ['STORE_FORMAT', 'decode_images', 'identify_images', 'store_key', 'default_store_folder', 'pack_images', 'ImageStore',
            'list_stores']
 
-# %% ../nbs/08_store.ipynb #1aaad273
+# %% ../nbs/08_store.ipynb #706cd458
 import hashlib, json, mmap, os, shutil, sys, types, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import chunked, listify
+from fastcore.basics import chunked, listify, patch
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from numpy.lib.format import open_memmap
@@ -280,7 +280,7 @@ def _to_disk(path):
     "Wait until a file is on disk"
     with open(path, 'r+b') as f: os.fsync(f.fileno())
 
-# %% ../nbs/08_store.ipynb #dc5b0c61
+# %% ../nbs/08_store.ipynb #f2b20c0a
 _RELEASE_BYTES = 128*2**20
 
 class ImageStore:
@@ -313,25 +313,29 @@ class ImageStore:
         self._release(np.size(rows))
         return np.asarray(self._pixels[rows])
 
-    def _release(self, n):
-        "Hand pages back now and then, so that reading a large store does not look like using as much memory; the system keeps what it has room for"
-        self._touched += n*3*self.size**2
-        if self._touched < _RELEASE_BYTES: return
-        self._touched = 0
-        if hasattr(mmap, 'MADV_DONTNEED'): self._pixels._mmap.madvise(mmap.MADV_DONTNEED)
+# %% ../nbs/08_store.ipynb #6771cd8a
+@patch
+def _release(self:ImageStore, n):
+    "Hand pages back now and then, so that reading a large store does not look like using as much memory; the system keeps what it has room for"
+    self._touched += n*3*self.size**2
+    if self._touched < _RELEASE_BYTES: return
+    self._touched = 0
+    if hasattr(mmap, 'MADV_DONTNEED'): self._pixels._mmap.madvise(mmap.MADV_DONTNEED)
 
-    def check(self, rows):
-        "Raise an error if a byte of these stored images has changed; each is looked at once"
-        for r in rows[~self._seen[rows]]:
-            if zlib.crc32(self._pixels[r])!=self._sums[r] and str(r) not in self.about['unreadable']:
-                raise ValueError(f"{self.home}: the copy of image {r} ({self.about['images'][r]}) is damaged; delete the folder to pack again")
-            self._seen[r] = True
+@patch
+def check(self:ImageStore, rows):
+    "Raise an error if a byte of these stored images has changed; each is looked at once"
+    for r in rows[~self._seen[rows]]:
+        if zlib.crc32(self._pixels[r])!=self._sums[r] and str(r) not in self.about['unreadable']:
+            raise ValueError(f"{self.home}: the copy of image {r} ({self.about['images'][r]}) is damaged; delete the folder to pack again")
+        self._seen[r] = True
 
-    def verify(self):
-        "Check all images now, by reading the whole store"
-        self._seen[:] = False
-        self.check(np.unique(self.rows))
-        return self
+@patch
+def verify(self:ImageStore):
+    "Check all images now, by reading the whole store"
+    self._seen[:] = False
+    self.check(np.unique(self.rows))
+    return self
 
 # %% ../nbs/08_store.ipynb #e11d94fc
 def list_stores(

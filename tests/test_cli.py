@@ -91,3 +91,18 @@ def test_a_run_is_never_overwritten_unasked(findings_csv, tmp_path, capsys):
     assert 'already holds a run (metrics.json)' in capsys.readouterr().err and (out/'metrics.json').read_text() == 'precious'
     assert cli.main([*arguments(findings_csv, out), '--force']) == 0
     assert (out/'metrics.json').read_text() != 'precious' and (out/'notes.txt').read_text() == 'mine'
+
+
+def test_images_left_out_are_on_record(tmp_path, capsys):
+    table = synthetic_table(n=90, classes=3, size=32)
+    for i,row in table.iterrows():
+        file = tmp_path/'tissue'/row.label/f"{row.group.split()[1]}_{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(row.image).save(file)
+    file.write_bytes(b'')
+    args = arguments(tmp_path/'tissue', tmp_path/'run', dataset='folder', group_pattern=r'(\d+)_', task='auto', store=tmp_path/'stores', sampling='balanced', augment='tissue', repeats=1)
+    assert cli.main(args) == 2 and '1 of 90 images cannot be read' in capsys.readouterr().err
+    assert cli.main([*args, '--unreadable', 'quarantine']) == 0
+    left_out = json.loads((tmp_path/'run/settings.json').read_text())['left_out']
+    assert list(left_out) == [str(file)] and 'cannot identify image file' in left_out[str(file)]
+    assert len(list(tmp_path.glob('stores/32px-*/store.json'))) == 1
