@@ -46,7 +46,7 @@ def _views(drawn, epoch, views=None):
     repetition = pd.Series(drawn).groupby(np.asarray(drawn)).cumcount().to_numpy()
     return epoch + _SECOND_DRAW*repetition if views is None else (epoch+repetition) % views
 
-# %% ../nbs/11_data.ipynb #47083578
+# %% ../nbs/11_data.ipynb #d32946f4
 class _Part:
     "Rows of an array or store of images, without copying them"
     def __init__(self, images, rows): self.images,self.rows = images,np.asarray(rows)
@@ -70,7 +70,7 @@ class _Replay(Transform):
 
 class _NormalizeAnywhere(Normalize):
     "fastai's `Normalize`, on whichever device the batch is (under several GPUs, not the one it was made for)"
-    def encodes(self, x:TensorImage): return x.sub(self.mean.to(x.device)).div_(self.std.to(x.device))
+    def encodes(self, x:TensorImage): return x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device)) # nobody else holds these pixels
     def decodes(self, x:TensorImage): return x*self.std.to(x.device) + self.mean.to(x.device)
 
 # %% ../nbs/11_data.ipynb #57fd6e16
