@@ -171,7 +171,7 @@ def _label_tfms(classes, task):
     if task!='multilabel': return [_label_of, Categorize(vocab=classes, sort=False)]
     return [_label_of, _split_findings, MultiCategorize(vocab=classes), OneHotEncode(len(classes))]
 
-# %% ../nbs/11_data.ipynb #754b1c71
+# %% ../nbs/11_data.ipynb #a3345d92
 def _check_trainable(table, allow_leakage):
     "Raise an error for a table that cannot be trained on, or whose splits share groups"
     check_table(table)
@@ -188,8 +188,9 @@ def _check_trainable(table, allow_leakage):
 
 def _check_files(table):
     "Raise an error for a file that is in more than one split"
-    files = table.image.map(lambda i: os.path.abspath(str(i)) if isinstance(i, (str, Path, WindowedImage)) else id(i))
-    shared = files[files.groupby(files).transform(lambda f: table.split[f.index].nunique())>1].unique() if files.duplicated().any() else []
+    files = [os.path.abspath(str(i)) if isinstance(i, (str, Path, WindowedImage)) else id(i) for i in table.image]
+    splits = pd.Series(table.split.to_numpy()).groupby(files).nunique()
+    shared = splits.index[splits>1]
     if len(shared): raise ValueError(f'{len(shared)} images are in more than one split, such as {shared[0]}; keep one row of each, or allow_leakage=True to go on')
 
 # %% ../nbs/11_data.ipynb #9c719449

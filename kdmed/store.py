@@ -158,7 +158,7 @@ def _state(value):
     if not held: return type(value).__qualname__
     return _text({k: v for k,v in held.items()})
 
-# %% ../nbs/08_store.ipynb #3a8a6c81
+# %% ../nbs/08_store.ipynb #0980ca3b
 STORE_FORMAT = 1
 
 def store_key(
@@ -167,7 +167,11 @@ def store_key(
     preprocess=(), # Functions applied before resizing
 )->str: # 16 hexadecimal digits
     "The key of a store: another one for any change of images, size or preprocessing"
-    return _digest(STORE_FORMAT, size, [_text(f) for f in listify(preprocess)], *sorted(set(identify_images(images))))
+    return _key(identify_images(images), size, preprocess)
+
+def _key(names, size, preprocess):
+    "The key for images that are identified already"
+    return _digest(STORE_FORMAT, size, [_text(f) for f in listify(preprocess)], *sorted(set(names)))
 
 # %% ../nbs/08_store.ipynb #289f8492
 def default_store_folder()->Path:
@@ -234,7 +238,7 @@ class _Packer:
         file.seek(at)
         if (n := file.write(data))!=len(data): raise OSError(f'{self.part}: disk full, {n} of {len(data)} bytes written')
 
-# %% ../nbs/08_store.ipynb #a5a6b0ff
+# %% ../nbs/08_store.ipynb #8284393c
 _KEEP_ERRORS = 'error','quarantine'
 
 def pack_images(
@@ -253,7 +257,7 @@ def pack_images(
     stored = sorted(first)
     folder = Path(folder or default_store_folder()).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    home = folder/f'{size}px-{store_key(images, size, preprocess)}'
+    home = folder/f'{size}px-{_key(names, size, preprocess)}'
     lock = FileLock(folder/f'{home.name}.lock')
     with lock:
         if not home.exists(): _pack(home, [images[first[name]] for name in stored], size, preprocess, progress, unreadable)
