@@ -172,7 +172,7 @@ def _positive(kind):
         return value
     return parse
 
-# %% ../nbs/80_cli.ipynb #c52183b4
+# %% ../nbs/80_cli.ipynb #568af4ed
 def _data_arguments(add):
     "Where images come from and how they are dealt out"
     add('--data', metavar='PATH', help='folder or file; a public set is looked for in the input folder of Kaggle if left out')
@@ -200,7 +200,7 @@ def _distill_arguments(command):
     add('--size', type=count, default=64, metavar='N', help='image side in pixels')
     add('--epochs', type=count, default=10, metavar='N', help='epochs of each student')
     add('--teacher-epochs', type=count, default=16, metavar='N', help='epochs of the teacher')
-    add('--method', default='auto', metavar='NAME', help='; '.join(f'{k}: {v}' for k,(_,v) in METHODS.items()) + '; auto: token if the student has one, else logit+feature')
+    add('--method', default='auto', metavar='NAME', help=', '.join(METHODS) + '; auto: token if the student has one, else logit+feature')
     add('--repeats', type=count, default=3, metavar='N', help='training seeds; each gives a plain and a distilled student')
     add('--lr', type=_positive(float), default=3e-3, metavar='X', help='peak learning rate')
     add('--bs', type=count, default=64, metavar='N', help='images in a batch')

@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/readers.html.md"""
 # %% auto #0
 __all__ = ['read_folder', 'read_csv', 'read_dicom_folder']
 
-# %% ../nbs/12_readers.ipynb #0d106145
+# %% ../nbs/12_readers.ipynb #e0047719
 import os, re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastai.data.transforms import get_image_files
+from fastcore.basics import listify
 
 from .core import check_in
-from .images import SPLITS, WindowedImage, card, check_table, image_table, is_dicom
+from .images import SPLITS, WindowedImage, card, check_table, image_table, is_dicom, parse_findings
 from .splits import _SPLIT_NAMES
 
 # %% ../nbs/12_readers.ipynb #0688d038
@@ -54,9 +55,10 @@ def _finish(
     if print_card: print(card(table))
     return table
 
-# %% ../nbs/12_readers.ipynb #654c2214
+# %% ../nbs/12_readers.ipynb #b8e9d6c6
 def _labels_from_folders(path, files):
     "Class of each file, and its split or None: the names of the folders it lies in"
+    if not files: raise FileNotFoundError(f'no images with a label in {path}: expected one folder for each class')
     parts = [f.relative_to(path).parts for f in files]
     folders = sorted({p[0] for p in parts if len(p)>1})
     splits = [f for f in folders if f.lower() in _SPLIT_NAMES]
@@ -73,6 +75,27 @@ def _labels_from_folders(path, files):
                          f'if the classes are inside it, pass {path/folders[0]}')
     return [p[level] for p in parts],[_SPLIT_NAMES[p[0].lower()] for p in parts] if level else None
 
+# %% ../nbs/12_readers.ipynb #2c772f68
+def _with_unlabeled(path, files, unlabeled):
+    "`_labels_from_folders`, but None as the class of files in folders that are called so; those beside the splits are in train"
+    inside = [[p.lower() for p in f.relative_to(path).parts[:-1]][:2] for f in files]
+    def is_mute(p): return p[:1] and p[0] in unlabeled or len(p)>1 and p[0] in _SPLIT_NAMES and p[1] in unlabeled
+    mute = np.array([bool(is_mute(p)) for p in inside])
+    if absent := [u for u in unlabeled if not any(u in p for p,m in zip(inside, mute) if m)]: raise FileNotFoundError(f'{path}: no folder {absent} with images')
+    labels,splits = np.full(len(files), None, object),np.full(len(files), 'train', object)
+    found,parts = _labels_from_folders(path, [f for f,m in zip(files, mute) if not m])
+    labels[~mute] = found
+    if parts is None: return list(labels),None
+    splits[~mute] = parts
+    for i in np.flatnonzero(mute): splits[i] = _SPLIT_NAMES.get(inside[i][0], 'train')
+    return list(labels),list(splits)
+
+_UNLABELED_NAMES = 'unlabeled','unlabelled' # a class of this name is hardly meant
+
+def _looks_unlabeled(labels):
+    "Notes on classes that may be none"
+    return [f"{c!r} counts as a class; unlabeled={c!r} reads its images as ones without a label" for c in sorted({l for l in labels if l}) if c.lower() in _UNLABELED_NAMES]
+
 # %% ../nbs/12_readers.ipynb #8cfedb6c
 def _groups_from_names(path, files, pattern):
     "First bracket of `pattern` in each file's name, or in its path below `path` if the pattern has a slash"
@@ -84,7 +107,7 @@ def _groups_from_names(path, files, pattern):
     if len(odd := names[groups.isna()]): raise ValueError(f'group_pattern {pattern!r} does not match {len(odd)} file names, such as {odd.iloc[0]}')
     return groups
 
-# %% ../nbs/12_readers.ipynb #e73d76e3
+# %% ../nbs/12_readers.ipynb #cf0f9938
 _NO_GROUPS = 'whose images they are is not known: each counts as its own group'
 
 def read_folder(
@@ -92,15 +115,16 @@ def read_folder(
     group_pattern:str='', # Regular expression whose first bracket is the group: in a file's name or, if it has a `/`, in its path below `path`
     name:str='',         # What to call the set; the folder's name if empty
     print_card:bool=True, # Print the card of the set
+    unlabeled=(),        # Folders, beside those of the classes or of the splits, whose images have no label: a name or several, in any case
 )->pd.DataFrame: # Image table
     "Image table from class folders"
-    path = _existing(path, 'image folder')
+    path,unlabeled = _existing(path, 'image folder'),[u.lower() for u in listify(unlabeled)]
     files = sorted(get_image_files(path))
     if not files: raise FileNotFoundError(f'no image files in {path}: expected one folder for each class')
-    labels,splits = _labels_from_folders(path, files)
+    labels,splits = _with_unlabeled(path, files, unlabeled)
     groups = _groups_from_names(path, files, group_pattern) if group_pattern else None
     table = image_table(files, labels, groups, name=name or path.resolve().name)
-    return _finish(table, {'split': pd.Series(splits)} if splits else {}, [] if group_pattern else [_NO_GROUPS], print_card)
+    return _finish(table, {'split': pd.Series(splits)} if splits else {}, _looks_unlabeled(labels) + ([] if group_pattern else [_NO_GROUPS]), print_card)
 
 # %% ../nbs/12_readers.ipynb #5ff4a8a1
 def _read_rows(path, text=()):
@@ -127,11 +151,12 @@ def _check_ids(path, rows, image, group=''):
         raise ValueError(f"{path}: {nobody.sum()} rows have no {group}, such as {rows[image][nobody].iloc[0]}; "
                          "fill it in, or pass group='' if every image is of another patient")
 
-# %% ../nbs/12_readers.ipynb #2e9c24d3
+# %% ../nbs/12_readers.ipynb #f8904f2a
 def _check_labels(path, rows, label, classes, task):
     "Raise an error for labels outside of `classes`"
     several = task=='multilabel' or (task=='auto' and rows[label].str.contains('|', regex=False).any())
     names = rows[label].dropna().map(lambda l: [n.strip() for n in (l.split('|') if several else [l])])
+    if several: names = names.map(lambda ns: sum(parse_findings('|'.join(ns)), []))
     unknown = sorted({n for ns in names for n in ns if n} - {str(c) for c in classes})
     if unknown: raise ValueError(f'{path}: {label} holds {unknown}, which are not among the classes {list(classes)}')
 
@@ -142,7 +167,7 @@ def _splits_of(path, names):
     if unknown: raise ValueError(f'{path}: split must be one of {SPLITS}, got {unknown}')
     return pd.Series(found, index=names.index, dtype=object)
 
-# %% ../nbs/12_readers.ipynb #ebb63eda
+# %% ../nbs/12_readers.ipynb #67c7391f
 def _keep_found(rows, paths, missing, where):
     "Rows whose image was found, their paths, and a note on the others; an error if `missing` is `error`, or if none was found"
     there = np.array([p is not None for p in paths])
@@ -153,22 +178,31 @@ def _keep_found(rows, paths, missing, where):
         raise FileNotFoundError(f'{where}: {len(absent):,} images of the list not found: {_some(absent)}{hint}')
     return rows[there],[p for p in paths if p is not None],[f'{len(absent):,} of {len(rows):,} listed images not found, left out']
 
-def _checked_list(path, image, label, group, split, task, classes):
-    "Rows of a CSV file by image name, once nothing is wrong with them; `split` in its own column"
+_EMPTY = 'auto','none','unlabeled'
+
+def _fill_empty(labels, task, empty):
+    "Labels with empty ones as `empty` says, and the task"
+    check_in(empty, _EMPTY, 'empty')
+    if empty=='none' and task=='auto': task = 'multilabel'
+    if empty=='none' and task!='multilabel': raise ValueError(f"empty='none' (no finding) needs task='multilabel', got {task!r}; every image of another task has a class, or no label")
+    return labels.fillna('') if task=='multilabel' and empty!='unlabeled' else labels,task
+
+def _checked_list(path, image, label, group, split, task, classes, empty):
+    "Rows of a CSV file by image name, once nothing is wrong with them, `split` in its own column; and the task"
     rows = _read_rows(path, (image, label, group))
     _need_columns(path, rows, [c for c in (image, label, group, split if split!='split' else '') if c])
     _check_ids(path, rows, image, group)
-    if task=='multilabel': rows[label] = rows[label].fillna('') # nothing found
+    rows[label],task = _fill_empty(rows[label], task, empty)
     if classes: _check_labels(path, rows, label, classes, task)
     rows['split'] = _splits_of(path, rows[split]) if split in rows else None
-    return rows.set_index(image, drop=False)
+    return rows.set_index(image, drop=False),task
 
-# %% ../nbs/12_readers.ipynb #1eeb6cd4
+# %% ../nbs/12_readers.ipynb #35ed2d01
 def read_csv(
     path,                # CSV file, one row an image
     images='',           # Folder the image names are relative to; the CSV's own folder if empty
     image:str='image',   # Column of image file names
-    label:str='label',   # Column of labels; several findings joined by `|`
+    label:str='label',   # Column of labels; several findings joined by `|`, unknown ones after a `?`
     group:str='group',   # Column of groups; empty if every image is of another patient
     split:str='split',   # Column of `train`, `valid`, `test`; none if empty
     task:str='auto',     # `binary`, `multiclass`, `multilabel`, or `auto`: by the labels
@@ -176,11 +210,12 @@ def read_csv(
     suffix:str='',       # What to add to the image names, such as `.jpg`
     missing:str='error', # What to do about a listed image that is not there: `error`, or `note` it and go on
     print_card:bool=True, # Print the card of the set
+    empty:str='auto',    # What an empty label means: `unlabeled`, `none` (no finding; several findings only), or `auto`: `none` if the task is given as `multilabel`
 )->pd.DataFrame: # Image table; further columns of the CSV are kept
     "Image table from a CSV file"
     check_in(missing, ('error', 'note'), 'missing')
     path = _existing(path, 'CSV file')
-    rows = _checked_list(path, image, label, group, split, task, classes)
+    rows,task = _checked_list(path, image, label, group, split, task, classes, empty)
     folder = _existing(images or path.parent, 'image folder')
     files = [folder/f'{n}{suffix}' for n in rows.index]
     rows,files,notes = _keep_found(rows, [f if f.is_file() else None for f in files], missing, folder)
@@ -264,19 +299,20 @@ def _check_dicom(window, group, labels):
     if labels and group in _read_rows(labels): return 'PatientID' # the list says more
     raise ValueError(f'group must be a DICOM keyword, such as PatientID, or a column of labels, got {group!r}')
 
-# %% ../nbs/12_readers.ipynb #30d27a6c
+# %% ../nbs/12_readers.ipynb #69bd4f3d
 def read_dicom_folder(
     path,                 # Folder with DICOM files, in any depth; one folder for each class unless there are `labels`
     labels='',            # CSV file with a row an image
     window=None,          # Center and width of the values to keep, in the files' units; each file's own if left out
     image:str='image',    # Column of `labels` that names images: by path, file name with or without its ending, or SOPInstanceUID
-    label:str='label',    # Column of labels; several findings joined by `|`
+    label:str='label',    # Column of labels; several findings joined by `|`, unknown ones after a `?`
     group:str='PatientID', # Whose image it is: a DICOM keyword, or a column of `labels`; a column `group` there counts first
     task:str='auto',      # `binary`, `multiclass`, `multilabel`, or `auto`: by the labels
     classes=None,         # Class names in order; found in the labels, sorted, if left out
     missing:str='error',  # What to do about a listed image that is not there: `error`, or `note` it and go on
     name:str='',          # What to call the set; the folder's name if empty
     print_card:bool=True, # Print the card of the set
+    empty:str='auto',     # What an empty label in `labels` means: `unlabeled`, `none`, or `auto`, as in `read_csv`
 )->pd.DataFrame: # Image table with age (years), sex, view, modality, body part, UID; `table.attrs['unusable']` lists other files
     "Image table from a folder of DICOM files"
     check_in(missing, ('error', 'note'), 'missing')
@@ -284,7 +320,7 @@ def read_dicom_folder(
     path = _existing(path, 'DICOM folder')
     rows,unusable = _dicom_headers(path, keyword)
     rows,notes = _dicom_labels(path, rows, labels, image, label, group, missing)
-    if task=='multilabel': rows['label'] = rows.label.fillna('')
+    rows['label'],task = _fill_empty(rows.label, task, empty)
     if classes: _check_labels(labels or path, rows, 'label', classes, task)
     if (without := rows.group.isna()).any():
         raise ValueError(f'{path}: {without.sum()} files have no {group}, such as {rows.image[without].iloc[0].name}; '

@@ -9,7 +9,7 @@ __all__ = ['ORIENTATIONS', 'split_groups', 'repeat_splits', 'kfold_groups', 'off
            'fingerprints', 'find_copies', 'LeakageReport', 'leakage_report', 'show_leaks', 'join_groups',
            'group_copies']
 
-# %% ../nbs/06_splits.ipynb #6d74c502
+# %% ../nbs/06_splits.ipynb #c46a7aeb
 import hashlib, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,23 +28,22 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 
 from .core import check_in, figure
-from .images import SPLITS, check_table, name_of, open_image
+from .images import SPLITS, _present, check_table, is_unlabeled, name_of, open_image
 
-# %% ../nbs/06_splits.ipynb #18105d36
+# %% ../nbs/06_splits.ipynb #5e977976
 def _label_counts(table):
     "Images of each class, of none, and without a label, in each group: row's group number [N], group names [G], counts [G, C+2]"
     classes = [str(c) for c in table.attrs['classes']]
     numbers,groups = pd.factorize(table.group, sort=True)
-    labels = pd.Series(table.label.to_numpy(object))
-    found = labels.dropna().astype(str)
-    if table.attrs['task']=='multilabel': found = found.str.split('|').explode()
+    labels = pd.Series(table.label.to_numpy(object)).mask(is_unlabeled(table))
+    found = _present(labels, table.attrs['task'])
     column = pd.Index(classes).get_indexer(found)
     counts = np.zeros((len(groups), len(classes)+2))
     np.add.at(counts, (numbers[found.index], np.where(column<0, len(classes), column)), 1)
     np.add.at(counts[:, -1], numbers[labels.isna()], 1)
     return numbers,groups,counts
 
-# %% ../nbs/06_splits.ipynb #50851707
+# %% ../nbs/06_splits.ipynb #c90310d3
 def _deal(counts, sizes, first, rng):
     "Number of the part that each group goes to, [G]; `first` says which part gets a class before the others have any"
     sizes,first = np.asarray(sizes, float),np.asarray(first, float)
@@ -63,19 +62,25 @@ def _deal(counts, sizes, first, rng):
         have[part[i], c] += share
     return part
 
-# %% ../nbs/06_splits.ipynb #353cdca3
+def _deal_labeled(counts, sizes, first, rng, unlabeled=0):
+    "Number of the part that each group goes to, [G], by its labels alone; a group without any goes to part `unlabeled`"
+    part,labeled = np.full(len(counts), unlabeled),counts[:, :-1].any(1)
+    part[labeled] = _deal(counts[labeled, :-1], sizes, first, rng)
+    return part
+
+# %% ../nbs/06_splits.ipynb #929bd956
 def split_groups(
     table:pd.DataFrame,     # Image table; not changed
     sizes=(.7,.15,.15),     # Shares of train, valid and test; sum to 1
     seed:int=0,             # Another seed, another split
 )->pd.DataFrame: # Copy with `split` filled
-    "Deal whole groups out to train, valid and test, stratified by class"
+    "Deal whole groups out to train, valid and test, stratified by class; groups without any label go to train"
     check_table(table)
     sizes = np.asarray(sizes, float)
     if sizes.shape!=(3,) or not (sizes>=0).all() or abs(sizes.sum()-1)>1e-6 or sizes[0]==0:
         raise ValueError(f'sizes must be three shares (train, valid, test) that sum to 1, got {tuple(sizes.tolist())}')
     numbers,_,counts = _label_counts(table)
-    part = _deal(counts, sizes, (3, 1, 2), np.random.default_rng(seed))
+    part = _deal_labeled(counts, sizes, (3, 1, 2), np.random.default_rng(seed))
     return table.assign(split=np.array(SPLITS, object)[part[numbers]])
 
 # %% ../nbs/06_splits.ipynb #afcf1c9c
@@ -89,22 +94,23 @@ def repeat_splits(
     if n<1: raise ValueError(f'n must be at least 1, got {n}')
     return [split_groups(table, sizes, seed+i) for i in range(n)]
 
-# %% ../nbs/06_splits.ipynb #bb850d47
+# %% ../nbs/06_splits.ipynb #eda3ca4b
 def kfold_groups(
     table:pd.DataFrame, # Image table; not changed
     k:int=5,            # Folds; at most as many as there are groups
     valid:float=.15,    # Share for validation of what is not tested on; 0 for none
     seed:int=0,         # Another seed, other folds
 )->list: # `k` copies of the table with `split` filled
-    "Splits in which each group is tested on once, stratified by class"
+    "Splits in which each group with a label is tested on once, stratified by class; the others are always in train"
     numbers,groups,counts = _label_counts(check_table(table))
-    if not 2 <= k <= len(groups): raise ValueError(f'k must be in [2, {len(groups)}], the number of groups, got {k}')
+    labeled = int(counts[:, :-1].any(1).sum())
+    if not 2 <= k <= labeled: raise ValueError(f'k must be in [2, {labeled}], the number of groups{" with a label" if labeled<len(groups) else ""}, got {k}')
     _check_valid(valid)
     rng = np.random.default_rng(seed)
-    fold = _deal(counts, np.full(k, 1/k), np.ones(k), rng)
+    fold = _deal_labeled(counts, np.full(k, 1/k), np.ones(k), rng, unlabeled=-1)
     def one(f):
         part,rest = np.full(len(groups), 'test', object),np.flatnonzero(fold!=f)
-        part[rest] = np.array(SPLITS, object)[_deal(counts[rest], (1-valid, valid), (2, 1), rng)]
+        part[rest] = np.array(SPLITS, object)[_deal_labeled(counts[rest], (1-valid, valid), (2, 1), rng)]
         return table.assign(split=part[numbers])
     return [one(f) for f in range(k)]
 
@@ -145,14 +151,14 @@ def official_split(
     table.attrs['anomalies'] = [*table.attrs.get('anomalies', []), *notes]
     return table
 
-# %% ../nbs/06_splits.ipynb #5f28574c
+# %% ../nbs/06_splits.ipynb #bb038598
 def _carve_valid(table, valid, seed):
     "Move whole groups from train to valid, stratified by class"
     train = np.flatnonzero(table.split=='train')
     if not len(train): raise ValueError('the official split has no training images')
     numbers,_,counts = _label_counts(table.iloc[train])
     split = table.split.to_numpy(object, copy=True)
-    split[train] = np.array(SPLITS, object)[_deal(counts, (1-valid, valid), (2, 1), np.random.default_rng(seed))[numbers]]
+    split[train] = np.array(SPLITS, object)[_deal_labeled(counts, (1-valid, valid), (2, 1), np.random.default_rng(seed))[numbers]]
     return table.assign(split=split)
 
 def _shared_groups(table):

@@ -106,7 +106,7 @@ def _identify_pixels(image):
     pixels = np.ascontiguousarray(image)
     return f"{pixels.shape}|{_digest(pixels.data.cast('B') if pixels.size else b'')}"
 
-# %% ../nbs/08_store.ipynb #4a279940
+# %% ../nbs/08_store.ipynb #6661b8c8
 def _is_library(module):
     "Whether a module is installed, and so changes only with its version"
     file = getattr(sys.modules.get(module), '__file__', None) or ''
@@ -120,7 +120,7 @@ def _named(value):
 
 def _code_text(code, scope, seen):
     "What compiled code does: its instructions and constants, and all that it finds in its module under the names it uses"
-    consts = [_code_text(c, scope, seen) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    consts = [_code_text(c, scope, seen) if isinstance(c, types.CodeType) else repr(sorted(c, key=repr)) if isinstance(c, frozenset) else repr(c) for c in code.co_consts]
     used = [scope[n] for n in code.co_names if n in scope]
     used += [getattr(m, n) for m in used if isinstance(m, types.ModuleType) for n in code.co_names if hasattr(m, n)]
     return f'{code.co_code.hex()} {code.co_names} {consts} {[_text(v, seen) for v in used]}'

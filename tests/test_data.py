@@ -1,5 +1,6 @@
-"Loaders as training uses them: several processes, a Learner from fit to export, sets with odd files, constant memory."
+"Loaders as training uses them: several processes, a Learner from fit to export, sets with odd files, constant memory, missing labels."
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+import fastai.callback.mixup
 import fastai.callback.schedule # fit_one_cycle
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner, load_learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.metrics import accuracy
 from PIL import Image
 from torch import nn
 
-from kdmed.data import image_dls, image_table, split_groups, synthetic_table
+import kdmed.data
+from kdmed.data import ClassLossFlat, FindingsAccuracy, image_dls, image_table, is_unlabeled, split_groups, synthetic_table
 from kdmed.transforms import tissue_augment
 
 
@@ -131,3 +136,105 @@ print(peak()-before)
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 200
+
+
+# -- images without a label, unknown findings
+
+def hide_labels(table, seed=0):
+    "Two of three training groups without a label; of several findings some unknown, in every part"
+    rng = np.random.default_rng(seed)
+    groups = table.group[table.split == 'train'].unique()
+    labels = table.label.mask(table.group.isin(rng.choice(groups, 2*len(groups)//3, replace=False)))
+    if table.attrs['task'] == 'multilabel':
+        def open_some(label):
+            unknown = [c for c in table.attrs['classes'] if rng.random() < .2]
+            return '|'.join([c for c in label.split('|') if c and c not in unknown] + [f'?{c}' for c in unknown])
+        labels = labels.map(open_some, na_action='ignore')
+    return table.assign(label=labels)
+
+
+TASKS = {'binary': dict(classes=2), 'multiclass': dict(classes=3), 'multilabel': dict(classes=3, task='multilabel')}
+
+
+@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('mix', [None, 'MixUp', 'CutMix', 'ReplayMixUp', 'ReplayCutMix'])
+def test_training_with_missing_labels(task, mix):
+    "Every task, with every way to mix: finite losses, weights that move, and none that a missing label moved"
+    table = hide_labels(split_groups(synthetic_table(n=180, size=16, seed=1, **TASKS[task]), sizes=(.6, .2, .2)))
+    dls = image_dls(table, 16, bs=16, device='cpu')
+    cbs = [{**vars(fastai.callback.mixup), **vars(kdmed.data)}[mix]()] if mix else []
+    metrics = {'multilabel': [FindingsAccuracy()], 'multiclass': [accuracy], 'binary': []}[task]
+    learn = Learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, dls.c)), cbs=cbs, metrics=metrics)
+    before = learn.model[2].weight.detach().clone()
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    assert np.isfinite(np.array(learn.recorder.values, float)).all() and max(v[0] for v in learn.recorder.values) < 5
+    assert learn.model[2].weight.isfinite().all() and not torch.equal(before, learn.model[2].weight)
+    assert dls.unlabeled == table.label.isna().sum() > 50
+    if mix is None: # a batch nobody has labeled: nothing but weight decay moves anything
+        mute = np.flatnonzero(dls.train.table.label.isna())[:8]
+        x,y = dls.train.views_of(mute, [0]*len(mute))
+        learn.model.zero_grad()
+        loss = learn.loss_func(learn.model(x), y)
+        loss.backward()
+        assert loss == 0 and all(p.grad.count_nonzero() == 0 for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_labels_that_are_all_there_train_as_they_do_with_fastai(task):
+    "With a full table, the losses are fastai's to the last bit, and so are the trained weights"
+    table = split_groups(synthetic_table(n=120, size=16, **TASKS[task]), sizes=(.6, .2, .2))
+    trained = []
+    for loss_func in (None, BCEWithLogitsLossFlat() if task != 'multiclass' else CrossEntropyLossFlat()):
+        torch.manual_seed(0)
+        dls = image_dls(table, 16, bs=16, device='cpu')
+        dls.train.rng = random.Random(0)
+        learn = Learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, dls.c)), loss_func=loss_func)
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+        trained.append((learn.model[2].weight, learn.recorder.values))
+    assert torch.equal(trained[0][0], trained[1][0]) and trained[0][1] == trained[1][1]
+
+
+def test_class_weights_and_half_precision_with_missing_labels():
+    table = hide_labels(split_groups(synthetic_table(n=180, size=16, classes=3, seed=1), sizes=(.6, .2, .2)))
+    dls = image_dls(table, 16, bs=16, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)), loss_func=ClassLossFlat(weight=torch.tensor([1., 2., 4.])))
+    with learn.no_bar(), learn.no_logging(), torch.autocast('cpu', torch.bfloat16): learn.fit(1)
+    assert np.isfinite(learn.recorder.values[0]).all()
+
+
+def test_a_learner_exported_with_missing_labels_predicts(tmp_path):
+    for task in TASKS:
+        table = hide_labels(split_groups(synthetic_table(n=120, size=16, **TASKS[task]), sizes=(.6, .2, .2)))
+        dls = image_dls(table, 16, bs=16, device='cpu')
+        learn = Learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, dls.c)))
+        learn.export(tmp_path/'learner.pkl')
+        loaded = load_learner(tmp_path/'learner.pkl')
+        with learn.no_bar(), loaded.no_bar():
+            assert str(loaded.predict(table.image[0])[0]) == str(learn.predict(table.image[0])[0])
+            targets = loaded.get_preds(dl=loaded.dls.test_dl(table, with_labels=True))[1]
+        missing = targets.isnan().all(-1) if task == 'multilabel' else targets == -100
+        assert missing.flatten().tolist() == is_unlabeled(table).tolist()
+
+
+KEY = """
+import os, sys
+from kdmed.data import image_dls, split_groups, synthetic_table
+from kdmed.transforms import mskd_augment, skin_augment, tissue_augment
+def darker(pixels): return pixels//2 if pixels.shape[2] in {3} else pixels
+tissue = split_groups(synthetic_table(n=60, classes=3, size=32), sizes=(.6, .2, .2))
+for augment in (tissue_augment(seed=4), skin_augment(seed=4), mskd_augment(seed=4)):
+    dls = image_dls(tissue, 32, bs=16, augment=augment, preprocess=darker, store=sys.argv[1], device='cpu')
+    print(dls.train.pixels_key(), dls.valid.pixels_key())
+"""
+
+
+def test_the_key_of_pixels_is_the_same_in_another_process(tmp_path):
+    "Whatever the seed of Python's hashes, and whether a store is packed or found"
+    printed = []
+    for seed in '123':
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': seed}
+        done = subprocess.run([sys.executable, '-W', 'ignore', '-c', KEY, str(tmp_path)], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.split())
+    assert printed[0] == printed[1] == printed[2]
+    assert len(set(printed[0])) == 4 # three training keys, one of validation
