@@ -208,14 +208,16 @@ def _distill_arguments(command):
     add('--teacher-checkpoint', metavar='FILE', help='weights of a trained teacher, which is then not trained here')
     command.set_defaults(run=_distill_command)
 
-# %% ../nbs/80_cli.ipynb #5f527526
+# %% ../nbs/80_cli.ipynb #24d251fb
 def main(
     argv=None, # Arguments; those of the process if left out
 )->int: # Exit status: 0, or 2 after an error of the user's
     "The `kdmed` command"
     args = _make_parser().parse_args(argv)
-    try: args.run(args)
-    except (ValueError, TypeError, OSError) as e:
-        print(f'kdmed: error: {e}', file=sys.stderr)
-        return 2
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f'kdmed: warning: {message}', file=sys.stderr)
+        try: args.run(args)
+        except (ValueError, TypeError, OSError) as e:
+            print(f'kdmed: error: {e}', file=sys.stderr)
+            return 2
     return 0

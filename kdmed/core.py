@@ -134,7 +134,7 @@ def evaluating(
     finally:
         for m,training in modes.items(): m.training = training
 
-# %% ../nbs/00_core.ipynb #e9f5771d
+# %% ../nbs/00_core.ipynb #ca2c347d
 def _example(model, size, channels, batch):
     "A random batch on the device and in the precision of `model`"
     p = next(model.parameters(), torch.zeros(1))
@@ -148,8 +148,17 @@ def count_macs(
 )->int: # Multiply–accumulates for one image
     "Multiply–accumulates of one forward pass, from PyTorch's operator counter"
     counter = FlopCounterMode(display=False)
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter: model(_example(model, size, channels, 1)) # as plain products: not every release counts its fused attention
+    with evaluating(model), _frozen(model), sdpa_kernel(SDPBackend.MATH), counter: model(_example(model, size, channels, 1)) # as plain products: not every release counts its fused attention
     return counter.get_total_flops() // 2
+
+@contextmanager
+def _frozen(model):
+    "No parameter wants a gradient in this block: the counter would follow one that is handed from module to module"
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for p in wanted: p.requires_grad_(False)
+    try: yield
+    finally:
+        for p in wanted: p.requires_grad_(True)
 
 # %% ../nbs/00_core.ipynb #9395f0ea
 def measure_latency(

@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/exits.html.md"""
 # %% auto #0
 __all__ = ['THRESHOLDS', 'ExitModel', 'add_exits', 'exit_confidence', 'early_exit', 'exit_macs', 'exit_curve', 'plot_exits']
 
-# %% ../nbs/21_exits.ipynb #46f57550
+# %% ../nbs/21_exits.ipynb #c0df61f5
 from copy import deepcopy
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 
 from .core import COLORS, capture_activations, check_in, count_macs, evaluating, figure, get_layer
 from .data import TASKS
-from .models import WRAPPERS, _staged, pooled_features, stage_names, unwrap_model
+from .models import WRAPPERS, _staged, _thawed, pooled_features, stage_names, unwrap_model
 
 # %% ../nbs/21_exits.ipynb #1724a6af
 class ExitModel(nn.Module):
@@ -109,7 +109,7 @@ def _check_source(model, layers, size):
     if len(set(layers))<len(layers): raise ValueError(f'layers must differ, got {layers}')
     if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
 
-# %% ../nbs/21_exits.ipynb #c7c40275
+# %% ../nbs/21_exits.ipynb #437149cc
 def add_exits(
     model:nn.Module, # A timm model, or, with `layers`, any that turns images into logits [B, C]. Not changed
     layers=None,     # Names of layers to put exits after; left out, the ends of the three stages before the last, or three blocks of a ViT
@@ -122,7 +122,7 @@ def add_exits(
     model,spec = unwrap_model(model),getattr(model, 'spec', {})
     layers,size = _default_layers(model) if layers is None else layers,size or spec.get('size')
     _check_source(model, layers, size)
-    backbone,p = deepcopy(model),next(model.parameters())
+    backbone,p = _thawed(deepcopy(model)),next(model.parameters())
     images = torch.randn(len(layers)+1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(p)
     widths,out = _trace(backbone, layers, images)
     if not isinstance(out, Tensor) or out.ndim!=2: raise ValueError(f'model must turn images into logits [B, C], got {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}')

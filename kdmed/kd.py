@@ -8,15 +8,17 @@ Docs: https://kdmed.github.io/kdmed/kd.html.md"""
 __all__ = ['ALL', 'SEVERAL', 'METHODS', 'TEACHERLESS', 'fit_classifier', 'Method', 'distill_callbacks', 'methods_table',
            'distill', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds', 'DecoupledKD',
            'DistillCallback', 'DistillTokenKD', 'DistKD', 'FocalKD', 'LogitKD', 'LossTerms', 'NormalizedKD',
-           'AttentionKD', 'ChannelKD', 'FeatureKD', 'RelationalKD', 'SimilarityKD', 'FEATURE_WEIGHTS', 'attention_map',
-           'attention_transfer_loss', 'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss',
-           'channel_loss', 'cosine_loss', 'decoupled_loss', 'dist_loss', 'focal_loss', 'hard_token_loss', 'hint_loss',
+           'AttentionKD', 'ChannelKD', 'FeatureKD', 'RelationalKD', 'SimilarityKD', 'MultiDimKD', 'ViTKD',
+           'MultiStageKD', 'during', 'staged', 'FEATURE_WEIGHTS', 'attention_map', 'attention_transfer_loss',
+           'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss', 'channel_loss',
+           'cosine_loss', 'decoupled_loss', 'dist_loss', 'focal_loss', 'hard_token_loss', 'hint_loss',
            'inverse_frequency_weights', 'logit_mse_loss', 'normalized_loss', 'relational_loss', 'similarity_loss',
            'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss', 'standardize_logits',
            'add_distillation_token', 'create_fused_teacher', 'create_student', 'create_teacher', 'feature_map',
-           'stage_names', 'truncate_vit', 'MeanTeacher', 'Teacher', 'examine']
+           'stage_names', 'truncate_vit', 'ExitModel', 'add_exits', 'MeanTeacher', 'Teacher', 'TeacherCache', 'examine',
+           'Resume', 'StopOnNaN']
 
-# %% ../nbs/38_kd.ipynb #0b5dda77
+# %% ../nbs/38_kd.ipynb #1efcf434
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,26 +33,31 @@ from fastcore.foundation import L
 from torch import nn
 
 from .callbacks import DecoupledKD, DistillCallback, DistillTokenKD, DistKD, FocalKD, LogitKD, LossTerms, NormalizedKD, check_token, few_images, same_random_numbers
+from .cache import TeacherCache
 from .core import check_in, evaluating, seed_everything, unwrap
 from .data import FindingsAccuracy
+from .exits import ExitModel, add_exits
 from .features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
 from .losses import (FEATURE_WEIGHTS, attention_map, attention_transfer_loss, bernoulli_focal_loss, bernoulli_hard_token_loss, bernoulli_soft_target_loss,
                           channel_loss, cosine_loss, decoupled_loss, dist_loss, focal_loss, hard_token_loss, hint_loss, inverse_frequency_weights,
                           logit_mse_loss, normalized_loss, relational_loss, similarity_loss, soft_cross_entropy_loss, soft_target_loss, soft_token_loss,
                           standardize_logits)
 from .models import add_distillation_token, create_fused_teacher, create_student, create_teacher, feature_map, stage_names, truncate_vit
+from .multidim import MultiDimKD, ViTKD
+from .multistage import MultiStageKD, during, staged
+from .resume import Resume, StopOnNaN
 from .teacher import MeanTeacher, Teacher, examine
 
-# %% ../nbs/38_kd.ipynb #fac90eab
+# %% ../nbs/38_kd.ipynb #54f3278d
 _all_ = ['SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds',
          'DecoupledKD', 'DistillCallback', 'DistillTokenKD', 'DistKD', 'FocalKD', 'LogitKD', 'LossTerms', 'NormalizedKD',
-         'AttentionKD', 'ChannelKD', 'FeatureKD', 'RelationalKD', 'SimilarityKD',
+         'AttentionKD', 'ChannelKD', 'FeatureKD', 'RelationalKD', 'SimilarityKD', 'MultiDimKD', 'ViTKD', 'MultiStageKD', 'during', 'staged',
          'FEATURE_WEIGHTS', 'attention_map', 'attention_transfer_loss', 'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss',
          'channel_loss', 'cosine_loss', 'decoupled_loss', 'dist_loss', 'focal_loss', 'hard_token_loss', 'hint_loss', 'inverse_frequency_weights',
          'logit_mse_loss', 'normalized_loss', 'relational_loss', 'similarity_loss', 'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss',
          'standardize_logits',
          'add_distillation_token', 'create_fused_teacher', 'create_student', 'create_teacher', 'feature_map', 'stage_names', 'truncate_vit',
-         'MeanTeacher', 'Teacher', 'examine']
+         'ExitModel', 'add_exits', 'MeanTeacher', 'Teacher', 'TeacherCache', 'examine', 'Resume', 'StopOnNaN']
 
 # %% ../nbs/38_kd.ipynb #1853e156
 def _make(model, dls, seed):
@@ -95,7 +102,7 @@ def fit_classifier(
     learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
     return learn
 
-# %% ../nbs/38_kd.ipynb #9221f0fb
+# %% ../nbs/38_kd.ipynb #cd8bf438
 @dataclass(frozen=True)
 class Method:
     "A published way to distil: what makes its callbacks, and what is known about it"
@@ -103,6 +110,7 @@ class Method:
     what:str      # What it does, in a few words
     tasks:str     # What it is right for
     source:str    # Where it comes from
+    needs:str=''  # What the student must have: `token`, `exits`, or be a `vit`, as its teacher
 
 ALL,SEVERAL = 'binary, multiclass, multilabel','multiclass with 3 or more classes'
 
@@ -113,11 +121,14 @@ def _stages(student, teacher):
 def _logit(student, teacher): return [LogitKD(teacher)]
 def _feature(student, teacher): return [FeatureKD(teacher, _last(student, teacher), pool=True)]
 def _kd_convnext(student, teacher): return [FeatureKD(teacher, _stages(student, teacher), weight=.5), LogitKD(teacher, weight=.5), FocalKD(gamma=2)]
+def _kd_convnext_staged(student, teacher):
+    weights = [during(i/3, (i+1)/3) for i in range(3)]
+    return [FeatureKD(teacher, _stages(student, teacher), weight=weights[0]), LogitKD(teacher, weight=weights[1]), FocalKD(gamma=2, weight=weights[2])]
 def _token(student, teacher, **settings):
     check_token(student)
     return [DistillTokenKD(teacher, **settings)]
 
-# %% ../nbs/38_kd.ipynb #0760b13f
+# %% ../nbs/38_kd.ipynb #fc8a74be
 METHODS = {
     'logit': Method(_logit, 'softened logits', ALL, 'Hinton et al. 2015'),
     'logit_cross_entropy': Method(lambda s,t: [LogitKD(t, loss='cross_entropy')], 'softened logits, as a cross entropy', 'multiclass', 'KD_ConvNeXt 2023, eq. 2'),
@@ -134,28 +145,34 @@ METHODS = {
     'similarity': Method(lambda s,t: [SimilarityKD(t, _last(s, t))], 'which images are alike', ALL, 'Tung & Mori 2019'),
     'logit+feature': Method(lambda s,t: _logit(s, t)+_feature(s, t), 'logit and feature', ALL, 'both'),
     'kd_convnext': Method(_kd_convnext, 'features of every stage, softened logits, focal loss', ALL, 'KD_ConvNeXt 2023'),
-    'hard_token': Method(lambda s,t: _token(s, t, kind='hard'), "distillation token against the teacher's decision", ALL, 'DeiT, Touvron et al. 2021'),
-    'soft_token': Method(lambda s,t: _token(s, t, kind='soft', weight=.1, label_weight=.9), 'distillation token against softened logits', ALL, 'DeiT, Touvron et al. 2021'),
+    'hard_token': Method(lambda s,t: _token(s, t, kind='hard'), "distillation token against the teacher's decision", ALL, 'DeiT, Touvron et al. 2021', 'token'),
+    'soft_token': Method(lambda s,t: _token(s, t, kind='soft', weight=.1, label_weight=.9), 'distillation token against softened logits', ALL, 'DeiT, Touvron et al. 2021', 'token'),
+    'kd_convnext_staged': Method(_kd_convnext_staged, 'the same one after the other: features, then logits, then labels', ALL, "KD_ConvNeXt 2023, its text's three stages"),
+    'multi_dim': Method(lambda s,t: [MultiDimKD(t)], 'places, channels, class token and logits of a shorter ViT', ALL, 'multi-dimensional KD 2024; formulas ours', 'vit'),
+    'vitkd': Method(lambda s,t: [ViTKD(t)], 'mimic the first blocks, generate the last', ALL, 'ViTKD, Yang et al. 2022', 'vit'),
+    'multi_stage': Method(lambda s,t: [MultiStageKD(t)], 'every exit by labels and teacher', ALL, 'multi-stage KD with layer fusion 2024', 'exits'),
+    'self_exits': Method(lambda s,t: [MultiStageKD()], 'the last exit teaches the others; no other teacher', ALL, 'Be Your Own Teacher, Zhang et al. 2019', 'exits'),
     'mean_teacher': Method(lambda s,t: [LogitKD(MeanTeacher(), temperature=1.)], "the student's own average; no other teacher", ALL, 'Tarvainen & Valpola 2017'),
 }
 
-# %% ../nbs/38_kd.ipynb #36be0b9b
+# %% ../nbs/38_kd.ipynb #e3fd0811
 def distill_callbacks(
     method:str,        # A name in `METHODS`, or `auto`: what suits the student
     student:nn.Module, # timm model
     teacher=None,      # `Teacher`, or what makes one; `mean_teacher` needs none
 )->list: # Callbacks, for `fit`
-    "The callbacks a method stands for; `auto` is `hard_token` for a student with that token, else `logit+feature`, or `logit` where stages are not known"
+    "The callbacks a method stands for; `auto` is `hard_token` for a student with that token, `multi_stage` for one with exits, else `logit+feature`, or `logit` where stages are not known"
     check_in(method, ['auto', *METHODS], 'method')
     if teacher is None and method not in TEACHERLESS: raise ValueError(f'method {method!r} needs a teacher; without one there are {TEACHERLESS}')
     teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
     return METHODS[_suits(student, teacher) if method=='auto' else method].make(unwrap(student), teacher)
 
-TEACHERLESS = ['mean_teacher']
+TEACHERLESS = ['mean_teacher', 'self_exits']
 
 def _suits(student, teacher):
     "The method `auto` stands for"
     if hasattr(unwrap(student), 'set_distilled_training'): return 'hard_token'
+    if isinstance(unwrap(student), ExitModel): return 'multi_stage'
     staged = len(teacher.models)==1 and hasattr(student, 'feature_info') and hasattr(teacher.model, 'feature_info')
     return 'logit+feature' if staged else 'logit'
 
@@ -166,7 +183,7 @@ def methods_table(
     "What each method does, what it is right for, where it comes from"
     rows = {name: dict(what=m.what, tasks=m.tasks, source=m.source) for name,m in METHODS.items()}
     for name in rows if student is not None and teacher is not None else ():
-        try: rows[name]['terms'] = ', '.join(f'{cb.name} × {cb.weight:g}' for cb in distill_callbacks(name, student, teacher) if cb.adds_term)
+        try: rows[name]['terms'] = ', '.join(cb.name + (f' × {cb.weight:g}' if isinstance(cb.weight, (int, float)) else ', scheduled') for cb in distill_callbacks(name, student, teacher) if cb.adds_term)
         except (ValueError, TypeError) as e: rows[name]['terms'] = f'– ({e})'
     return pd.DataFrame.from_dict(rows, orient='index')
 

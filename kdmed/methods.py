@@ -55,12 +55,12 @@ def _remember(file, train):
     os.replace(part, file)
     return probs
 
-# %% ../nbs/43_methods.ipynb #4180486d
+# %% ../nbs/43_methods.ipynb #728d1497
 def compare_methods(
     dls,              # From `image_dls`, with test images
     teacher,          # Trained: `Teacher`, Module or Learner
     student,          # timm name, or function that makes a model: the same for every method
-    methods=None,     # Names in `METHODS`, or a dict from names of your own to functions (student, teacher) → callbacks; all that need no distillation token if left out
+    methods=None,     # Names in `METHODS`, or a dict from names of your own to functions (student, teacher) → callbacks; all that suit any student if left out
     epochs:int=10,    # Passes over the training images, for every student
     lr:float=3e-3,    # Peak learning rate
     seeds=(0, 1, 2),  # One student of each method, and one plain one, for each
@@ -86,10 +86,10 @@ def compare_methods(
             predictions[name].append(train().astype(np.float32) if folder is None else _remember(folder/f'{name}-{seed}.npy', train))
     return predictions
 
-# %% ../nbs/43_methods.ipynb #1d80d472
+# %% ../nbs/43_methods.ipynb #d4d52cb6
 def _named(methods):
     "Methods by name: a name in METHODS, or a function that makes callbacks"
-    if methods is None: methods = [name for name in METHODS if 'token' not in name]
+    if methods is None: methods = [name for name,m in METHODS.items() if not m.needs]
     if not isinstance(methods, dict):
         for name in methods: check_in(name, METHODS, 'method')
         methods = {name: name for name in methods}

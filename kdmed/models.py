@@ -187,7 +187,7 @@ def load_student(
     for entry,value in spec.items(): model = _wrap(model, entry, value)
     return load_weights(model, folder/'student.safetensors').eval()
 
-# %% ../nbs/20_models.ipynb #e99bcffd
+# %% ../nbs/20_models.ipynb #646342b8
 def truncate_vit(
     vit:VisionTransformer, # Any timm `VisionTransformer`; not changed
     blocks=(3, 7, 11),     # Blocks to keep, counted from 0, in rising order
@@ -201,7 +201,11 @@ def truncate_vit(
     short.blocks = nn.Sequential(*[short.blocks[i] for i in blocks])
     short.feature_info = [dict(short.feature_info[i], module=f'blocks.{n}') for n,i in enumerate(blocks)]
     if hasattr(vit, 'spec'): short.spec = dict(vit.spec, blocks=blocks)
-    return short
+    return _thawed(short)
+
+def _thawed(model):
+    "A copy of a frozen model, such as a teacher, that can be trained; one that has something to train stays as it is"
+    return model if any(p.requires_grad for p in model.parameters()) else model.requires_grad_(True)
 
 WRAPPERS['blocks'] = truncate_vit
 
@@ -232,14 +236,14 @@ class DistillationTokenViT(nn.Module):
         if self.training and self.distilled_training: return class_logits,token_logits
         return (class_logits+token_logits) / 2
 
-# %% ../nbs/20_models.ipynb #852d4b64
+# %% ../nbs/20_models.ipynb #57f1bcb0
 def add_distillation_token(
     vit:VisionTransformer, # Any timm `VisionTransformer`; not changed
 )->DistillationTokenViT: # A copy with the token; averages both heads unless distilled training is on
     "Give a ViT student a token, and a head, that listen to the teacher"
     if not isinstance(vit, VisionTransformer) or hasattr(vit, 'head_dist'):
         raise TypeError(f'vit must be a timm VisionTransformer without a distillation token, got {type(vit).__name__}')
-    student = DistillationTokenViT(deepcopy(vit))
+    student = DistillationTokenViT(_thawed(deepcopy(vit)))
     if hasattr(vit, 'spec'): student.spec = dict(vit.spec, distillation_token=True)
     return student
 

@@ -87,13 +87,14 @@ def _sync_folder(folder):
         finally: os.close(handle)
     except OSError: pass
 
-# %% ../nbs/37_resume.ipynb #4a186f34
+# %% ../nbs/37_resume.ipynb #6a9387b8
 def previous_of(
     file:Path, # A checkpoint
 )->Path: # Beside it
     "Where the checkpoint before this one is kept"
     return Path(file).with_suffix('.previous' + Path(file).suffix)
 
+# %% ../nbs/37_resume.ipynb #edb9602b
 def write_checkpoint(
     state:dict,  # Of tensors, numbers, strings, lists and dicts, nested as you like
     file,        # Path; readable with `torch.load(file, weights_only=True)`, too
@@ -225,7 +226,7 @@ def _load_optimizer(learn, saved):
     for i,value in saved['others'].items(): params[i].data.copy_(value)
     for p,g in zip(params, saved['gradients']): p.grad = None if g is None else g.to(p.device, copy=True) if isinstance(g, Tensor) else torch.zeros_like(p)
 
-# %% ../nbs/37_resume.ipynb #c80ef21d
+# %% ../nbs/37_resume.ipynb #fc4fa835
 _WITHOUT_STATE = (TrainEvalCallback, CastToTensor, Recorder, ProgressCallback, CSVLogger)
 
 class _Helper(Callback): "A callback of this module: part of the machinery, not of the run"
@@ -247,12 +248,13 @@ def _attributes(o):
         except (TypeError, RuntimeError): pass
     return found
 
+# %% ../nbs/37_resume.ipynb #a32db328
 def _parts(cb):
     "Attributes of a callback that have a state of their own"
     skip = {id(o) for o in (cb.learn.model, _bare_model(cb.learn.model), cb.learn.opt, vars(cb.learn).get('scaler'))}
     return {k: v for k,v in vars(cb).items() if id(v) not in skip and hasattr(type(v), 'state_dict') and hasattr(type(v), 'load_state_dict')}
 
-# %% ../nbs/37_resume.ipynb #146b46b8
+# %% ../nbs/37_resume.ipynb #16e03bf0
 def _digest(value): return zlib.crc32(pickle.dumps(value))
 def _digests(learn): return {name: {k: _digest(v) for k,v in _attributes(cb).items()} for name,cb in _named_callbacks(learn).items()}
 
@@ -273,8 +275,6 @@ def _load_callbacks(learn, saved):
         else:
             vars(cb).update(_restored(state['attributes']))
             for k,part in state['parts'].items(): vars(cb)[k].load_state_dict(_restored(part))
-        best = cb.last_saved_path if isinstance(cb, SaveModelCallback) else None
-        if best and not Path(best).exists(): raise FileNotFoundError(f'{best}, the best model of an earlier session, is gone: keep it together with the checkpoints')
 
 # %% ../nbs/37_resume.ipynb #d3e97362
 def _recorder_state(learn):
@@ -393,7 +393,7 @@ def _stop(self:StopOnNaN, look_at_gradients):
     named = f' of images {", ".join(str(i["image"]) for i in facts["images"][:3])}, …' if facts['images'] else ''
     raise FloatingPointError(f'{what}{terms} in epoch {learn.epoch}, batch {learn.iter}{named}; the batch is in {file}. The weights are those before this step')
 
-# %% ../nbs/37_resume.ipynb #fdfd5bd3
+# %% ../nbs/37_resume.ipynb #d498ab46
 @patch
 def _images(self:StopOnNaN):
     "Number, view and, where the loader has a table, name and label of each image in this batch"
@@ -409,6 +409,7 @@ def _images(self:StopOnNaN):
         if at is not None: image['label'] = str(table.label.iloc[at])
     return found
 
+# %% ../nbs/37_resume.ipynb #8f87d12b
 @patch
 def _keep(self:StopOnNaN, facts):
     "Write inputs, targets and prediction of this batch, and what is known of it"
@@ -455,7 +456,7 @@ def _other_run(there, here):
     flat = [{f'{k} {n}'.strip(): v for k,whole in facts.items() for n,v in (whole if isinstance(whole, dict) else {'': whole}).items()} for facts in (there, here)]
     return _differences(*flat)
 
-# %% ../nbs/37_resume.ipynb #e5671c3a
+# %% ../nbs/37_resume.ipynb #72265c12
 class Resume(_Helper):
     "Go on where the same script was interrupted: to the bit on a CPU, with the same log"
     order,run_valid = -1000,False # before all others; `_AfterOthers` has the last word
@@ -478,10 +479,12 @@ class Resume(_Helper):
         if name=='learn' and value is not None: value.add_cbs(self.helpers)
         super().__setattr__(name, value)
 
-    def __getstate__(self):
-        "An exported Learner takes no state along"
-        left = 'since', 'rows', 'facts', 'epoch_start'
-        return {k: v for k,v in vars(self).items() if k not in left} | dict(saved=None, muted={}, fitting=False)
+# %% ../nbs/37_resume.ipynb #1d118258
+@patch
+def __getstate__(self:Resume):
+    "An exported Learner takes no state along"
+    left = 'since', 'rows', 'facts', 'epoch_start'
+    return {k: v for k,v in vars(self).items() if k not in left} | dict(saved=None, muted={}, fitting=False)
 
 # %% ../nbs/37_resume.ipynb #a15070ad
 _LOCKS,_FINISHED = {},{} # by folder, and by file: the Learner that finished it in this process
@@ -596,7 +599,7 @@ def before_epoch(self:Resume):
     self._unmute()
     if not self.saved['position']['batch']: self.saved = None
 
-# %% ../nbs/37_resume.ipynb #e9f91bd5
+# %% ../nbs/37_resume.ipynb #6437bea6
 @patch
 def _begin(self:Resume):
     "Write the first checkpoint of a fit, or load its last"
@@ -606,7 +609,17 @@ def _begin(self:Resume):
     self.learn.logger(f"fit {self.number} in {self.folder} goes on at epoch {at['epoch']}" + f", batch {at['batch']}"*bool(at['batch']))
     for row in self.rows: self.learn.logger(L(row))
     _restore(self.learn, self.saved)
+    self._check_best()
 
+@patch
+def _check_best(self:Resume):
+    "The best model so far is in a file of fastai's callback, and will be loaded from there"
+    for cb in self.learn.cbs:
+        if not isinstance(cb, SaveModelCallback) or cb.every_epoch or cb.at_end or cb.last_saved_path is None: continue
+        best = Path(self.learn.path)/self.learn.model_dir/f'{cb.fname}.pth'
+        if not best.exists(): raise FileNotFoundError(f'{best}, the best model of an earlier session, is gone: keep it together with the checkpoints')
+
+# %% ../nbs/37_resume.ipynb #f0ddd81d
 @patch
 def before_batch(self:Resume):
     "Pass over batches that are done"
@@ -639,7 +652,7 @@ class _AfterOthers(_Helper):
     def after_fit(self): self.owner._fit_is_done() if self._counts() else None
     def _counts(self): return self.owner.fitting and not self.learn.lock.locked()
 
-# %% ../nbs/37_resume.ipynb #ab7d07ed
+# %% ../nbs/37_resume.ipynb #22686f3e
 @patch
 def _train_begins(self:Resume):
     "Remember where random numbers stand when an epoch's batches begin, or go back there"
@@ -657,6 +670,7 @@ def _batch_is_done(self:Resume):
         if done==self.saved['position']['batch']: _restore(self.learn, self.saved)
     elif (self.every and done%self.every==0) or (self.minutes and time.monotonic()-self.saved_at >= 60*self.minutes): self._write(self.epoch, done)
 
+# %% ../nbs/37_resume.ipynb #93c7ec79
 @patch
 def _epoch_is_done(self:Resume):
     if self.saved is not None: return
