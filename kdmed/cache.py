@@ -375,7 +375,7 @@ def speak(self:TeacherCache, xb):
         self._batch = xb,logits,dict(zip(self.taps, features))
     return self._batch[1:]
 
-# %% ../nbs/32_cache.ipynb #93711243
+# %% ../nbs/32_cache.ipynb #16e5e13c
 @patch
 def _recall(self:TeacherCache, entries, x):
     "Answers `entries` in half precision, an array for each file, from disk or from the teacher"
@@ -396,6 +396,7 @@ def _ask(self:TeacherCache, entries, x):
     self._keep(entries[first], values)
     return [v[same] for v in values]
 
+# %% ../nbs/32_cache.ipynb #12027d40
 @patch
 def _complete(self:TeacherCache, entries, n):
     "Have the teacher answer what is missing, and more of these views, for `n` images at most"

@@ -77,7 +77,7 @@ def _check_setting(name, value, positive=False):
             at = f' at progress {progress}' if callable(value) else ''
             raise ValueError(f"{name} must be {'positive' if positive else 'finite and not negative'}, got {v}{at}")
 
-# %% ../nbs/33_callbacks.ipynb #4983922e
+# %% ../nbs/33_callbacks.ipynb #24f191c4
 class DistillCallback(Callback):
     "Adds a weighted term to the training loss; subclasses say which in `term`"
     order,run_valid,adds_term,uses_logits = GradientAccumulation.order-1,False,True,True
@@ -104,21 +104,24 @@ class DistillCallback(Callback):
     @property
     def progress(self): return getattr(self.learn, 'pct_train', 0.)
 
-    def after_loss(self):
-        "Add this callback's term to what the optimizer minimizes"
-        terms = self.learn.loss_terms
-        if self.peers[0] is self: self._start_terms(terms)
-        self.add_terms(terms)
-        self.learn.loss_grad = terms.total
-        self.learn.loss = terms.total.detach().clone()
+# %% ../nbs/33_callbacks.ipynb #91a5e6a1
+@patch
+def after_loss(self:DistillCallback):
+    "Add this callback's term to what the optimizer minimizes"
+    terms = self.learn.loss_terms
+    if self.peers[0] is self: self._start_terms(terms)
+    self.add_terms(terms)
+    self.learn.loss_grad = terms.total
+    self.learn.loss = terms.total.detach().clone()
 
-    def _start_terms(self, terms):
-        weight = 1.
-        for cb in self.peers: weight = weight * at_progress(cb.label_weight, self.progress)
-        terms.start(len(self.xb[0]))
-        terms.add('label_loss', self.label_loss(), weight)
+@patch
+def _start_terms(self:DistillCallback, terms):
+    weight = 1.
+    for cb in self.peers: weight = weight * at_progress(cb.label_weight, self.progress)
+    terms.start(len(self.xb[0]))
+    terms.add('label_loss', self.label_loss(), weight)
 
-# %% ../nbs/33_callbacks.ipynb #6f0549ba
+# %% ../nbs/33_callbacks.ipynb #c0112967
 @patch
 def before_fit(self:DistillCallback):
     "The first of these callbacks opens the ledger"
@@ -145,6 +148,7 @@ def _set_up(self:DistillCallback):
     for cb in self.peers: cb.ready = True
     self._post_watcher()
 
+# %% ../nbs/33_callbacks.ipynb #387cae0a
 @patch
 def prepare(self:DistillCallback): "Called before every fit, once teachers are shared"
 
@@ -172,7 +176,7 @@ def _share_teachers(self:DistillCallback):
         if not any(cb.teacher is t for t in self.teachers): self.teachers.append(cb.teacher)
     for cb in self.peers: cb.teachers = self.teachers
 
-# %% ../nbs/33_callbacks.ipynb #9f4e164d
+# %% ../nbs/33_callbacks.ipynb #f460799d
 @contextmanager
 def same_random_numbers():
     "Draw any random numbers in a block; those after it are what they would have been without"
@@ -192,6 +196,7 @@ def few_images(
     n_inp = getattr(dls, 'n_inp', max(1, len(batch)-1))
     return batch[:n_inp],batch[n_inp:]
 
+# %% ../nbs/33_callbacks.ipynb #8c26fa20
 @patch
 def _rehearse(self:DistillCallback):
     "A forward pass over a few images; each callback checks what comes out"
@@ -435,7 +440,7 @@ class _ExclusiveKD(LogitKD):
         if weights is None: return share
         return weights[y] if share is None else weights[y]*share
 
-# %% ../nbs/33_callbacks.ipynb #19fdf4e3
+# %% ../nbs/33_callbacks.ipynb #bf727edd
 class DecoupledKD(_ExclusiveKD):
     "Match probability of the right class and distribution over the others, each with its own weight"
     def __init__(self,
@@ -454,6 +459,7 @@ class DecoupledKD(_ExclusiveKD):
         (logits,theirs),tau = self.logits(),at_progress(self.temperature, self.progress)
         return sum(decoupled_loss(logits, theirs, y, tau, self.target_weight, self.other_weight, image_weights=self.weights_of_images(y, theirs, share)) for y,share in self.targets())
 
+# %% ../nbs/33_callbacks.ipynb #2c603e18
 class NormalizedKD(_ExclusiveKD):
     "Match probability of the right class, and the others' distribution renormalized, as a cross entropy"
     def __init__(self,

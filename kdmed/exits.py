@@ -109,7 +109,7 @@ def _check_source(model, layers, size):
     if len(set(layers))<len(layers): raise ValueError(f'layers must differ, got {layers}')
     if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
 
-# %% ../nbs/21_exits.ipynb #437149cc
+# %% ../nbs/21_exits.ipynb #e20b78d2
 def add_exits(
     model:nn.Module, # A timm model, or, with `layers`, any that turns images into logits [B, C]. Not changed
     layers=None,     # Names of layers to put exits after; left out, the ends of the three stages before the last, or three blocks of a ViT
@@ -117,7 +117,7 @@ def add_exits(
     size:int=None,   # Image side, in pixels; that of `model.spec` if left out
     task:str=None,   # `binary`, `multiclass` or `multilabel`; that of `model.spec` if left out
     dropout:float=0., # Share of features dropped before each new head, in training
-)->ExitModel: # A copy of the model in the same mode, weights included, with exits that must be trained
+)->ExitModel: # A copy of the model in the same mode, weights included, with exits that must be trained; a frozen model's copy is not
     "A model with classifiers on the way"
     model,spec = unwrap_model(model),getattr(model, 'spec', {})
     layers,size = _default_layers(model) if layers is None else layers,size or spec.get('size')

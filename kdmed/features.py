@@ -120,7 +120,7 @@ def _same_size(ours, theirs):
 def _add_taps(self:FeatureKD):
     for _,layer in self.pairs: self.teacher.add_tap(layer, 'pooled' if self.pool else 'map')
 
-# %% ../nbs/34_features.ipynb #e40f0580
+# %% ../nbs/34_features.ipynb #950e1ad3
 @patch
 def prepare(self:FeatureKD):
     "Check layer names; projectors of an earlier fit go on training"
@@ -146,6 +146,7 @@ def _watch(self:FeatureKD, clone):
     self.captured = key
     if hasattr(self.learn.model, '_orig_mod') or getattr(self.learn.model, '_compiled_call_impl', None): torch.compiler.reset()
 
+# %% ../nbs/34_features.ipynb #03995141
 @patch
 def watching(self:FeatureKD, model): return self.capture
 
@@ -201,7 +202,7 @@ def projected(self:FeatureKD, maps):
     "The pairs, the student's side through its projector"
     return maps if self.projectors is None else [(p(ours), theirs) for p,(ours,theirs) in zip(self.projectors, maps)]
 
-# %% ../nbs/34_features.ipynb #a882733a
+# %% ../nbs/34_features.ipynb #a760ca88
 @patch
 def after_backward(self:FeatureKD):
     if self.projectors is None or not dist.is_initialized(): return
@@ -221,6 +222,7 @@ def after_fit(self:FeatureKD):
     _take_from_optimizer(self.learn)
     if self.finding_lr: self.projectors,self.finding_lr = self.kept,False
 
+# %% ../nbs/34_features.ipynb #40a3940b
 @patch
 def leave(self:FeatureKD):
     super(FeatureKD, self).leave()

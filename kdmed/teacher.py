@@ -113,7 +113,7 @@ class Teacher:
         "A pickled callback (`learn.export`) keeps no teacher"
         return dict(self.__dict__, voices=[], capture=None, introduced_to=None, _batch=None)
 
-# %% ../nbs/31_teacher.ipynb #447d7273
+# %% ../nbs/31_teacher.ipynb #15abcacc
 def _voices(model, classes, size, stats, checkpoint, task, trusted):
     "The voices in what a user may call a teacher"
     if isinstance(model, Teacher): return model.voices
@@ -128,6 +128,7 @@ def _voices(model, classes, size, stats, checkpoint, task, trusted):
     named = () if isinstance(spec.get('classes', 0), int) else spec['classes']
     return [_Voice(model, classes or named, size or spec.get('size'), stats, strict)]
 
+# %% ../nbs/31_teacher.ipynb #900cd572
 def _load(source, classes, size, checkpoint, task, trusted):
     "A teacher from a folder, a file or a timm name"
     path = Path(source)
@@ -220,7 +221,7 @@ def _shape(self:Teacher, features, kind):
     features = feature_map(features, unwrap(self.model))
     return features if kind=='map' else features.mean((2, 3))
 
-# %% ../nbs/31_teacher.ipynb #c3567f97
+# %% ../nbs/31_teacher.ipynb #ff2de5c0
 @patch
 def meet(self:Teacher,
     dls, # The student's `DataLoaders`
@@ -246,6 +247,7 @@ def begin(self:Teacher, learn): # A Learner, about to fit
     self.forget()
     self.meet(learn.dls)
 
+# %% ../nbs/31_teacher.ipynb #369ce046
 @patch
 def attend(self:Teacher, x): # A batch of images, before the student sees it
     "What callbacks call before a batch: eval mode, though a student that holds this model was put into training mode"
@@ -282,7 +284,7 @@ def match_outputs(
     if t.shape[1]!=n: raise ValueError(f'the student has {n} outputs, the teacher {t.shape[1]}')
     return t.reshape(logits.shape)
 
-# %% ../nbs/31_teacher.ipynb #9c098b1b
+# %% ../nbs/31_teacher.ipynb #34f764f5
 def examine(
     answer,         # Function from a batch's inputs to logits
     dl,             # Loader of labeled images; those without a label do not count
@@ -298,6 +300,7 @@ def examine(
     logits,y = (torch.cat([torch.Tensor(p[i]) if i==0 else p[i].as_subclass(Tensor) for p in pairs]) for i in (0, 1))
     return (_examine_classes if exclusive else _examine_findings)(logits.as_subclass(Tensor), y)
 
+# %% ../nbs/31_teacher.ipynb #01071ab4
 def _examine_classes(logits, y):
     "Cross entropy and balanced accuracy"
     known = y>=0
@@ -346,7 +349,7 @@ def introduce(self:Teacher,
     elif theirs is not None and exam['score']<=theirs['score']: warnings.warn(f"the teacher is no better than the student is already: {exam['metric']} {exam['score']:.3f} and {theirs['score']:.3f}")
     return exam
 
-# %% ../nbs/31_teacher.ipynb #d8117a18
+# %% ../nbs/31_teacher.ipynb #b04bee4e
 class MeanTeacher(Teacher):
     "An exponential moving average of the student itself"
     def __init__(self,
@@ -377,21 +380,29 @@ class MeanTeacher(Teacher):
         self.voices,self.taps,self.capture,self.steps = [_Voice(deepcopy(unwrap(learn.model)))],[],None,0
         for name,kind in self.wanted: super().add_tap(name, kind)
 
-    def end(self):
-        "After a learning rate test, be what it was before"
-        if self.finding_lr: (self.voices,self.steps),self.capture,self.finding_lr = self.kept,None,False
+# %% ../nbs/31_teacher.ipynb #a578b1ad
+@patch
+def end(self:MeanTeacher):
+    "After a learning rate test, be what it was before"
+    if self.finding_lr: (self.voices,self.steps),self.capture,self.finding_lr = self.kept,None,False
 
-    def update(self, student):
-        "Move the average toward the student"
-        self.steps += 1
-        d = min(self.decay, (1+self.steps)/(10+self.steps))
-        with torch.no_grad():
-            for mean,new in zip(self.model.state_dict().values(), unwrap(student).state_dict().values()):
-                if mean.is_floating_point(): mean.lerp_(new.to(mean), 1-d)
-                else: mean.copy_(new)
+@patch
+def update(self:MeanTeacher, student):
+    "Move the average toward the student"
+    self.steps += 1
+    d = min(self.decay, (1+self.steps)/(10+self.steps))
+    with torch.no_grad():
+        for mean,new in zip(self.model.state_dict().values(), unwrap(student).state_dict().values()):
+            if mean.is_floating_point(): mean.lerp_(new.to(mean), 1-d)
+            else: mean.copy_(new)
 
-    def introduce(self, *args, **kwargs): "It is the student: there is nothing to compare"
-    def state_dict(self): return dict(steps=self.steps, model=self.model.state_dict() if self.voices else {})
-    def load_state_dict(self, state):
-        self.steps = state['steps']
-        if state['model']: self.model.load_state_dict(state['model'])
+@patch
+def introduce(self:MeanTeacher, *args, **kwargs): "It is the student: there is nothing to compare"
+
+@patch
+def state_dict(self:MeanTeacher): return dict(steps=self.steps, model=self.model.state_dict() if self.voices else {})
+
+@patch
+def load_state_dict(self:MeanTeacher, state):
+    self.steps = state['steps']
+    if state['model']: self.model.load_state_dict(state['model'])
