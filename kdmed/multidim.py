@@ -150,7 +150,7 @@ def maps(self:MultiDimKD,
     "Tokens of both sides, of the same places"
     return [_columns(*pair, self.tokens) for pair in super(MultiDimKD, self).maps(xb)]
 
-# %% ../nbs/35_multidim.ipynb #7480be61
+# %% ../nbs/35_multidim.ipynb #ee4e9826
 @patch
 def _measure(self:MultiDimKD, name, ours, projected, theirs):
     "One of the terms, for one pair of blocks"
@@ -171,6 +171,8 @@ def values(self:MultiDimKD, names):
     values = {name: sum(self._measure(name, *pair) for pair in pairs) / len(pairs) for name in features}
     return values | ({'response': self._response()} if 'response' in names else {})
 
+
+# %% ../nbs/35_multidim.ipynb #80cb26a2
 @patch
 def distance(self:MultiDimKD, ours, theirs): # in the rehearsal
     if ours.shape[2]==1+self.tokens and (self.weights['spatial'] or self.weights['channel']):

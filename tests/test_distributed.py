@@ -154,7 +154,9 @@ def balanced(rank, processes, folder): return table(rank, processes, folder, Log
 
 def cached(rank, processes, folder):
     cache = TeacherCache(cnn(8, seed=1), Path(folder)/f'cache-{processes}')
-    return dict(table(rank, processes, folder, LogitKD(cache), views=2), filled=cache.filled)
+    seen = table(rank, processes, folder, LogitKD(cache), views=2)
+    if processes>1: torch.distributed.barrier() # the other process may still be writing
+    return dict(seen, filled=cache.filled)
 
 
 JOBS = {f.__name__: f for f in (steps, accumulate, schedule, mean, normalized, balanced, mixed, cached)}
