@@ -64,7 +64,7 @@ def _take_from_optimizer(
         p.grad = None
     learn.splitter = learn.splitter.splitter
 
-# %% ../nbs/34_features.ipynb #19e7b7f1
+# %% ../nbs/34_features.ipynb #eb102102
 def _project(pairs, device):
     "A 1×1 convolution for each pair of maps, on a device; the same in every process"
     convs = nn.ModuleList([nn.Conv2d(ours.shape[1], theirs.shape[1], 1) for ours,theirs in pairs]).to(device)
@@ -72,10 +72,10 @@ def _project(pairs, device):
         for p in convs.parameters(): dist.broadcast(p.data, 0)
     return convs
 
-def _projectors_from(state, device):
-    "Projectors of the shapes in a state dict"
-    weights = [v for k,v in state.items() if k.endswith('weight')]
-    convs = nn.ModuleList([nn.Conv2d(w.shape[1], w.shape[0], 1) for w in weights]).to(device)
+def _projectors_from(state, pairs, device):
+    "A projector for each of so many pairs, of the shapes in a state dict; the identity where it has none"
+    shapes = [state[f'{i}.weight'].shape if f'{i}.weight' in state else None for i in range(pairs)]
+    convs = nn.ModuleList([nn.Identity() if s is None else nn.Conv2d(s[1], s[0], 1) for s in shapes]).to(device)
     convs.load_state_dict(state)
     return convs
 
@@ -222,7 +222,7 @@ def after_fit(self:FeatureKD):
     _take_from_optimizer(self.learn)
     if self.finding_lr: self.projectors,self.finding_lr = self.kept,False
 
-# %% ../nbs/34_features.ipynb #40a3940b
+# %% ../nbs/34_features.ipynb #520fb465
 @patch
 def leave(self:FeatureKD):
     super(FeatureKD, self).leave()
@@ -240,7 +240,7 @@ def load_state_dict(self:FeatureKD, state):
     if 'projectors' not in state: return
     self._know_student()
     if self.projectors is not None: self.projectors.load_state_dict(state['projectors'])
-    else: self.projectors = _projectors_from(state['projectors'], next(self.learn.model.parameters()).device)
+    else: self.projectors = _projectors_from(state['projectors'], len(self.pairs), next(self.learn.model.parameters()).device)
     if state['lent']: _lend_to_optimizer(self.learn, self.projectors.parameters())
 
 # %% ../nbs/34_features.ipynb #782cafe9
