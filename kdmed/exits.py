@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/exits.html.md"""
 # %% auto #0
 __all__ = ['THRESHOLDS', 'ExitModel', 'add_exits', 'exit_confidence', 'early_exit', 'exit_macs', 'exit_curve', 'plot_exits']
 
-# %% ../nbs/21_exits.ipynb #c0df61f5
+# %% ../nbs/21_exits.ipynb #45b0743d
 from copy import deepcopy
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, distributed, nn
 
-from .core import COLORS, capture_activations, check_in, count_macs, evaluating, figure, get_layer
+from .core import COLORS, capture_activations, check_in, count_macs, evaluating, figure, get_layer, unwrap
 from .data import TASKS
-from .models import WRAPPERS, _staged, _thawed, pooled_features, stage_names, unwrap_model
+from .models import WRAPPERS, _staged, _thawed, pooled_features, stage_names
 
 # %% ../nbs/21_exits.ipynb #1724a6af
 class ExitModel(nn.Module):
@@ -109,7 +109,7 @@ def _check_source(model, layers, size):
     if len(set(layers))<len(layers): raise ValueError(f'layers must differ, got {layers}')
     if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
 
-# %% ../nbs/21_exits.ipynb #e20b78d2
+# %% ../nbs/21_exits.ipynb #ee0451c1
 def add_exits(
     model:nn.Module, # A timm model, or, with `layers`, any that turns images into logits [B, C]. Not changed
     layers=None,     # Names of layers to put exits after; left out, the ends of the three stages before the last, or three blocks of a ViT
@@ -119,7 +119,7 @@ def add_exits(
     dropout:float=0., # Share of features dropped before each new head, in training
 )->ExitModel: # A copy of the model in the same mode, weights included, with exits that must be trained; a frozen model's copy is not
     "A model with classifiers on the way"
-    model,spec = unwrap_model(model),getattr(model, 'spec', {})
+    model,spec = unwrap(model),getattr(model, 'spec', {})
     layers,size = _default_layers(model) if layers is None else layers,size or spec.get('size')
     _check_source(model, layers, size)
     backbone,p = _thawed(deepcopy(model)),next(model.parameters())
@@ -197,14 +197,14 @@ def _thresholds(threshold, n):
     if len(values)!=n or any(t!=t for t in values): raise ValueError(f'threshold must be a number, or one for each of {n} exits, got {threshold}')
     return values
 
-# %% ../nbs/21_exits.ipynb #70064253
+# %% ../nbs/21_exits.ipynb #933e2c57
 def early_exit(
     model:ExitModel, # Put in eval mode meanwhile
     images:Tensor,   # [B, 3, H, W], on the device of the model
     threshold=.9,    # Confidence from which an image leaves: 0, all leave at the first exit; above 1, none leaves; or a list, one for each exit
 )->tuple: # Logits [B, C], and the exit each image left by [B]: 0 is the first, `len(model.layers)` the network's end
     "Answers at the first exit that is sure enough; later layers run on the images that are still there"
-    model = unwrap_model(model)
+    model = unwrap(model)
     if not isinstance(model, ExitModel): raise TypeError(f'model must have exits, made by add_exits, got {type(model).__name__}')
     thresholds = _thresholds(threshold, len(model.exits))
     if not len(images): raise ValueError('images must hold at least one image')
@@ -214,7 +214,7 @@ def early_exit(
         parts = [_run_leaving(model, batch, sure) for batch in batches]
     return tuple(torch.cat(part) for part in zip(*parts))
 
-# %% ../nbs/21_exits.ipynb #380a0e89
+# %% ../nbs/21_exits.ipynb #9194bb17
 class _UntilExit(nn.Module):
     "The part of a model that runs for images that leave at exit `k`"
     def __init__(self, model, k):
@@ -227,7 +227,7 @@ def exit_macs(
     size:int=None,   # Image side, in pixels; that of `model.spec` if left out
 )->list: # Multiply–accumulates for one image: to each exit, first exit first, and to the network's end
     "Multiply–accumulates that an image costs when it leaves at each exit"
-    model = unwrap_model(model)
+    model = unwrap(model)
     size = size or getattr(model, 'spec', {}).get('size')
     if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
     return [count_macs(_UntilExit(model, k), size) for k in range(len(model.exits)+1)]
@@ -254,7 +254,7 @@ def _accuracies(logits, targets, task):
     recalls = [torch.stack([(d[t==c]==c).float().mean() for c in t.unique()]).mean() for d,t in pairs]
     return np.mean([(d==t).float().mean().item() for d,t in pairs]),torch.stack(recalls).mean().item()
 
-# %% ../nbs/21_exits.ipynb #3c1293d5
+# %% ../nbs/21_exits.ipynb #3bd62379
 def exit_curve(
     model:ExitModel, # As made by `add_exits`, trained; compiled or in DDP, too
     dl,              # `DataLoader` that gives images first and targets last, such as `dls.valid`
@@ -262,7 +262,7 @@ def exit_curve(
     size:int=None,   # Image side, in pixels, to count multiply–accumulates at; that of `model.spec` if left out
 )->pd.DataFrame: # A row for each threshold and each exit that all take: `rule`, `threshold`, `accuracy`, `balanced_accuracy`, `macs` (mean of an image), shares that leave at each exit, `images`
     "What early exits cost and get right, at each threshold, and when all images leave at the same exit"
-    model = unwrap_model(model)
+    model = unwrap(model)
     (logits,targets),macs,n = _all_answers(model, dl),np.array(exit_macs(model, size)),len(model.exits)
     names = [*(f'exit {k+1}' for k in range(n)), 'end']
     sure = torch.stack([exit_confidence(a, model.task) for a in logits[:-1]])

@@ -64,19 +64,12 @@ def _take_from_optimizer(
         p.grad = None
     learn.splitter = learn.splitter.splitter
 
-# %% ../nbs/34_features.ipynb #eb102102
+# %% ../nbs/34_features.ipynb #038e82e2
 def _project(pairs, device):
     "A 1×1 convolution for each pair of maps, on a device; the same in every process"
     convs = nn.ModuleList([nn.Conv2d(ours.shape[1], theirs.shape[1], 1) for ours,theirs in pairs]).to(device)
     if dist.is_initialized():
         for p in convs.parameters(): dist.broadcast(p.data, 0)
-    return convs
-
-def _projectors_from(state, pairs, device):
-    "A projector for each of so many pairs, of the shapes in a state dict; the identity where it has none"
-    shapes = [state[f'{i}.weight'].shape if f'{i}.weight' in state else None for i in range(pairs)]
-    convs = nn.ModuleList([nn.Identity() if s is None else nn.Conv2d(s[1], s[0], 1) for s in shapes]).to(device)
-    convs.load_state_dict(state)
     return convs
 
 # %% ../nbs/34_features.ipynb #4aff7340
@@ -222,7 +215,7 @@ def after_fit(self:FeatureKD):
     _take_from_optimizer(self.learn)
     if self.finding_lr: self.projectors,self.finding_lr = self.kept,False
 
-# %% ../nbs/34_features.ipynb #520fb465
+# %% ../nbs/34_features.ipynb #8c70145e
 @patch
 def leave(self:FeatureKD):
     super(FeatureKD, self).leave()
@@ -230,18 +223,24 @@ def leave(self:FeatureKD):
 
 @patch
 def state_dict(self:FeatureKD):
-    own = {} if self.projectors is None else dict(projectors=self.projectors.state_dict(), lent=isinstance(self.learn.splitter, _SplitterWith))
+    own = {} if self.projectors is None else dict(projectors=self.projectors.state_dict(), pairs=len(self.pairs), lent=isinstance(self.learn.splitter, _SplitterWith))
     return super(FeatureKD, self).state_dict() | own
 
 @patch
 def load_state_dict(self:FeatureKD, state):
     "Projectors as they were, in the optimizer; at once, since the optimizer's own state may follow"
-    super(FeatureKD, self).load_state_dict({k: v for k,v in state.items() if k not in ('projectors', 'lent')})
+    super(FeatureKD, self).load_state_dict({k: v for k,v in state.items() if k not in ('projectors', 'pairs', 'lent')})
     if 'projectors' not in state: return
     self._know_student()
-    if self.projectors is not None: self.projectors.load_state_dict(state['projectors'])
-    else: self.projectors = _projectors_from(state['projectors'], len(self.pairs), next(self.learn.model.parameters()).device)
+    if self.projectors is None: self.projectors = self._remade(state['projectors'], state['pairs']).to(next(self.learn.model.parameters()).device)
+    self.projectors.load_state_dict(state['projectors'])
     if state['lent']: _lend_to_optimizer(self.learn, self.projectors.parameters())
+
+@patch
+def _remade(self:FeatureKD, state, pairs):
+    "A projector for each of so many pairs, of the shapes in a state dict; the identity where it has none"
+    shapes = [state[f'{i}.weight'].shape if f'{i}.weight' in state else None for i in range(pairs)]
+    return nn.ModuleList([nn.Identity() if s is None else nn.Conv2d(s[1], s[0], 1) for s in shapes])
 
 # %% ../nbs/34_features.ipynb #782cafe9
 class AttentionKD(FeatureKD):

@@ -22,11 +22,19 @@ from .kd import METHODS, SEVERAL, Teacher, _make, distill, distill_callbacks, fi
 from .metrics import evaluate, paired_difference
 from .report import predict
 
-# %% ../nbs/43_methods.ipynb #046161db
-def _study_key(dls, epochs, lr, teacher_probs):
+# %% ../nbs/43_methods.ipynb #f4b37e74
+def _study_key(dls, student, epochs, lr, teacher_probs):
     "What must be the same when a study goes on"
     told = hashlib.sha256(np.round(np.asarray(teacher_probs, np.float64), 4).tobytes()).hexdigest()[:12]
-    return dict(data=dls.table.attrs['name'], classes=list(dls.classes), size=dls.size, train=len(dls.train_ds), test=len(dls.test.table), epochs=epochs, lr=lr, teacher=told)
+    data = dict(data=dls.table.attrs['name'], classes=list(dls.classes), train=len(dls.train_ds), test=len(dls.test.table))
+    return data | dict(size=dls.size, bs=dls.train.bs, views=_views_of(dls.train), student=_about(student), epochs=epochs, lr=lr, teacher=told)
+
+def _views_of(dl):
+    "What decides the pixels a student sees, as far as that can be known"
+    try: return f'{dl.pixels_key()} × {dl.views}'
+    except (AttributeError, ValueError): return None
+
+def _about(model): return f'{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters'
 
 def _check_study(folder, key):
     "Raise an error if a folder holds a study of other settings"
@@ -55,7 +63,7 @@ def _remember(file, train):
     os.replace(part, file)
     return probs
 
-# %% ../nbs/43_methods.ipynb #728d1497
+# %% ../nbs/43_methods.ipynb #32a0f8fa
 def compare_methods(
     dls,              # From `image_dls`, with test images
     teacher,          # Trained: `Teacher`, Module or Learner
@@ -71,22 +79,24 @@ def compare_methods(
     if not hasattr(dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
     if isinstance(student, nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each one starts afresh')
     methods,teacher = _named(methods),teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-    _check_methods(dls, student, teacher, methods)
+    taps,model = teacher.taps,_make(student, dls, 0)
+    _check_methods(dls, model, teacher, methods)
     predictions = {'teacher': [predict_teacher(teacher, dls)], 'plain': []} | {name: [] for name in methods}
     folder = Path(folder) if folder is not None else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_study(folder, _study_key(dls, epochs, lr, predictions['teacher'][0]))
+        _check_study(folder, _study_key(dls, model, epochs, lr, predictions['teacher'][0]))
     for seed in seeds:
         for name in ['plain', *methods]:
             def train():
                 if progress: print(f'seed {seed}: {name}', flush=True)
+                teacher.taps,teacher.capture = taps,None # not those of the method before
                 learn = _train(dls, student, teacher, methods.get(name), epochs, lr, seed)
                 return predict(learn, dls.test)[0]
             predictions[name].append(train().astype(np.float32) if folder is None else _remember(folder/f'{name}-{seed}.npy', train))
     return predictions
 
-# %% ../nbs/43_methods.ipynb #d4d52cb6
+# %% ../nbs/43_methods.ipynb #695b711c
 def _named(methods):
     "Methods by name: a name in METHODS, or a function that makes callbacks"
     if methods is None: methods = [name for name,m in METHODS.items() if not m.needs]
@@ -103,9 +113,8 @@ def _train(dls, student, teacher, method, epochs, lr, seed):
     made = _make(student, dls, seed)
     return fit_classifier(dls, made, epochs, lr, seed, cbs=method(made, teacher), progress=False)
 
-def _check_methods(dls, student, teacher, methods):
+def _check_methods(dls, model, teacher, methods):
     "Raise an error before the first hour for what would fail in the fifth"
-    model = _make(student, dls, 0)
     for name,method in methods.items():
         if not isinstance(method, str): continue
         if METHODS[method].tasks==SEVERAL and (dls.task!='multiclass' or len(dls.classes)<3):

@@ -7,19 +7,18 @@ Docs: https://kdmed.github.io/kdmed/multidim.html.md"""
 # %% auto #0
 __all__ = ['VITKD_WEIGHTS', 'pair_blocks', 'split_tokens', 'MultiDimKD', 'hide_places', 'generation_loss', 'ViTKD']
 
-# %% ../nbs/35_multidim.ipynb #ddba9472
+# %% ../nbs/35_multidim.ipynb #dffe01ba
 import numpy as np
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .callbacks import _check_setting, at_progress
+from .callbacks import SeveralTerms, _check_setting, at_progress
 from .core import check_in, unwrap
 from .feature_losses import FEATURE_WEIGHTS, attention_transfer_loss, channel_loss, cosine_loss, hint_loss
 from .features import FeatureKD, _same_size
 from .logit_losses import _apart
-from .losses import bernoulli_soft_target_loss, soft_target_loss
 from .models import feature_map, stage_names
 
 # %% ../nbs/35_multidim.ipynb #8e19ea1f
@@ -60,30 +59,11 @@ def _columns(ours, theirs, token):
     if token: tables = [torch.cat([t[:, :, None], table], 2) for t,table in zip((our_token, their_token), tables)]
     return tuple(table[..., None] for table in tables)
 
-# %% ../nbs/35_multidim.ipynb #73e4d3a3
+# %% ../nbs/35_multidim.ipynb #0059a068
 _LATER = [('', '')] # pairs that are known when the student is
 
-class _SeveralTerms:
-    "A distillation callback whose terms have names and weights of their own; `values` computes those it is asked for"
-    def weights_at(self, progress):
-        "{term: weight} at one moment of a fit"
-        return {name: at_progress(self.weight, progress)*at_progress(weight, progress) for name,weight in self.weights.items()}
-
-    def term_names(self): return [f'{self.term_name}_{name}' for name,weight in self.weights.items() if self.weight and weight]
-
-    def add_terms(self, terms):
-        weights = {name: weight for name,weight in self.weights_at(self.progress).items() if weight}
-        if not weights: return
-        for name,value in self.values(list(weights)).items(): terms.add(f'{self.term_name}_{name}', value, weights[name])
-
-def _softened(cb, logits, teacher_logits, temperature):
-    "Divergence of two models' softened answers, by the task of a callback's Learner: masks and class weights are those of the label loss"
-    weights = cb.shared_class_weights()
-    if not cb.exclusive: return bernoulli_soft_target_loss(logits, teacher_logits, temperature, weights, cb.mask())
-    return soft_target_loss(logits, teacher_logits, temperature, weights)
-
-# %% ../nbs/35_multidim.ipynb #e1554f9c
-class MultiDimKD(_SeveralTerms, FeatureKD):
+# %% ../nbs/35_multidim.ipynb #e606d69f
+class MultiDimKD(SeveralTerms, FeatureKD):
     "Match where a ViT looks, what each channel finds, its class token and its answer; four terms, four columns of the log"
     name,same_size = 'mdkd',False
     def __init__(self,
@@ -150,7 +130,7 @@ def maps(self:MultiDimKD,
     "Tokens of both sides, of the same places"
     return [_columns(*pair, self.tokens) for pair in super(MultiDimKD, self).maps(xb)]
 
-# %% ../nbs/35_multidim.ipynb #ee4e9826
+# %% ../nbs/35_multidim.ipynb #c1685d8e
 @patch
 def _measure(self:MultiDimKD, name, ours, projected, theirs):
     "One of the terms, for one pair of blocks"
@@ -160,7 +140,7 @@ def _measure(self:MultiDimKD, name, ours, projected, theirs):
     return channel_loss(projected[:, :, first:], theirs[:, :, first:], at_progress(self.channel_temperature, self.progress))
 
 @patch
-def _response(self:MultiDimKD): return _softened(self, *self.logits(), at_progress(self.temperature, self.progress))
+def _response(self:MultiDimKD): return self.softened(*self.logits(), at_progress(self.temperature, self.progress))
 
 @patch
 def values(self:MultiDimKD, names):
@@ -179,27 +159,6 @@ def distance(self:MultiDimKD, ours, theirs): # in the rehearsal
         raise ValueError('there is a single patch at this image size, and so no where to compare. Pass spatial_weight=0 and channel_weight=0')
     for name,weight in self.weights.items():
         if weight and name!='response': self._measure(name, ours, ours, theirs)
-
-# %% ../nbs/35_multidim.ipynb #a1b528e0
-@patch
-def state_dict(self:MultiDimKD): return super(MultiDimKD, self).state_dict() | dict(pairs=len(self.pairs))
-
-@patch
-def load_state_dict(self:MultiDimKD, state):
-    "As those of `FeatureKD`; pairs of equal widths have no projector"
-    _restore(self, state, _projectors_or_none)
-    super(MultiDimKD, self).load_state_dict({k: v for k,v in state.items() if k!='pairs'})
-
-def _restore(cb, state, make):
-    "Modules of the shapes in a state dict for a callback that has none yet"
-    if 'projectors' not in state: return
-    cb._know_student()
-    if cb.projectors is None: cb.projectors = make(state['projectors'], state['pairs']).to(next(cb.learn.model.parameters()).device)
-
-def _projectors_or_none(state, n):
-    "For each of n pairs the 1×1 convolution of the shape in a state dict, or the identity"
-    shapes = [state[f'{i}.weight'].shape if f'{i}.weight' in state else None for i in range(n)]
-    return nn.ModuleList([nn.Identity() if s is None else nn.Conv2d(s[1], s[0], 1) for s in shapes])
 
 # %% ../nbs/35_multidim.ipynb #6c932f0f
 def hide_places(
@@ -240,8 +199,8 @@ class _Generator(nn.Module):
         "The teacher's last map, guessed from what is not hidden of the student's"
         return self.generate(torch.where(hidden[:, None], self.token[:, None, None], self.align[-1](features)))
 
-# %% ../nbs/35_multidim.ipynb #4c39ccf8
-class ViTKD(_SeveralTerms, FeatureKD):
+# %% ../nbs/35_multidim.ipynb #555ba21f
+class ViTKD(SeveralTerms, FeatureKD):
     "Mimic a teacher's first blocks; generate its last map from half of the student's places"
     name = 'vitkd'
     def __init__(self,
@@ -314,18 +273,17 @@ def values(self:ViTKD, names):
         values['generation'] = generation_loss(self.projectors(ours, hidden), theirs, hidden)
     return values
 
-# %% ../nbs/35_multidim.ipynb #a0597b23
+# %% ../nbs/35_multidim.ipynb #c52f79e8
 @patch
-def state_dict(self:ViTKD): return super(ViTKD, self).state_dict() | dict(drawn=self.drawn, pairs=len(self.pairs))
+def state_dict(self:ViTKD): return super(ViTKD, self).state_dict() | dict(drawn=self.drawn)
 
 @patch
 def load_state_dict(self:ViTKD, state):
     "As that of `FeatureKD`, and how many batches had places hidden"
     self.drawn = state['drawn']
-    _restore(self, state, _generator_from)
-    super(ViTKD, self).load_state_dict({k: v for k,v in state.items() if k not in ('drawn', 'pairs')})
+    super(ViTKD, self).load_state_dict({k: v for k,v in state.items() if k!='drawn'})
 
-def _generator_from(state, n):
-    "A `_Generator` of the shapes in a state dict"
-    shapes = [state[f'align.{i}.weight'].shape if f'align.{i}.weight' in state else 2*[len(state['token'])] for i in range(n)]
+@patch
+def _remade(self:ViTKD, state, pairs):
+    shapes = [state[f'align.{i}.weight'].shape if f'align.{i}.weight' in state else 2*[len(state['token'])] for i in range(pairs)]
     return _Generator([(s[1], s[0]) for s in shapes])

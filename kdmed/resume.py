@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/resume.html.md"""
 __all__ = ['previous_of', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state', 'save_checkpoint',
            'load_checkpoint', 'StopOnNaN', 'describe_run', 'Resume']
 
-# %% ../nbs/37_resume.ipynb #5014b67a
+# %% ../nbs/37_resume.ipynb #ec190ffe
 import json, os, pickle, random, sys, time, weakref, zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -27,8 +27,8 @@ from fastcore.foundation import L
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from .core import unwrap
 from .images import name_of
 
 # %% ../nbs/37_resume.ipynb #d782eb82
@@ -176,14 +176,7 @@ def set_random_state(
     if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
     for dl,there in zip(dls.loaders if dls is not None else [], state['loaders']): _set_loader_state(dl, there)
 
-# %% ../nbs/37_resume.ipynb #58dff131
-def _bare_model(model):
-    "The model inside what several GPUs or `torch.compile` wrapped around it"
-    while True:
-        if isinstance(model, (DistributedDataParallel, nn.DataParallel)): model = model.module
-        elif '_orig_mod' in dict(model.named_children()): model = model._orig_mod
-        else: return model
-
+# %% ../nbs/37_resume.ipynb #40bfaa5d
 def _model_state(model):
     "Weights, all buffers, and the names of what is trained"
     weights = model.state_dict()
@@ -248,10 +241,10 @@ def _attributes(o):
         except (TypeError, RuntimeError): pass
     return found
 
-# %% ../nbs/37_resume.ipynb #a32db328
+# %% ../nbs/37_resume.ipynb #04016381
 def _parts(cb):
     "Attributes of a callback that have a state of their own"
-    skip = {id(o) for o in (cb.learn.model, _bare_model(cb.learn.model), cb.learn.opt, vars(cb.learn).get('scaler'))}
+    skip = {id(o) for o in (cb.learn.model, unwrap(cb.learn.model), cb.learn.opt, vars(cb.learn).get('scaler'))}
     return {k: v for k,v in vars(cb).items() if id(v) not in skip and hasattr(type(v), 'state_dict') and hasattr(type(v), 'load_state_dict')}
 
 # %% ../nbs/37_resume.ipynb #16e03bf0
@@ -292,7 +285,7 @@ def _load_recorder(learn, saved):
     losses = state.pop('losses')
     vars(r).update(state, losses=[] if losses is None else list(losses))
 
-# %% ../nbs/37_resume.ipynb #926be74c
+# %% ../nbs/37_resume.ipynb #71b100a3
 _NUMBERS = 'iter', 'n_iter', 'train_iter', 'pct_train', 'smooth_loss', 'final_record'
 
 def _random_states(dls):
@@ -304,17 +297,17 @@ def _random_states(dls):
 def _learner_state(learn, since=None):
     "All that decides how a Learner goes on"
     scaler,loss = vars(learn).get('scaler'),learn.loss_func
-    return dict(format=1, model=_model_state(_bare_model(learn.model)), optimizer=_optimizer_state(learn) if learn.opt is not None else None,
+    return dict(format=1, model=_model_state(unwrap(learn.model)), optimizer=_optimizer_state(learn) if learn.opt is not None else None,
                 callbacks={name: _callback_state(name, cb, since) for name,cb in _named_callbacks(learn).items()},
                 scaler=scaler.state_dict() if scaler is not None else {}, loss=loss.state_dict() if isinstance(loss, nn.Module) else None,
                 recorder=_recorder_state(learn) if 'recorder' in vars(learn) else None,
                 numbers={k: vars(learn)[k] for k in _NUMBERS if k in vars(learn)}, random=_random_states(learn.dls))
 
-# %% ../nbs/37_resume.ipynb #4418aafd
+# %% ../nbs/37_resume.ipynb #4012d586
 def _restore(learn, state):
     "Bring a Learner to a state from `_learner_state`: callbacks before the optimizer, to which they may lend parameters; random numbers last"
     if state['optimizer'] is not None and learn.opt is None: learn.create_opt()
-    _load_model(_bare_model(learn.model), state['model'])
+    _load_model(unwrap(learn.model), state['model'])
     _load_callbacks(learn, state['callbacks'])
     if state['optimizer'] is not None: _load_optimizer(learn, state['optimizer'])
     if state['scaler'] and vars(learn).get('scaler') is not None: learn.scaler.load_state_dict(state['scaler'])
@@ -331,7 +324,7 @@ def save_checkpoint(
     state = _learner_state(learn)
     if not rank_distrib(): write_checkpoint(state, file)
 
-# %% ../nbs/37_resume.ipynb #d3d433a1
+# %% ../nbs/37_resume.ipynb #9fa4dd01
 def load_checkpoint(
     learn:Learner,      # Changed in place
     file,               # From `save_checkpoint`, or a file that `Resume` keeps
@@ -341,7 +334,7 @@ def load_checkpoint(
     "Bring a Learner to the state in a file"
     state = read_checkpoint(file, trusted)
     if state.get('format')!=1: raise ValueError(f'{file} holds no Learner that this version can read')
-    model = _bare_model(learn.model)
+    model = unwrap(learn.model)
     if wrong := _differences(_shapes(state['model']['weights']), _shapes(model.state_dict())): raise ValueError(f'{file} holds another model: {"; ".join(wrong)}')
     _load_model(model, state['model']) if only_model else _restore(learn, state)
     return learn
@@ -440,12 +433,12 @@ def _describe_training(learn):
     settings = {f'{k} of group {i}': v for i,group in enumerate(opt.hypers) for k,v in group.items() if k not in plans}
     return {'optimizer': type(getattr(opt, 'opt', opt)).__name__ + f' of {", ".join(steppers)}'*bool(steppers), 'setting': _plain(settings), 'schedule of': plans}
 
-# %% ../nbs/37_resume.ipynb #2fd42273
+# %% ../nbs/37_resume.ipynb #498f93b8
 def describe_run(
     learn:Learner, # With an optimizer
 )->dict: # Of plain values, by what they are
     "What must be the same for a fit to go on"
-    model,loss = _bare_model(learn.model),learn.loss_func
+    model,loss = unwrap(learn.model),learn.loss_func
     return {'epochs': learn.n_epoch, **_describe_data(learn.dls), **_describe_training(learn),
             'shape of': {n: tuple(p.shape) for n,p in model.named_parameters()}, 'trained parameters': sum(p.requires_grad for p in model.parameters()),
             'loss function': getattr(loss, '__name__', type(loss).__name__), 'processes': max(1, num_distrib()),
@@ -512,7 +505,7 @@ def _weights_digest(model):
     for p in model.parameters(): digest = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), digest)
     return digest
 
-# %% ../nbs/37_resume.ipynb #8b537c6c
+# %% ../nbs/37_resume.ipynb #05aa09af
 @patch
 def before_fit(self:Resume):
     "Find out which fit this is, and how far it came"
@@ -527,7 +520,7 @@ def before_fit(self:Resume):
     self.counts = vars(self.learn).setdefault('resumed_fits', {})
     self.number = self.counts.get(str(self.folder.resolve()), 0)
     self.file = self.folder/f'fit_{self.number}.pt'
-    self.facts,self.start = describe_run(self.learn),_weights_digest(_bare_model(self.learn.model))
+    self.facts,self.start = describe_run(self.learn),_weights_digest(unwrap(self.learn.model))
     self.saved = self._find()
     if self.saved is not None and self.saved['position']['finished']: self._skip_fit()
 
@@ -682,7 +675,7 @@ def _fit_is_done(self:Resume):
     self._write(self.learn.n_epoch, finished=True)
     self._end_fit()
 
-# %% ../nbs/37_resume.ipynb #8d955a18
+# %% ../nbs/37_resume.ipynb #d265480c
 def _forget_untrained(opt):
     "Drop moments of parameters that a callback took back: they are in no checkpoint, so that a run that goes on would not have them"
     state = getattr(opt, 'opt', opt).state # of the optimizer inside an OptimWrapper or a Lookahead
@@ -692,7 +685,7 @@ def _forget_untrained(opt):
 @patch
 def _write(self:Resume, epoch, batch=0, finished=False):
     "Write a checkpoint of this moment"
-    model = _bare_model(self.learn.model)
+    model = unwrap(self.learn.model)
     if lost := [n for n,p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]:
         raise FloatingPointError(f'weights are not finite at epoch {epoch}, batch {batch}: {lost[:3]}; the last good checkpoint is {self.file}')
     _forget_untrained(self.learn.opt)
