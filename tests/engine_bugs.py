@@ -1,0 +1,44 @@
+"Bugs that distillation code has, each planted in a module of ours: (module, what is wrong, text in its source, what stands there instead)"
+
+ENGINE_BUGS = [
+    # the teacher
+    ('teacher', 'teacher left trainable', 'model.requires_grad_(False).eval()', 'model.eval()'),
+    ('teacher', 'teacher left in training mode', 'model.requires_grad_(False).eval()', 'model.requires_grad_(False)'),
+    ('teacher', 'unfrozen with the student that holds it', 'if any(p.requires_grad for p in self.parameters): self.model.requires_grad_(False)', 'pass'),
+    ('teacher', 'put into training mode with the student that holds it', 'if any(m.training for m in self.modules): self.model.eval()', 'pass'),
+    ('teacher', 'teacher runs with gradients', 'with torch.no_grad():\n        if not self.taps', 'with torch.enable_grad():\n        if not self.taps'),
+    ('teacher', 'one forward for each callback', 'if self._batch is None or self._batch[0] is not xb:', 'if True:'),
+    ('teacher', 'answers of the batch before', 'if self._batch is None or self._batch[0] is not xb:', 'if self._batch is None:'),
+    ('teacher', 'classes in the order of the teacher', 'return logits[:, [known.index(c) for c in wanted]]', 'return logits'),
+    ('teacher', "images in the student's normalization", 'x = renormalize(x, stats, self.stats)', 'pass'),
+    ('teacher', 'the loudest of several teachers', 'sum(w*z for w,z in zip(shares, logits))', 'sum(z for w,z in zip(shares, logits))'),
+    ('teacher', 'average of weights never moves', 'def update(self:MeanTeacher, student):', 'def update_(self:MeanTeacher, student):'),
+    # the loop
+    ('callbacks', 'KD counted in validation', 'order,run_valid,adds_term,uses_logits = GradientAccumulation.order-1,False,True,True', 'order,run_valid,adds_term,uses_logits = GradientAccumulation.order-1,True,True,True'),
+    ('callbacks', 'weight of a term forgotten', 'self.total = self.total + weight*value', 'self.total = self.total + value'),
+    ('callbacks', 'label loss counted once more for each callback', 'if self.peers[0] is self: self._start_terms(terms)\n    self.add_terms(terms)', "self._start_terms(terms) if self.peers[0] is self else terms.add('label_loss', self.label_loss(), 1.)\n    self.add_terms(terms)"),
+    ('callbacks', 'label weight forgotten', "terms.add('label_loss', self.label_loss(), weight)", "terms.add('label_loss', self.label_loss(), 1.)"),
+    ('callbacks', 'terms are not scaled by gradient accumulation', 'order,run_valid,adds_term,uses_logits = GradientAccumulation.order-1', 'order,run_valid,adds_term,uses_logits = GradientAccumulation.order+1'),
+    ('callbacks', 'class weights on the label loss alone', 'weights,temperature = self.weights_of_classes(),', 'weights,temperature = None,'),
+    ('callbacks', 'missing findings teach', 'return distillation_mask(y)', 'return None'),
+    ('callbacks', 'softmax over findings', "return task!='multilabel' and self.columns>1", 'return True'),
+    ('callbacks', 'MixUp: one of two targets', 'return [(mix.yb1[0], 1-lam), (self.learn.yb[0], lam)]', 'return [(self.learn.yb[0], None)]'),
+    ('callbacks', 'rehearsal moves running means', 'with same_random_numbers(), evaluating(model), ExitStack() as watched:', 'with same_random_numbers(), ExitStack() as watched:'),
+    ('callbacks', 'rehearsal draws random numbers', 'with same_random_numbers(), evaluating(model), ExitStack() as watched:', 'with evaluating(model), ExitStack() as watched:'),
+    ('callbacks', 'both tokens answer in validation', 'finally: student.set_distilled_training(False)', 'finally: pass'),
+    # features
+    ('features', 'projector not trained', 'if self.projectors is not None: _lend_to_optimizer(self.learn, self.projectors.parameters())', 'pass'),
+    ('features', 'projector not in checkpoints', 'own = {} if self.projectors is None else', 'own = {} if True else'),
+    ('features', 'projector left in the optimizer', '    _take_from_optimizer(self.learn)\n    if self.finding_lr', '    if self.finding_lr'),
+    ('features', 'projector of another student', 'if self.student is None or self.student() is not student:', 'if self.student is None:'),
+    ('features', 'learning rate test ruins projectors', 'if self.finding_lr: self.projectors,self.finding_lr = self.kept,False', 'self.finding_lr = False'),
+    ('features', 'mean over pairs forgotten', ' for ours,theirs in self.projected(self.maps())) / len(self.pairs)', ' for ours,theirs in self.projected(self.maps()))'),
+    ('features', 'features overwritten in place', 'if self.capture.overwritten: self._watch(clone=self.capture.overwritten)', 'pass'),
+    # exits
+    ('multistage', 'shares do not sum to one', "'exit{k}': _scaled(self.exit_weight, share/sum(shares))", "'exit{k}': _scaled(self.exit_weight, share)"),
+    ('multistage', 'exits answer in validation', 'finally: student.set_exit_training(False)', 'finally: pass'),
+    # kept answers
+    ('cache', 'answers of other weights', 'weights=_weights_digest(unwrap(v.model)), ', ''),
+    ('cache', 'answers to other pixels', "pixels=self.dl.pixels_key(), ", ''),
+    ('cache', 'a damaged answer is believed', 'self._check(', '(lambda *a: None)('),
+]
