@@ -94,7 +94,7 @@ def _run_study(
     print('\n' + comparison.to_markdown() + f'\nTook {settings["seconds"]:.0f} s. Report, student and settings are in {out}')
     return out
 
-# %% ../nbs/80_cli.ipynb #0c6a9ebc
+# %% ../nbs/80_cli.ipynb #9c452690
 READERS = {
     'folder': 'one folder for each class, perhaps below train, valid, test', 'csv': 'a CSV file with columns image, label, group',
     'dicom': 'DICOM files, one folder for each class', 'ham10000': 'skin, 7 diagnoses', 'lc25000': 'lung and colon tissue',
@@ -106,8 +106,8 @@ def _read_data(
 ): # Image table with `split` filled
     "The image table of a `distill` command, split by groups unless it comes with splits or the official one is wanted"
     if args.data is None and args.dataset in ('folder', 'csv', 'dicom'): raise ValueError(f'--dataset {args.dataset} needs --data')
-    read = dict(folder=lambda: read_folder(args.data, args.group_pattern),
-                csv=lambda: read_csv(args.data, label=args.label, group=args.group, task=args.task),
+    read = dict(folder=lambda: read_folder(args.data, args.group_pattern, unlabeled=args.unlabeled),
+                csv=lambda: read_csv(args.data, label=args.label, group=args.group, task=args.task, empty=args.empty),
                 dicom=lambda: read_dicom_folder(args.data), ham10000=lambda: read_ham10000(args.data),
                 lc25000=lambda: read_lc25000(args.data, args.tissue), chestxray14=lambda: read_chestxray14(args.data),
                 breakhis=lambda: read_breakhis(args.data, 'multiclass' if args.task=='multiclass' else 'binary', args.magnification),
@@ -172,7 +172,7 @@ def _positive(kind):
         return value
     return parse
 
-# %% ../nbs/80_cli.ipynb #568af4ed
+# %% ../nbs/80_cli.ipynb #d1504f20
 def _data_arguments(add):
     "Where images come from and how they are dealt out"
     add('--data', metavar='PATH', help='folder or file; a public set is looked for in the input folder of Kaggle if left out')
@@ -184,6 +184,8 @@ def _data_arguments(add):
     add('--unreadable', choices=['error', 'quarantine'], default='error', help='stop if images cannot be read, or go on without them')
     add('--split-seed', type=int, default=0, metavar='N', help='seed of the split by groups, where the data has no split')
     add('--group-pattern', default='', metavar='REGEX', help='folder: first bracket is the group in a file name; else each image is its own group')
+    add('--unlabeled', nargs='+', default=[], metavar='FOLDER', help='folder: folders whose images have no label; students learn from what the teacher says of them')
+    add('--empty', choices=['auto', 'none', 'unlabeled'], default='auto', help='csv: what an empty label means; auto: no finding if the task is given as multilabel, else no label')
     add('--label', default='label', metavar='COLUMN', help='csv: column of labels')
     add('--group', default='group', metavar='COLUMN', help='csv: column of groups')
     add('--task', choices=['auto', 'binary', 'multiclass', 'multilabel'], default='auto', help='csv, breakhis: the task; auto: by the labels')

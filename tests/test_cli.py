@@ -106,3 +106,15 @@ def test_images_left_out_are_on_record(tmp_path, capsys):
     left_out = json.loads((tmp_path/'run/settings.json').read_text())['left_out']
     assert list(left_out) == [str(file)] and 'cannot identify image file' in left_out[str(file)]
     assert len(list(tmp_path.glob('stores/32px-*/store.json'))) == 1
+
+
+def test_images_without_a_label_teach_the_distilled_student_alone(tmp_path, capsys):
+    table = synthetic_table(n=150, classes=3, size=32)
+    for i,row in table.iterrows():
+        file = tmp_path/'tissue'/('more' if i%5==0 else row.label)/f"{row.group.split()[1]}_{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(row.image).save(file)
+    args = arguments(tmp_path/'tissue', tmp_path/'run', dataset='folder', group_pattern=r'(\d+)_', task='auto', repeats=1, unlabeled='more')
+    assert cli.main(args) == 0
+    assert json.loads((tmp_path/'run/student.json').read_text())['classes'] == sorted(table.attrs['classes'])
+    assert cli.main([*args[:-1], 'moore', '--force']) == 2 and "no folder ['moore'] with images" in capsys.readouterr().err
