@@ -7,8 +7,8 @@ Docs: https://kdmed.github.io/kdmed/methods.html.md"""
 # %% auto #0
 __all__ = ['compare_methods', 'predict_teacher', 'methods_comparison', 'plot_methods']
 
-# %% ../nbs/43_methods.ipynb #054d8f6d
-import hashlib, json, os
+# %% ../nbs/43_methods.ipynb #6feca170
+import io, json, os
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,11 @@ from .kd import METHODS, SEVERAL, Teacher, _make, distill, distill_callbacks, fi
 from .metrics import evaluate, paired_difference
 from .report import predict
 
-# %% ../nbs/43_methods.ipynb #f4b37e74
-def _study_key(dls, student, epochs, lr, teacher_probs):
+# %% ../nbs/43_methods.ipynb #4c2fa9b0
+def _study_key(dls, student, epochs, lr):
     "What must be the same when a study goes on"
-    told = hashlib.sha256(np.round(np.asarray(teacher_probs, np.float64), 4).tobytes()).hexdigest()[:12]
     data = dict(data=dls.table.attrs['name'], classes=list(dls.classes), train=len(dls.train_ds), test=len(dls.test.table))
-    return data | dict(size=dls.size, bs=dls.train.bs, views=_views_of(dls.train), student=_about(student), epochs=epochs, lr=lr, teacher=told)
+    return data | dict(size=dls.size, bs=dls.train.bs, views=_views_of(dls.train), student=_about(student), epochs=epochs, lr=lr)
 
 def _views_of(dl):
     "What decides the pixels a student sees, as far as that can be known"
@@ -36,9 +35,11 @@ def _views_of(dl):
 
 def _about(model): return f'{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters'
 
-def _check_study(folder, key):
-    "Raise an error if a folder holds a study of other settings"
-    file = folder/'study.json'
+def _check_study(folder, key, teacher_probs):
+    "Raise an error if a folder holds a study of other settings, or of another teacher"
+    folder.mkdir(parents=True, exist_ok=True)
+    file,told = folder/'study.json',_remember(folder/'teacher.npy', lambda: teacher_probs)
+    if told.shape!=teacher_probs.shape or np.abs(told-teacher_probs).max()>1e-3: raise ValueError(f'{folder} holds a study of another teacher; choose another folder')
     if not file.is_file(): return _write(file, json.dumps(key, indent=1).encode())
     held = json.loads(file.read_text())
     if other := {k: (held.get(k), v) for k,v in key.items() if held.get(k)!=v}:
@@ -56,14 +57,12 @@ def _write(file, data):
 def _remember(file, train):
     "Probabilities in a file, or those of a model that `train` makes"
     if file.is_file(): return np.load(file)
-    probs = train().astype(np.float32)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + '.part')
-    with open(part, 'wb') as f: np.save(f, probs)
-    os.replace(part, file)
+    probs,held = train().astype(np.float32),io.BytesIO()
+    np.save(held, probs)
+    _write(file, held.getvalue())
     return probs
 
-# %% ../nbs/43_methods.ipynb #32a0f8fa
+# %% ../nbs/43_methods.ipynb #cb786f5d
 def compare_methods(
     dls,              # From `image_dls`, with test images
     teacher,          # Trained: `Teacher`, Module or Learner
@@ -83,9 +82,7 @@ def compare_methods(
     _check_methods(dls, model, teacher, methods)
     predictions = {'teacher': [predict_teacher(teacher, dls)], 'plain': []} | {name: [] for name in methods}
     folder = Path(folder) if folder is not None else None
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_study(folder, _study_key(dls, model, epochs, lr, predictions['teacher'][0]))
+    if folder is not None: _check_study(folder, _study_key(dls, model, epochs, lr), predictions['teacher'][0])
     for seed in seeds:
         for name in ['plain', *methods]:
             def train():
