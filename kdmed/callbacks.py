@@ -9,8 +9,10 @@ __all__ = ['LossTerms', 'at_progress', 'DistillCallback', 'check_weights', 'same
            'within_next_forward', 'SeveralTerms', 'LogitKD', 'DecoupledKD', 'NormalizedKD', 'DistKD', 'FocalKD',
            'check_token', 'DistillTokenKD']
 
-# %% ../nbs/33_callbacks.ipynb #d95a19db
+# %% ../nbs/33_callbacks.ipynb #c7b15a9b
+import inspect, warnings
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +64,7 @@ class _TermMean(Metric):
     @property
     def name(self): return self.term
 
-# %% ../nbs/33_callbacks.ipynb #3ac9ad26
+# %% ../nbs/33_callbacks.ipynb #5c197ace
 def at_progress(
     value,          # A number, or a function of progress
     progress:float, # Share of the fit that is over, in [0, 1]
@@ -71,19 +73,29 @@ def at_progress(
     return value(progress) if callable(value) else value
 
 def _check_setting(name, value, positive=False):
-    "Raise `ValueError` unless a setting is a number in range, or a function that is one at the start, the middle and the end"
-    for progress in ((0., .5, 1.) if callable(value) else (0.,)):
-        v = at_progress(value, progress)
-        if not isinstance(v, (int, float)) or not (0 < v if positive else 0 <= v) or v==float('inf'):
-            at = f' at progress {progress}' if callable(value) else ''
-            raise ValueError(f"{name} must be {'positive' if positive else 'finite and not negative'}, got {v}{at}")
+    "Raise `ValueError` unless a setting is a number in range, or a function that is one at a thousand moments"
+    for step in range(1001 if callable(value) else 1):
+        v,at = at_progress(value, step/1000),f' at progress {step/1000:g}' if callable(value) else ''
+        if not isinstance(v, Real): raise ValueError(f'{name} must be a number, or a function of progress, got {type(v).__name__}{at}')
+        if not (0 < v if positive else 0 <= v) or v==float('inf'): raise ValueError(f"{name} must be {'positive' if positive else 'finite and not negative'}, got {v}{at}")
 
-# %% ../nbs/33_callbacks.ipynb #e42c45a2
+# %% ../nbs/33_callbacks.ipynb #0dae560a
 class DistillCallback(Callback):
     "Adds a weighted term to the training loss; subclasses say which in `term`"
-    order,run_valid,adds_term,uses_logits = GradientAccumulation.order-1,False,True,True
-    label_class_weights,ready = None,False # of a callback that replaces the label loss; whether a fit is set up
+    order,run_valid,adds_term,uses_logits,uses_features,needs_teacher = GradientAccumulation.order-1,False,True,True,False,True
+    label_class_weights,ready,peers = None,False,() # of a callback that replaces the label loss; whether a fit is set up; this one and others of the fit
+
+    def __new__(cls, *args, **kwargs):
+        "Note what was asked for: a run that goes on must ask for the same"
+        self = super().__new__(cls)
+        try: asked = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        except TypeError: return self # a copy, or a mistake that __init__ will name
+        asked.apply_defaults()
+        self.asked = {name: value for name,value in list(asked.arguments.items())[1:] if name!='teacher'}
+        return self
+
     def __init__(self, teacher=None, weight=1., label_weight=1.):
+        if teacher is None and self.needs_teacher: raise TypeError(f'{type(self).__name__} needs a teacher, got None')
         _check_setting('weight', weight)
         _check_setting('label_weight', label_weight)
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
@@ -125,15 +137,22 @@ def _start_terms(self:DistillCallback, terms):
     terms.start(len(self.xb[0]))
     terms.add('label_loss', self.label_loss(), weight)
 
-# %% ../nbs/33_callbacks.ipynb #ccae340d
+# %% ../nbs/33_callbacks.ipynb #db894aae
 @patch
 def before_fit(self:DistillCallback):
     "The first of these callbacks opens the ledger"
     peers = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, DistillCallback)]
     if peers[0] is not self: return
+    _check_peers(peers)
     for cb in peers: cb.peers,cb.plain_loss,cb.ready = peers,self.learn.loss_func,False # the loss before MixUp wraps it
     self._open_ledger()
     self._share_teachers()
+
+def _check_peers(peers):
+    "Raise an error for callbacks that cannot be together"
+    if twice := {cb.name for i,cb in enumerate(peers) if any(cb is other for other in peers[:i])}: raise ValueError(f'{sorted(twice)} was given twice, to the Learner and to fit; once is enough')
+    own = [type(cb).__name__ for cb in peers if type(cb).label_loss is not DistillCallback.label_loss]
+    if len(own)>1: raise ValueError(f'{" and ".join(own)} both replace the label loss: give one of them')
 
 @patch
 def before_train(self:DistillCallback):
@@ -145,6 +164,7 @@ def before_train(self:DistillCallback):
 
 @patch
 def _set_up(self:DistillCallback):
+    if hasattr(self.dls.train, '__len__') and not len(self.dls.train): raise ValueError('there is no batch of training images: fewer than a batch, and the loader drops the rest?')
     for teacher in self.teachers: teacher.begin(self.learn)
     for cb in self.peers: cb.prepare()
     check_weights(self.peers)
@@ -213,7 +233,7 @@ def few_images(
     n_inp = getattr(dls, 'n_inp', max(1, len(batch)-1))
     return batch[:n_inp],batch[n_inp:]
 
-# %% ../nbs/33_callbacks.ipynb #8c26fa20
+# %% ../nbs/33_callbacks.ipynb #38c4e114
 @patch
 def _rehearse(self:DistillCallback):
     "A forward pass over a few images; each callback checks what comes out"
@@ -227,7 +247,15 @@ def _rehearse(self:DistillCallback):
         for cb in self.peers:
             cb.findings,cb.columns = findings,1 if outputs.ndim==1 else outputs.shape[1]
             cb.check(outputs, xb)
+        self.comparable = [t for t in self.teachers if self._can_sit_exam(t, outputs, xb)]
         for teacher in self.teachers: teacher.forget()
+
+@patch
+def _can_sit_exam(self:DistillCallback, teacher, outputs, xb):
+    "Whether a teacher's answers can be judged by the labels: where they are used; and where its features are, if they look like the student's"
+    pupils = [cb for cb in self.peers if cb.teacher is teacher]
+    if teacher.unknown or teacher.tasks: return False
+    return any(cb.uses_logits for cb in pupils) or any(cb.uses_features for cb in pupils) and teacher.speak(xb)[0].shape==outputs.shape
 
 @patch
 def _introduce_teachers(self:DistillCallback):
@@ -235,7 +263,7 @@ def _introduce_teachers(self:DistillCallback):
     valid,model = getattr(self.dls, 'valid', []),unwrap(self.learn.model)
     if isinstance(valid, DistributedDL): valid = valid.dl
     tell = noop if self.learn.logger.__name__=='noop' or rank_distrib() else print
-    new = [t for t in self.teachers if t.introduced_to is not valid and any(cb.uses_logits for cb in self.peers if cb.teacher is t)]
+    new = [t for t in self.teachers if t.introduced_to is not valid and t in self.comparable]
     with same_random_numbers(), evaluating(model):
         for teacher in new if len(valid) else []:
             teacher.introduce(valid, self.exclusive, lambda xb: _answer(model, xb), self.columns, tell, next(model.parameters()).device)
@@ -280,11 +308,11 @@ def after_fit(self:DistillCallback):
         self._remove_watcher()
         for teacher in self.teachers if self.ready else (): teacher.end()
 
-# %% ../nbs/33_callbacks.ipynb #e8e10d91
+# %% ../nbs/33_callbacks.ipynb #76cc81a3
 @patch
 def state_dict(self:DistillCallback)->dict: # Tensors and numbers
     "What it takes to go on after an interruption; the first of these callbacks keeps what they share"
-    if self.peers[0] is not self: return {}
+    if not self.peers or self.peers[0] is not self: return {}
     if 'pending' in self.__dict__: return self.pending
     terms = self.learn.loss_terms
     return dict(sums=dict(terms.sums), images=dict(terms.images), teachers=[t.state_dict() for t in self.teachers])
@@ -316,7 +344,7 @@ def within_next_forward(
         with context: return forward(*args, **kwargs)
     setattr(model, name, once)
 
-# %% ../nbs/33_callbacks.ipynb #f3ba3849
+# %% ../nbs/33_callbacks.ipynb #a88a414a
 class _Watcher(Callback):
     "Lets callbacks watch the next forward pass, once all others are done preparing it"
     order,run_valid = 10_000,False
@@ -336,6 +364,10 @@ def _remove_watcher(self:DistillCallback): self.learn.remove_cbs([cb for cb in s
 @patch
 def join(self:DistillCallback, learn):
     "Called when this callback is given to a Learner"
+    other = self.learn
+    if other is not None and other is not learn and any(cb is self for cb in other.cbs):
+        warnings.warn(f'{type(self).__name__} was given to another Learner before; it works for the new one alone')
+        other.remove_cb(self)
     if self.teacher is not None and any(m is unwrap(learn.model) for m in self.teacher.models):
         self.teacher.model.requires_grad_(True)
         raise ValueError('the teacher is the student itself; give a copy of it, or MeanTeacher()')
@@ -397,7 +429,7 @@ class SeveralTerms:
         if not weights: return
         for name,value in self.values(list(weights)).items(): terms.add(f'{self.term_name}_{name}', value, weights[name])
 
-# %% ../nbs/33_callbacks.ipynb #dd2241ff
+# %% ../nbs/33_callbacks.ipynb #5e56cde4
 class LogitKD(DistillCallback):
     "Match the teacher's softened logits: KL for exclusive classes, Bernoulli KL for one logit or several findings"
     def __init__(self,
@@ -416,6 +448,7 @@ class LogitKD(DistillCallback):
 
     def check(self, outputs, xb):
         super().check(outputs, xb)
+        if self.standardize and self.exclusive and self.columns<3: raise ValueError('standardize needs 3 classes or more: of two standardized logits one is always 1, the other -1')
         if self.exclusive: return
         if self.standardize: raise ValueError('standardize needs classes that exclude each other; leave it out for one logit or several findings')
         if self.loss_kind=='cross_entropy': raise ValueError("loss 'cross_entropy' needs classes that exclude each other; 'kl' has the same gradient, and is right for one logit or several findings")
@@ -429,7 +462,7 @@ class LogitKD(DistillCallback):
         loss = soft_target_loss if self.loss_kind=='kl' else soft_cross_entropy_loss
         return loss(logits, teacher_logits, temperature, weights)
 
-# %% ../nbs/33_callbacks.ipynb #f075d418
+# %% ../nbs/33_callbacks.ipynb #263e4827
 def _check_class_weights(weights):
     "`label`, None, or a tensor of factors"
     if weights is None or isinstance(weights, str):
@@ -458,7 +491,8 @@ def check(self:DistillCallback, outputs, xb):
         if isinstance(weights, torch.Tensor) and len(weights)!=self.columns: raise ValueError(f'class_weights must be one number for each of {self.columns} outputs, got {len(weights)}')
     if self.teacher is None or not self.uses_logits: return
     self.teacher.check_classes()
-    match_outputs(outputs, self.teacher.speak(xb)[0], self.exclusive)
+    theirs = match_outputs(outputs, self.teacher.speak(xb)[0], self.exclusive)
+    if not theirs.isfinite().all(): raise ValueError('the teacher answers NaN or infinity: its weights, or its normalization, are broken')
 
 # %% ../nbs/33_callbacks.ipynb #f9f52245
 class _ExclusiveKD(LogitKD):
@@ -531,10 +565,10 @@ class DistKD(_ExclusiveKD):
     def term(self):
         return dist_loss(*self.logits(), at_progress(self.temperature, self.progress), self.inter_weight, self.intra_weight)
 
-# %% ../nbs/33_callbacks.ipynb #dbcdf07a
+# %% ../nbs/33_callbacks.ipynb #22c2b004
 class FocalKD(DistillCallback):
     "Replace the training label loss by the focal loss, with a weight for each class"
-    order,adds_term = DistillCallback.order-1,False
+    order,adds_term,needs_teacher = DistillCallback.order-1,False,False
     def __init__(self,
         gamma:float=2.,     # How strongly easy images are turned down; 0 is cross entropy
         class_weights=None, # Factor for each class, [C], such as `inverse_frequency_weights(counts)`; those of the Learner's loss, if it has any, if left out

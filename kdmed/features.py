@@ -72,10 +72,10 @@ def _project(pairs, device):
         for p in convs.parameters(): dist.broadcast(p.data, 0)
     return convs
 
-# %% ../nbs/34_features.ipynb #4aff7340
+# %% ../nbs/34_features.ipynb #57acb27d
 class FeatureKD(DistillCallback):
     "Match features of named layers through trained 1×1 projectors: mean squared error, averaged over the pairs"
-    uses_logits,same_size,needs_places = False,True,False
+    uses_logits,uses_features,same_size,needs_places = False,True,True,False
     projects = 'always' # or 'widths', where numbers of channels differ; or 'never'
     def __init__(self,
         teacher,          # `Teacher`, or what makes one; its classes may be others than the student's

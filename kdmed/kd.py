@@ -15,11 +15,12 @@ __all__ = ['ALL', 'SEVERAL', 'METHODS', 'TEACHERLESS', 'fit_classifier', 'Method
            'inverse_frequency_weights', 'logit_mse_loss', 'normalized_loss', 'relational_loss', 'similarity_loss',
            'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss', 'standardize_logits',
            'add_distillation_token', 'create_fused_teacher', 'create_student', 'create_teacher', 'feature_map',
-           'stage_names', 'truncate_vit', 'ExitModel', 'add_exits', 'MeanTeacher', 'Teacher', 'TeacherCache', 'examine',
-           'Resume', 'StopOnNaN']
+           'load_student', 'save_student', 'stage_names', 'truncate_vit', 'ExitModel', 'add_exits', 'early_exit',
+           'exit_curve', 'MeanTeacher', 'Teacher', 'TeacherCache', 'examine', 'Resume', 'StopOnNaN', 'load_checkpoint',
+           'save_checkpoint']
 
-# %% ../nbs/38_kd.ipynb #1efcf434
-import random
+# %% ../nbs/38_kd.ipynb #aa7dc3a7
+import random, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Callable
@@ -36,19 +37,19 @@ from .callbacks import DecoupledKD, DistillCallback, DistillTokenKD, DistKD, Foc
 from .cache import TeacherCache
 from .core import check_in, evaluating, seed_everything, unwrap
 from .data import FindingsAccuracy
-from .exits import ExitModel, add_exits
+from .exits import ExitModel, add_exits, early_exit, exit_curve
 from .features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
 from .losses import (FEATURE_WEIGHTS, attention_map, attention_transfer_loss, bernoulli_focal_loss, bernoulli_hard_token_loss, bernoulli_soft_target_loss,
                           channel_loss, cosine_loss, decoupled_loss, dist_loss, focal_loss, hard_token_loss, hint_loss, inverse_frequency_weights,
                           logit_mse_loss, normalized_loss, relational_loss, similarity_loss, soft_cross_entropy_loss, soft_target_loss, soft_token_loss,
                           standardize_logits)
-from .models import add_distillation_token, create_fused_teacher, create_student, create_teacher, feature_map, stage_names, truncate_vit
-from .multidim import MultiDimKD, ViTKD
+from .models import add_distillation_token, create_fused_teacher, create_student, create_teacher, feature_map, load_student, save_student, stage_names, truncate_vit
+from .multidim import MultiDimKD, ViTKD, pair_blocks
 from .multistage import MultiStageKD, during, staged
-from .resume import Resume, StopOnNaN
+from .resume import Resume, StopOnNaN, load_checkpoint, save_checkpoint
 from .teacher import MeanTeacher, Teacher, examine
 
-# %% ../nbs/38_kd.ipynb #54f3278d
+# %% ../nbs/38_kd.ipynb #8e60967b
 _all_ = ['SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds',
          'DecoupledKD', 'DistillCallback', 'DistillTokenKD', 'DistKD', 'FocalKD', 'LogitKD', 'LossTerms', 'NormalizedKD',
          'AttentionKD', 'ChannelKD', 'FeatureKD', 'RelationalKD', 'SimilarityKD', 'MultiDimKD', 'ViTKD', 'MultiStageKD', 'during', 'staged',
@@ -56,8 +57,8 @@ _all_ = ['SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_sc
          'channel_loss', 'cosine_loss', 'decoupled_loss', 'dist_loss', 'focal_loss', 'hard_token_loss', 'hint_loss', 'inverse_frequency_weights',
          'logit_mse_loss', 'normalized_loss', 'relational_loss', 'similarity_loss', 'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss',
          'standardize_logits',
-         'add_distillation_token', 'create_fused_teacher', 'create_student', 'create_teacher', 'feature_map', 'stage_names', 'truncate_vit',
-         'ExitModel', 'add_exits', 'MeanTeacher', 'Teacher', 'TeacherCache', 'examine', 'Resume', 'StopOnNaN']
+         'add_distillation_token', 'create_fused_teacher', 'create_student', 'create_teacher', 'feature_map', 'load_student', 'save_student', 'stage_names', 'truncate_vit',
+         'ExitModel', 'add_exits', 'early_exit', 'exit_curve', 'MeanTeacher', 'Teacher', 'TeacherCache', 'examine', 'Resume', 'StopOnNaN', 'load_checkpoint', 'save_checkpoint']
 
 # %% ../nbs/38_kd.ipynb #1853e156
 def _make(model, dls, seed):
@@ -79,7 +80,7 @@ def _task_settings(dls, model):
     if task=='binary': return dict(metrics=[accuracy, BalancedAccuracy()], loss_func=CrossEntropyLossFlat())
     return dict(loss_func=BCEWithLogitsLossFlat() if yb[0].is_floating_point() or outputs.numel()==len(outputs) else CrossEntropyLossFlat())
 
-# %% ../nbs/38_kd.ipynb #3979fd9f
+# %% ../nbs/38_kd.ipynb #1d23e590
 def fit_classifier(
     dls,            # From `image_dls`, or any `DataLoaders`
     model,          # Module, trained further in place; function that makes one; or timm name, trained from scratch
@@ -92,7 +93,9 @@ def fit_classifier(
     "Train a classifier, repeatably"
     if epochs<1 or lr<=0: raise ValueError(f'epochs and lr must be positive, got epochs={epochs}, lr={lr}')
     model = _make(model, dls, seed)
+    if not any(p.requires_grad for p in model.parameters()): raise ValueError('the student has nothing to train: it is frozen, perhaps because it was a teacher; model.requires_grad_(True) thaws it')
     learn = Learner(dls, model, **_task_settings(dls, model))
+    learn.seed = seed
     seed_everything(seed)
     dls.train.rng = random.Random(seed)
     if hasattr(dls.train, 'set_epoch'): dls.train.set_epoch(0)
@@ -102,7 +105,7 @@ def fit_classifier(
     learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
     return learn
 
-# %% ../nbs/38_kd.ipynb #cd8bf438
+# %% ../nbs/38_kd.ipynb #43c83a42
 @dataclass(frozen=True)
 class Method:
     "A published way to distil: what makes its callbacks, and what is known about it"
@@ -127,8 +130,14 @@ def _kd_convnext_staged(student, teacher):
 def _token(student, teacher, **settings):
     check_token(student)
     return [DistillTokenKD(teacher, **settings)]
+def _vits(student, teacher, make):
+    pair_blocks(student, teacher.model) # or an error
+    return [make(teacher)]
+def _exits(student, teacher=None):
+    if not isinstance(student, ExitModel): raise ValueError(f'{type(student).__name__} has no exits: use add_exits')
+    return [MultiStageKD(teacher)]
 
-# %% ../nbs/38_kd.ipynb #fc8a74be
+# %% ../nbs/38_kd.ipynb #c01f6acf
 METHODS = {
     'logit': Method(_logit, 'softened logits', ALL, 'Hinton et al. 2015'),
     'logit_cross_entropy': Method(lambda s,t: [LogitKD(t, loss='cross_entropy')], 'softened logits, as a cross entropy', 'multiclass', 'KD_ConvNeXt 2023, eq. 2'),
@@ -148,14 +157,14 @@ METHODS = {
     'hard_token': Method(lambda s,t: _token(s, t, kind='hard'), "distillation token against the teacher's decision", ALL, 'DeiT, Touvron et al. 2021', 'token'),
     'soft_token': Method(lambda s,t: _token(s, t, kind='soft', weight=.1, label_weight=.9), 'distillation token against softened logits', ALL, 'DeiT, Touvron et al. 2021', 'token'),
     'kd_convnext_staged': Method(_kd_convnext_staged, 'the same one after the other: features, then logits, then labels', ALL, "KD_ConvNeXt 2023, its text's three stages"),
-    'multi_dim': Method(lambda s,t: [MultiDimKD(t)], 'places, channels, class token and logits of a shorter ViT', ALL, 'multi-dimensional KD 2024; formulas ours', 'vit'),
-    'vitkd': Method(lambda s,t: [ViTKD(t)], 'mimic the first blocks, generate the last', ALL, 'ViTKD, Yang et al. 2022', 'vit'),
-    'multi_stage': Method(lambda s,t: [MultiStageKD(t)], 'every exit by labels and teacher', ALL, 'multi-stage KD with layer fusion 2024', 'exits'),
-    'self_exits': Method(lambda s,t: [MultiStageKD()], 'the last exit teaches the others; no other teacher', ALL, 'Be Your Own Teacher, Zhang et al. 2019', 'exits'),
+    'multi_dim': Method(lambda s,t: _vits(s, t, MultiDimKD), 'places, channels, class token and logits of a shorter ViT', ALL, 'multi-dimensional KD 2024; formulas ours', 'vit'),
+    'vitkd': Method(lambda s,t: _vits(s, t, ViTKD), 'mimic the first blocks, generate the last', ALL, 'ViTKD, Yang et al. 2022', 'vit'),
+    'multi_stage': Method(_exits, 'every exit by labels and teacher', ALL, 'multi-stage KD with layer fusion 2024', 'exits'),
+    'self_exits': Method(lambda s,t: _exits(s), 'the last exit teaches the others; no other teacher', ALL, 'Be Your Own Teacher, Zhang et al. 2019', 'exits'),
     'mean_teacher': Method(lambda s,t: [LogitKD(MeanTeacher(), temperature=1.)], "the student's own average; no other teacher", ALL, 'Tarvainen & Valpola 2017'),
 }
 
-# %% ../nbs/38_kd.ipynb #e3fd0811
+# %% ../nbs/38_kd.ipynb #c2a9789f
 def distill_callbacks(
     method:str,        # A name in `METHODS`, or `auto`: what suits the student
     student:nn.Module, # timm model
@@ -164,17 +173,26 @@ def distill_callbacks(
     "The callbacks a method stands for; `auto` is `hard_token` for a student with that token, `multi_stage` for one with exits, else `logit+feature`, or `logit` where stages are not known"
     check_in(method, ['auto', *METHODS], 'method')
     if teacher is None and method not in TEACHERLESS: raise ValueError(f'method {method!r} needs a teacher; without one there are {TEACHERLESS}')
-    teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
-    return METHODS[_suits(student, teacher) if method=='auto' else method].make(unwrap(student), teacher)
+    teacher,student = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher),unwrap(student)
+    method = _suits(student, teacher) if method=='auto' else method
+    if isinstance(student, ExitModel) and METHODS[method].needs!='exits': warnings.warn(f'method {method!r} leaves the exits of this student untrained; multi_stage and self_exits train them')
+    return METHODS[method].make(student, teacher)
 
 TEACHERLESS = ['mean_teacher', 'self_exits']
 
 def _suits(student, teacher):
     "The method `auto` stands for"
-    if hasattr(unwrap(student), 'set_distilled_training'): return 'hard_token'
-    if isinstance(unwrap(student), ExitModel): return 'multi_stage'
+    if hasattr(student, 'set_distilled_training'): return 'hard_token'
+    if isinstance(student, ExitModel): return 'multi_stage'
     staged = len(teacher.models)==1 and hasattr(student, 'feature_info') and hasattr(teacher.model, 'feature_info')
     return 'logit+feature' if staged else 'logit'
+
+def _weighed(cb):
+    "The terms of a callback with their weights, in words"
+    if not cb.adds_term: return [f'{cb.name} as label loss']
+    moments = [cb.weights_at(progress) for progress in (0., .5, .999)]
+    several = len(moments[0]) > 1
+    return [(f'{cb.name}_{name}' if several else cb.name) + (f' × {w:g}' if all(m[name]==w for m in moments) else ', scheduled') for name,w in moments[0].items()]
 
 def methods_table(
     student=None, # A model: its callbacks' weights are shown
@@ -183,7 +201,7 @@ def methods_table(
     "What each method does, what it is right for, where it comes from"
     rows = {name: dict(what=m.what, tasks=m.tasks, source=m.source) for name,m in METHODS.items()}
     for name in rows if student is not None and teacher is not None else ():
-        try: rows[name]['terms'] = ', '.join(cb.name + (f' × {cb.weight:g}' if isinstance(cb.weight, (int, float)) else ', scheduled') for cb in distill_callbacks(name, student, teacher) if cb.adds_term)
+        try: rows[name]['terms'] = ', '.join(term for cb in distill_callbacks(name, student, teacher) for term in _weighed(cb))
         except (ValueError, TypeError) as e: rows[name]['terms'] = f'– ({e})'
     return pd.DataFrame.from_dict(rows, orient='index')
 

@@ -7,22 +7,25 @@ Docs: https://kdmed.github.io/kdmed/methods.html.md"""
 # %% auto #0
 __all__ = ['compare_methods', 'predict_teacher', 'methods_comparison', 'plot_methods']
 
-# %% ../nbs/43_methods.ipynb #6feca170
+# %% ../nbs/43_methods.ipynb #e2ceb565
 import io, json, os
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from fastai.learner import Learner
+from fastai.callback.core import Callback, CancelFitException
+from fastcore.foundation import L
 from torch import nn
 
 from .core import COLORS, check_in, figure
-from .kd import METHODS, SEVERAL, Teacher, _make, distill, distill_callbacks, fit_classifier
+from .kd import METHODS, SEVERAL, Teacher, _make, distill_callbacks, fit_classifier
 from .metrics import evaluate, paired_difference
 from .report import predict
+from .store import _digest, _text
 
-# %% ../nbs/43_methods.ipynb #4c2fa9b0
+# %% ../nbs/43_methods.ipynb #c8ae6099
 def _study_key(dls, student, epochs, lr):
     "What must be the same when a study goes on"
     data = dict(data=dls.table.attrs['name'], classes=list(dls.classes), train=len(dls.train_ds), test=len(dls.test.table))
@@ -35,15 +38,17 @@ def _views_of(dl):
 
 def _about(model): return f'{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters'
 
-def _check_study(folder, key, teacher_probs):
-    "Raise an error if a folder holds a study of other settings, or of another teacher"
+def _check_study(folder, key, methods, teacher_probs):
+    "Raise an error if a folder holds a study of other settings, or of another teacher; else note the methods"
     folder.mkdir(parents=True, exist_ok=True)
     file,told = folder/'study.json',_remember(folder/'teacher.npy', lambda: teacher_probs)
     if told.shape!=teacher_probs.shape or np.abs(told-teacher_probs).max()>1e-3: raise ValueError(f'{folder} holds a study of another teacher; choose another folder')
-    if not file.is_file(): return _write(file, json.dumps(key, indent=1).encode())
-    held = json.loads(file.read_text())
-    if other := {k: (held.get(k), v) for k,v in key.items() if held.get(k)!=v}:
-        raise ValueError(f'{folder} holds another study: ' + ', '.join(f'{k} was {a}, is {b}' for k,(a,b) in other.items()) + '; choose another folder')
+    held = json.loads(file.read_text()) if file.is_file() else key | dict(methods={})
+    other = {k: (held.get(k), v) for k,v in key.items() if held.get(k)!=v} | {f'method {k!r}': (held['methods'][k], v) for k,v in methods.items() if held['methods'].get(k, v)!=v}
+    if other: raise ValueError(f'{folder} holds another study: ' + ', '.join(f'{k} was {a}, is {b}' for k,(a,b) in other.items()) + '; choose another folder')
+    _write(file, json.dumps(held | dict(methods=held['methods'] | methods), indent=1).encode())
+
+def _identity(method): return method if isinstance(method, str) else _digest(_text(method))
 
 def _write(file, data):
     "Write a file, or nothing"
@@ -62,7 +67,7 @@ def _remember(file, train):
     _write(file, held.getvalue())
     return probs
 
-# %% ../nbs/43_methods.ipynb #cb786f5d
+# %% ../nbs/43_methods.ipynb #17b8fde8
 def compare_methods(
     dls,              # From `image_dls`, with test images
     teacher,          # Trained: `Teacher`, Module or Learner
@@ -77,12 +82,13 @@ def compare_methods(
     "Train students by many methods, with equal budget, and predict the test images"
     if not hasattr(dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
     if isinstance(student, nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each one starts afresh')
-    methods,teacher = _named(methods),teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    if isinstance(seeds, int) or not len(seeds): raise ValueError(f'seeds must be one or more integers, such as (0, 1, 2), got {seeds!r}')
+    methods,teacher = _named(methods, dls),teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     taps,model = teacher.taps,_make(student, dls, 0)
-    _check_methods(dls, model, teacher, methods)
+    _rehearse(dls, model, teacher, methods, taps)
     predictions = {'teacher': [predict_teacher(teacher, dls)], 'plain': []} | {name: [] for name in methods}
     folder = Path(folder) if folder is not None else None
-    if folder is not None: _check_study(folder, _study_key(dls, model, epochs, lr), predictions['teacher'][0])
+    if folder is not None: _check_study(folder, _study_key(dls, model, epochs, lr), {name: _identity(m) for name,m in methods.items()}, predictions['teacher'][0])
     for seed in seeds:
         for name in ['plain', *methods]:
             def train():
@@ -93,30 +99,35 @@ def compare_methods(
             predictions[name].append(train().astype(np.float32) if folder is None else _remember(folder/f'{name}-{seed}.npy', train))
     return predictions
 
-# %% ../nbs/43_methods.ipynb #695b711c
-def _named(methods):
+# %% ../nbs/43_methods.ipynb #1170493f
+def _named(methods, dls):
     "Methods by name: a name in METHODS, or a function that makes callbacks"
-    if methods is None: methods = [name for name,m in METHODS.items() if not m.needs]
+    def suits(m): return not m.needs and dls.task in m.tasks and (m.tasks!=SEVERAL or len(dls.classes) > 2)
+    if methods is None: methods = [name for name,m in METHODS.items() if suits(m)]
+    if isinstance(methods, str): methods = [methods]
     if not isinstance(methods, dict):
-        for name in methods: check_in(name, METHODS, 'method')
+        for name in methods: check_in(name, ['auto', *METHODS], 'method')
         methods = {name: name for name in methods}
     if taken := {'teacher', 'plain'} & set(methods): raise ValueError(f'{sorted(taken)} cannot be names of methods')
     return methods
 
 def _train(dls, student, teacher, method, epochs, lr, seed):
     "A student of one method; None is the plain one"
-    if method is None: return fit_classifier(dls, student, epochs, lr, seed, progress=False)
-    if isinstance(method, str): return distill(dls, student, teacher, method, epochs, lr, seed, progress=False)
     made = _make(student, dls, seed)
-    return fit_classifier(dls, made, epochs, lr, seed, cbs=method(made, teacher), progress=False)
+    return fit_classifier(dls, made, epochs, lr, seed, cbs=[] if method is None else _callbacks(method, made, teacher), progress=False)
 
-def _check_methods(dls, model, teacher, methods):
+def _callbacks(method, student, teacher): return distill_callbacks(method, student, teacher) if isinstance(method, str) else L(method(student, teacher))
+
+class _StopAtFirstBatch(Callback):
+    def before_batch(self): raise CancelFitException()
+
+def _rehearse(dls, model, teacher, methods, taps):
     "Raise an error before the first hour for what would fail in the fifth"
     for name,method in methods.items():
-        if not isinstance(method, str): continue
-        if METHODS[method].tasks==SEVERAL and (dls.task!='multiclass' or len(dls.classes)<3):
-            raise ValueError(f'method {method!r} is for {SEVERAL}; the data is {dls.task} with {len(dls.classes)} classes')
-        distill_callbacks(method, model, teacher)
+        teacher.taps,teacher.capture = taps,None
+        student = deepcopy(model)
+        try: fit_classifier(dls, student, 1, cbs=[*_callbacks(method, student, teacher), _StopAtFirstBatch()], progress=False)
+        except Exception as e: raise ValueError(f'method {name!r}: {e}') from e
 
 def predict_teacher(
     teacher:Teacher, # Its classes may be in another order
@@ -127,7 +138,7 @@ def predict_teacher(
     with torch.no_grad(): logits = torch.cat([teacher._answer((x.as_subclass(torch.Tensor),))[0].double().cpu() for x,_ in dls.test])
     return (logits.softmax(1) if dls.task=='multiclass' else logits.sigmoid()).numpy()
 
-# %% ../nbs/43_methods.ipynb #a7f89642
+# %% ../nbs/43_methods.ipynb #85e84aa3
 def methods_comparison(
     predictions:dict, # From `compare_methods`
     dls,              # The same
@@ -140,7 +151,9 @@ def methods_comparison(
     targets = np.concatenate([y.cpu().numpy() for _,y in dls.test])
     rows = {}
     for name,probs in predictions.items():
-        value = evaluate(list(probs), targets, **given).loc[metric]
+        values = evaluate(list(probs), targets, **given)
+        check_in(metric, list(values.index), 'metric')
+        value = values.loc[metric]
         rows[name] = dict(value=value.value, low=value.low, high=value.high)
         if name in ('teacher', 'plain'): continue
         d = paired_difference(list(probs), list(predictions['plain']), targets, **given).loc[metric]

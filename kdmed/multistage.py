@@ -56,10 +56,10 @@ def during(
     stages = [(v, share) for v,share in ((0., start), (value, end-start), (0., 1-end)) if share > 1e-9]
     return staged(*zip(*stages))
 
-# %% ../nbs/36_multistage.ipynb #99f23d0b
+# %% ../nbs/36_multistage.ipynb #a77497e6
 class MultiStageKD(SeveralTerms, DistillCallback):
     "Teach the exits of a student, and its end, by labels and by a teacher; without one, the end teaches the exits"
-    name = 'mskd'
+    name,needs_teacher = 'mskd',False
     def __init__(self,
         teacher=None,        # `Teacher`, or what makes one, of the student's classes; None: the student's own final answer teaches its exits
         temperature=10.,     # Softens all answers; a number or a function of progress

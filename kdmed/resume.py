@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/resume.html.md"""
 __all__ = ['previous_of', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state', 'save_checkpoint',
            'load_checkpoint', 'StopOnNaN', 'describe_run', 'Resume']
 
-# %% ../nbs/37_resume.ipynb #ec190ffe
+# %% ../nbs/37_resume.ipynb #5e2c7a8a
 import json, os, pickle, random, sys, time, weakref, zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from .core import unwrap
 from .images import name_of
+from .store import _digest, _text
 
 # %% ../nbs/37_resume.ipynb #d782eb82
 _KIND = 'kdmed kind'
@@ -433,7 +434,7 @@ def _describe_training(learn):
     settings = {f'{k} of group {i}': v for i,group in enumerate(opt.hypers) for k,v in group.items() if k not in plans}
     return {'optimizer': type(getattr(opt, 'opt', opt)).__name__ + f' of {", ".join(steppers)}'*bool(steppers), 'setting': _plain(settings), 'schedule of': plans}
 
-# %% ../nbs/37_resume.ipynb #498f93b8
+# %% ../nbs/37_resume.ipynb #863a1960
 def describe_run(
     learn:Learner, # With an optimizer
 )->dict: # Of plain values, by what they are
@@ -442,7 +443,18 @@ def describe_run(
     return {'epochs': learn.n_epoch, **_describe_data(learn.dls), **_describe_training(learn),
             'shape of': {n: tuple(p.shape) for n,p in model.named_parameters()}, 'trained parameters': sum(p.requires_grad for p in model.parameters()),
             'loss function': getattr(loss, '__name__', type(loss).__name__), 'processes': max(1, num_distrib()),
-            'callback': {n: type(cb).__name__ for n,cb in _named_callbacks(learn).items() if not isinstance(cb, (ParamScheduler, ShowGraphCallback))}}
+            'callback': {n: type(cb).__name__ for n,cb in _named_callbacks(learn).items() if not isinstance(cb, (ParamScheduler, ShowGraphCallback))},
+            'seed': vars(learn).get('seed'), **_describe_distillation(learn)}
+
+def _describe_distillation(learn):
+    "What distillation callbacks were asked for, and the weights of who teaches"
+    settings,teachers = {},{}
+    for n,cb in _named_callbacks(learn).items():
+        settings |= {f'{n} {name}': value if isinstance(value, (int, float, str, type(None))) else _digest(_text(value)) for name,value in getattr(cb, 'asked', {}).items()}
+        taught = getattr(cb, 'teacher', None)
+        own = getattr(taught, 'decay', None) # of an average of the student itself
+        if taught is not None: teachers[n] = f'{type(taught).__name__} {own}' if own is not None else ' '.join(str(_weights_digest(unwrap(model))) for model in taught.models)
+    return {'setting of': settings, 'teacher of': teachers}
 
 def _other_run(there, here):
     "How two runs differ, in words"

@@ -46,13 +46,13 @@ def find_normalization(
     for t in getattr(getattr(dl, 'after_batch', None), 'fs', []):
         if isinstance(t, Normalize): return tuple(tuple(v.flatten().tolist()) for v in (t.mean, t.std))
 
-# %% ../nbs/31_teacher.ipynb #b969d229
+# %% ../nbs/31_teacher.ipynb #5183501c
 class _Voice:
     "One frozen model and what it expects of its images"
-    def __init__(self, model, classes=(), size=None, stats=None, strict=False):
+    def __init__(self, model, classes=(), size=None, stats=None, strict=False, task=None):
         if stats is not None and (np.ndim(stats)!=2 or len(stats)!=2 or not np.all(np.asarray(stats[1])>0)):
             raise ValueError(f'stats must be means and positive deviations, one of each a channel, got {stats}')
-        self.model,self.classes,self.size,self.stats,self.strict = model,list(classes),size,stats,strict # strict: asked for by the user
+        self.model,self.classes,self.size,self.stats,self.strict,self.task = model,list(classes),size,stats,strict,task # strict: asked for by the user
         self.modules,self.parameters = list(model.modules()),list(model.parameters()) # asked at every batch
         model.requires_grad_(False).eval()
 
@@ -80,11 +80,12 @@ class _Voice:
 
     def __call__(self, xb, stats):
         self.guard()
-        return self.model(*(self.follow(self.prepare(x, stats)) for x in xb))
+        return self.model(*(self.follow(self.prepare(x.as_subclass(Tensor), stats)) for x in xb)) # a compiled model cannot trace fastai's types of tensor
 
-# %% ../nbs/31_teacher.ipynb #b59378bb
+# %% ../nbs/31_teacher.ipynb #9fa6b081
 class Teacher:
     "A frozen model, or several, whose logits and features the callbacks of one fit share"
+    tasks = () # of teacher and data, where they do not go together
     def __init__(self,
         model,          # Module, fitted `Learner`, folder of `save_student`, exported Learner, timm name with `checkpoint`; or a list of them, whose logits are averaged. Frozen in place
         classes=(),     # Class names in the order of the outputs; taken from a Learner, or from `model.spec`, if left out
@@ -93,7 +94,7 @@ class Teacher:
         weights='mean', # Of several models: `mean`, `valid_loss` (a share exp(-loss), by the validation loss), or a number for each
         checkpoint=None, # File of weights, for a timm name
         task:str='multiclass', # `binary`, `multiclass` or `multilabel`, for a timm name
-        trusted:bool=False, # Unpickle an exported Learner, which can run any code that is in it
+        trusted:bool=False, # Unpickle an exported Learner, or a checkpoint with more than tensors, which can run any code that is in it
     ):
         models = list(model) if isinstance(model, (list, tuple)) else [model]
         if not models: raise ValueError('model must be a Module, a Learner or a list of them, got an empty list')
@@ -113,10 +114,12 @@ class Teacher:
         "A pickled callback (`learn.export`) keeps no teacher"
         return dict(self.__dict__, voices=[], capture=None, introduced_to=None, _batch=None)
 
-# %% ../nbs/31_teacher.ipynb #15abcacc
+# %% ../nbs/31_teacher.ipynb #b406b216
 def _voices(model, classes, size, stats, checkpoint, task, trusted):
     "The voices in what a user may call a teacher"
-    if isinstance(model, Teacher): return model.voices
+    if isinstance(model, Teacher):
+        if not model.voices: raise ValueError(f'{type(model).__name__} has no model before training begins, so it cannot be one of several: give it to a callback of its own')
+        return model.voices
     strict = stats is not None
     if isinstance(model, (str, Path)): model = _load(model, classes, size, checkpoint, task, trusted)
     if isinstance(model, Learner):
@@ -126,20 +129,23 @@ def _voices(model, classes, size, stats, checkpoint, task, trusted):
     if not isinstance(model, nn.Module): raise TypeError(f'teacher must be a Module, a Learner or a list of them, got {type(model).__name__}')
     spec = getattr(unwrap(model), 'spec', {})
     named = () if isinstance(spec.get('classes', 0), int) else spec['classes']
-    return [_Voice(model, classes or named, size or spec.get('size'), stats, strict)]
+    return [_Voice(model, classes or named, size or spec.get('size'), stats, strict, spec.get('task'))]
 
-# %% ../nbs/31_teacher.ipynb #900cd572
+# %% ../nbs/31_teacher.ipynb #1ce12e38
 def _load(source, classes, size, checkpoint, task, trusted):
     "A teacher from a folder, a file or a timm name"
     path = Path(source)
     if path.is_dir(): return load_student(path)
     if path.is_file():
-        if not trusted: raise ValueError(f'{path} is a pickle, which can run any code when it is opened: pass trusted=True if it is yours, or a folder of save_student')
-        return load_learner(path)
+        weights = 'weights alone go with the name of a timm model: Teacher(name, checkpoint=file)'
+        if path.suffix=='.safetensors': raise ValueError(f'{path} is no Learner; {weights}')
+        if not trusted: raise ValueError(f'{path} is a pickle, which can run any code when it is opened: pass trusted=True if it is yours, or a folder of save_student; {weights}')
+        try: return load_learner(path)
+        except AttributeError as e: raise ValueError(f'{path} is no exported Learner ({e}); {weights}') from e
     if checkpoint is None:
         raise ValueError(f'teacher {str(source)!r} is no folder or file; as a timm name it needs checkpoint=, since with a random head it has nothing to teach')
     if not len(classes) or not size: raise ValueError(f'teacher {str(source)!r}: classes and size are needed to build it')
-    return create_teacher(str(source), classes, size, task, checkpoint=checkpoint)
+    return create_teacher(str(source), classes, size, task, checkpoint=checkpoint, trusted=trusted)
 
 def _check_weights(weights, n):
     "Shares of several models, which sum to 1, or `valid_loss`"
@@ -221,7 +227,7 @@ def _shape(self:Teacher, features, kind):
     features = feature_map(features, unwrap(self.model))
     return features if kind=='map' else features.mean((2, 3))
 
-# %% ../nbs/31_teacher.ipynb #ff2de5c0
+# %% ../nbs/31_teacher.ipynb #0a198fee
 @patch
 def meet(self:Teacher,
     dls, # The student's `DataLoaders`
@@ -234,16 +240,19 @@ def meet(self:Teacher,
         warnings.warn('the teacher was trained on normalized images; these loaders have no Normalize, so it gets the images as they are')
     self.unknown = [c for c in ours or [] if self.classes and c not in self.classes]
     self.order = ours if self.classes and not self.unknown else None
+    tasks = {v.task for v in self.voices if v.task} | ({dls.task} if getattr(dls, 'task', None) else set())
+    self.tasks = sorted(tasks) if len(tasks)>1 and 'multilabel' in tasks else []
 
 @patch
 def check_classes(self:Teacher)->None:
-    "Raise `ValueError` unless the teacher knows all of the student's classes; its features teach without"
+    "Raise `ValueError` unless the teacher knows all of the student's classes, and means by its answers what the student does; its features teach without"
+    if self.tasks: raise ValueError(f"teacher and data are of different tasks, {' and '.join(self.tasks)}: of its answers one would be read as the other. Its features can teach all the same: use FeatureKD")
     if self.unknown: raise ValueError(f"the teacher's classes are not the student's: it does not know {self.unknown}; it knows {self.classes}. Its features can teach all the same: use FeatureKD")
 
 @patch
 def begin(self:Teacher, learn): # A Learner, about to fit
     "What callbacks call before a fit"
-    if not self.voices: raise ValueError('this teacher was loaded from a file, which does not hold its model: make a new one')
+    if not self.voices: raise ValueError('this teacher was loaded from a file, which does not hold its model: make a new one, or take its callbacks off with learn.remove_cbs')
     self.forget()
     self.meet(learn.dls)
 
@@ -325,7 +334,7 @@ def _examine_findings(logits, y):
     mean,error = (np.mean(scores),sum(variances)**.5/len(scores)) if scores else (np.nan,np.nan)
     return dict(images=int(known.any(1).sum()), loss=loss, metric='AUROC' if y.shape[1]==1 else 'mean AUROC', score=float(mean), chance=.5, error=float(error))
 
-# %% ../nbs/31_teacher.ipynb #e2856715
+# %% ../nbs/31_teacher.ipynb #e1ad3ab2
 @patch
 def introduce(self:Teacher,
     dl,              # Loader of validation images
@@ -345,7 +354,7 @@ def introduce(self:Teacher,
     shares = '' if len(self.voices)==1 else f' ({len(self.voices)} models, shares ' + ', '.join(f'{w:.2f}' for w in self.weights) + ')'
     tell(f"teacher{shares}: {exam['metric']} {exam['score']:.3f} on {exam['images']:,} validation images (chance {exam['chance']:.3f}" +
          ('' if theirs is None else f", student before training {theirs['score']:.3f}") + f"), loss {exam['loss']:.3f}")
-    if exam['score'] < exam['chance'] + 2*exam['error']: warnings.warn(f"the teacher is no better than chance: {exam['metric']} {exam['score']:.3f}; it has nothing to teach")
+    if exam['score'] < exam['chance'] + 2*exam['error']: warnings.warn(f"the teacher is no better than chance, as far as {exam['images']:,} images can tell: {exam['metric']} {exam['score']:.3f}, chance {exam['chance']:.3f}")
     elif theirs is not None and exam['score']<=theirs['score']: warnings.warn(f"the teacher is no better than the student is already: {exam['metric']} {exam['score']:.3f} and {theirs['score']:.3f}")
     return exam
 

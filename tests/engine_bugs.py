@@ -14,11 +14,11 @@ ENGINE_BUGS = [
     ('teacher', 'the loudest of several teachers', 'sum(w*z for w,z in zip(shares, logits))', 'sum(z for w,z in zip(shares, logits))'),
     ('teacher', 'average of weights never moves', 'def update(self:MeanTeacher, student):', 'def update_(self:MeanTeacher, student):'),
     # the loop
-    ('callbacks', 'KD counted in validation', 'order,run_valid,adds_term,uses_logits = GradientAccumulation.order-1,False,True,True', 'order,run_valid,adds_term,uses_logits = GradientAccumulation.order-1,True,True,True'),
+    ('callbacks', 'KD counted in validation', 'needs_teacher = GradientAccumulation.order-1,False,', 'needs_teacher = GradientAccumulation.order-1,True,'),
     ('callbacks', 'weight of a term forgotten', 'self.total = self.total + weight*value', 'self.total = self.total + value'),
     ('callbacks', 'label loss counted once more for each callback', 'if self.peers[0] is self: self._start_terms(terms)\n    self.add_terms(terms)', "self._start_terms(terms) if self.peers[0] is self else terms.add('label_loss', self.label_loss(), 1.)\n    self.add_terms(terms)"),
     ('callbacks', 'label weight forgotten', "terms.add('label_loss', self.label_loss(), weight)", "terms.add('label_loss', self.label_loss(), 1.)"),
-    ('callbacks', 'terms are not scaled by gradient accumulation', 'order,run_valid,adds_term,uses_logits = GradientAccumulation.order-1', 'order,run_valid,adds_term,uses_logits = GradientAccumulation.order+1'),
+    ('callbacks', 'terms are not scaled by gradient accumulation', 'needs_teacher = GradientAccumulation.order-1', 'needs_teacher = GradientAccumulation.order+1'),
     ('callbacks', 'class weights on the label loss alone', 'weights,temperature = self.weights_of_classes(),', 'weights,temperature = None,'),
     ('callbacks', 'missing findings teach', 'return distillation_mask(y)', 'return None'),
     ('callbacks', 'softmax over findings', "return task!='multilabel' and self.columns>1", 'return True'),
