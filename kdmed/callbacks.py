@@ -462,7 +462,7 @@ class LogitKD(DistillCallback):
         loss = soft_target_loss if self.loss_kind=='kl' else soft_cross_entropy_loss
         return loss(logits, teacher_logits, temperature, weights)
 
-# %% ../nbs/33_callbacks.ipynb #263e4827
+# %% ../nbs/33_callbacks.ipynb #fd76a03d
 def _check_class_weights(weights):
     "`label`, None, or a tensor of factors"
     if weights is None or isinstance(weights, str):
@@ -492,7 +492,7 @@ def check(self:DistillCallback, outputs, xb):
     if self.teacher is None or not self.uses_logits: return
     self.teacher.check_classes()
     theirs = match_outputs(outputs, self.teacher.speak(xb)[0], self.exclusive)
-    if not theirs.isfinite().all(): raise ValueError('the teacher answers NaN or infinity: its weights, or its normalization, are broken')
+    if not (theirs.is_meta or theirs.isfinite().all()): raise ValueError('the teacher answers NaN or infinity: its weights, or its normalization, are broken')
 
 # %% ../nbs/33_callbacks.ipynb #f9f52245
 class _ExclusiveKD(LogitKD):
