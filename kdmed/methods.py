@@ -138,7 +138,7 @@ def predict_teacher(
     with torch.no_grad(): logits = torch.cat([teacher._answer((x.as_subclass(torch.Tensor),))[0].double().cpu() for x,_ in dls.test])
     return (logits.softmax(1) if dls.task=='multiclass' else logits.sigmoid()).numpy()
 
-# %% ../nbs/43_methods.ipynb #85e84aa3
+# %% ../nbs/43_methods.ipynb #efc2ccd9
 def methods_comparison(
     predictions:dict, # From `compare_methods`
     dls,              # The same
@@ -171,5 +171,5 @@ def plot_methods(
     ax.axvline(0, color=COLORS['plain'], lw=1)
     ax.hlines(range(len(rows)), rows.difference_low, rows.difference_high, color=COLORS['distilled'], lw=2)
     ax.plot(rows.difference, range(len(rows)), 'o', color=COLORS['distilled'], ms=5)
-    ax.set(yticks=range(len(rows)), yticklabels=rows.index, xlabel=f'{frame.index.name}, distilled − plain, 95 % interval'.replace('_', ' '))
+    ax.set(yticks=range(len(rows)), yticklabels=rows.index, ylim=(-.6, len(rows)-.4), xlabel=f'{frame.index.name}, distilled − plain, 95 % interval'.replace('_', ' '))
     return ax
