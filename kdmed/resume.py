@@ -434,7 +434,7 @@ def _describe_training(learn):
     settings = {f'{k} of group {i}': v for i,group in enumerate(opt.hypers) for k,v in group.items() if k not in plans}
     return {'optimizer': type(getattr(opt, 'opt', opt)).__name__ + f' of {", ".join(steppers)}'*bool(steppers), 'setting': _plain(settings), 'schedule of': plans}
 
-# %% ../nbs/37_resume.ipynb #863a1960
+# %% ../nbs/37_resume.ipynb #67937742
 def describe_run(
     learn:Learner, # With an optimizer
 )->dict: # Of plain values, by what they are
@@ -450,11 +450,17 @@ def _describe_distillation(learn):
     "What distillation callbacks were asked for, and the weights of who teaches"
     settings,teachers = {},{}
     for n,cb in _named_callbacks(learn).items():
-        settings |= {f'{n} {name}': value if isinstance(value, (int, float, str, type(None))) else _digest(_text(value)) for name,value in getattr(cb, 'asked', {}).items()}
+        settings |= {f'{n} {name}': _setting(value) for name,value in getattr(cb, 'asked', {}).items()}
         taught = getattr(cb, 'teacher', None)
         own = getattr(taught, 'decay', None) # of an average of the student itself
         if taught is not None: teachers[n] = f'{type(taught).__name__} {own}' if own is not None else ' '.join(str(_weights_digest(unwrap(model))) for model in taught.models)
     return {'setting of': settings, 'teacher of': teachers}
+
+def _setting(value):
+    "A setting as a plain value: a schedule by what it is over the fit, other things by a digest"
+    if isinstance(value, (int, float, str, type(None))): return value
+    try: return ' '.join(f'{value(step/20):.6g}' for step in range(21))
+    except (TypeError, ValueError): return _digest(_text(value)) # no schedule
 
 def _other_run(there, here):
     "How two runs differ, in words"
