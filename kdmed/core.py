@@ -6,10 +6,11 @@ Docs: https://kdmed.github.io/kdmed/core.html.md"""
 
 # %% auto #0
 __all__ = ['COLORS', 'FIGURE_WIDTH', 'seed_everything', 'check_same_shape', 'check_in', 'unwrap', 'get_layer',
-           'capture_activations', 'count_parameters', 'evaluating', 'count_macs', 'measure_latency', 'figure']
+           'capture_activations', 'count_parameters', 'evaluating', 'count_macs', 'measure_latency', 'weights_size',
+           'measure_memory', 'figure']
 
-# %% ../nbs/00_core.ipynb #e3530901
-import difflib, time
+# %% ../nbs/00_core.ipynb #cfa17ef6
+import difflib, time, weakref
 from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
@@ -20,6 +21,8 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/00_core.ipynb #c6ef9969
@@ -181,6 +184,56 @@ def measure_latency(
             wait()
             times.append(1000 * (time.perf_counter()-start))
     return float(np.median(times[3:]))
+
+# %% ../nbs/00_core.ipynb #94ca4307
+def weights_size(
+    model:nn.Module, # Any model
+)->int: # Bytes
+    "What the parameters and buffers weigh, each tensor once: the size of a safetensors file of them, but for its header"
+    stored = {t.untyped_storage().data_ptr(): t.numel()*t.element_size() for t in model.state_dict().values()}
+    return sum(stored.values())
+
+class _LiveBytes(TorchDispatchMode):
+    "The most bytes alive at once, of tensors made while this is on"
+    def __init__(self):
+        super().__init__()
+        self.now,self.peak,self.seen = 0,0,set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.note, out)
+        return out
+
+    def note(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata in self.seen: return
+        self.seen.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+
+    def gone(self, key, nbytes):
+        self.seen.discard(key)
+        self.now -= nbytes
+
+def measure_memory(
+    model:nn.Module, # Any image model; runs on the device it is on
+    size:int,        # Image side, in pixels
+    channels:int=3,  # Image channels
+    batch:int=1,     # Images in one pass
+)->int: # Bytes, images included
+    "Peak memory of one forward pass without gradients: the weights, and the tensors alive at once"
+    x = _example(model, size, channels, batch)
+    with evaluating(model):
+        if x.is_cuda:
+            before = torch.cuda.memory_allocated(x.device)
+            torch.cuda.reset_peak_memory_stats(x.device)
+            model(x)
+            activations = torch.cuda.max_memory_allocated(x.device)-before
+        else:
+            with _LiveBytes() as live: model(x)
+            activations = live.peak
+    return weights_size(model) + x.nbytes + activations
 
 # %% ../nbs/00_core.ipynb #3f6d7d7b
 COLORS = {'teacher': '#0072B2', 'plain': '#8C8C8C', 'distilled': '#E69F00'}

@@ -80,7 +80,7 @@ def _task_settings(dls, model):
     if task=='binary': return dict(metrics=[accuracy, BalancedAccuracy()], loss_func=CrossEntropyLossFlat())
     return dict(loss_func=BCEWithLogitsLossFlat() if yb[0].is_floating_point() or outputs.numel()==len(outputs) else CrossEntropyLossFlat())
 
-# %% ../nbs/38_kd.ipynb #1d23e590
+# %% ../nbs/38_kd.ipynb #19b3bbac
 def fit_classifier(
     dls,            # From `image_dls`, or any `DataLoaders`
     model,          # Module, trained further in place; function that makes one; or timm name, trained from scratch
@@ -89,12 +89,14 @@ def fit_classifier(
     seed:int=0,     # Decides initial weights, batches and augmentation
     cbs=(),         # fastai callbacks
     progress:bool=True, # Show progress bars and the training log
+    metrics=(),     # More fastai metrics to watch, such as `kdmed.metrics.MetricByName('macro_auroc')`
 )->Learner: # Fitted; `history` holds its training log
     "Train a classifier, repeatably"
     if epochs<1 or lr<=0: raise ValueError(f'epochs and lr must be positive, got epochs={epochs}, lr={lr}')
     model = _make(model, dls, seed)
     if not any(p.requires_grad for p in model.parameters()): raise ValueError('the student has nothing to train: it is frozen, perhaps because it was a teacher; model.requires_grad_(True) thaws it')
     learn = Learner(dls, model, **_task_settings(dls, model))
+    learn.metrics = learn.metrics + L(metrics)
     learn.seed = seed
     seed_everything(seed)
     dls.train.rng = random.Random(seed)
@@ -205,7 +207,7 @@ def methods_table(
         except (ValueError, TypeError) as e: rows[name]['terms'] = f'– ({e})'
     return pd.DataFrame.from_dict(rows, orient='index')
 
-# %% ../nbs/38_kd.ipynb #978c60f7
+# %% ../nbs/38_kd.ipynb #e8e67aaf
 def distill(
     dls,               # From `image_dls`, or any `DataLoaders`
     student,           # Module, trained further in place; function that makes one; or timm name, trained from scratch
@@ -216,9 +218,10 @@ def distill(
     seed:int=0,        # Decides initial weights, batches and augmentation, as in `fit_classifier`
     cbs=(),            # More fastai callbacks
     progress:bool=True, # Show progress bars and the training log
+    metrics=(),        # More fastai metrics to watch
 )->Learner: # Fitted, with its training log in `history`; `learn.model` is the student alone
     "Train a student with a teacher; `fit_classifier` with the same arguments is its control"
     check_in(method, ['auto', *METHODS], 'method')
     teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
     student = _make(student, dls, seed)
-    return fit_classifier(dls, student, epochs, lr, seed, [*distill_callbacks(method, student, teacher), *L(cbs)], progress)
+    return fit_classifier(dls, student, epochs, lr, seed, [*distill_callbacks(method, student, teacher), *L(cbs)], progress, metrics)
