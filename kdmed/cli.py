@@ -7,8 +7,8 @@ Docs: https://kdmed.github.io/kdmed/cli.html.md"""
 # %% auto #0
 __all__ = ['RUN_FILES', 'READERS', 'AUGMENTS', 'DEMO', 'main']
 
-# %% ../nbs/80_cli.ipynb #b1299178
-import argparse, json, os, platform, sys, tempfile, time, warnings
+# %% ../nbs/80_cli.ipynb #d237293b
+import argparse, json, os, platform, shutil, sys, tempfile, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
 
-# %% ../nbs/80_cli.ipynb #4061e43e
+# %% ../nbs/80_cli.ipynb #2d0a33cc
 import fastai
 import timm
 import torch
@@ -29,11 +29,11 @@ from .datasets import (read_breakhis, read_chestxray14, read_csv, read_dicom_fol
 from .images import name_of
 from .kd import METHODS, Teacher, distill_callbacks
 from .models import create_student, create_teacher, save_student
-from .report import distillation_study, training_history
+from .report import REPORT_FILES, distillation_study, markdown_table, training_history
 from .transforms import chest_augment, deit_lung_augment, kd_convnext_augment, mskd_augment, skin_augment, tissue_augment
 
-# %% ../nbs/80_cli.ipynb #5706ffeb
-RUN_FILES = 'student.safetensors','student.json','metrics.json','report.md','report.png','history.csv','settings.json'
+# %% ../nbs/80_cli.ipynb #4a81507a
+RUN_FILES = 'student.safetensors','student.json',*REPORT_FILES,'history.csv','settings.json'
 
 def _check_out(
     out,             # Folder for a run
@@ -50,7 +50,7 @@ def _check_out(
     if not existed: out.rmdir()
     return out
 
-# %% ../nbs/80_cli.ipynb #910d2358
+# %% ../nbs/80_cli.ipynb #28b4f44c
 def _save_run(
     out:Path,       # Folder; made if missing
     comparison,     # From `distillation_study`
@@ -65,10 +65,12 @@ def _save_run(
         comparison.save(part)
         training_history(models).to_csv(part/'history.csv', index=False)
         (part/'settings.json').write_text(json.dumps(settings, indent=1))
-        for name in RUN_FILES: os.replace(part/name, out/name)
+        for name in RUN_FILES:
+            if (out/name).is_dir(): shutil.rmtree(out/name)
+            os.replace(part/name, out/name)
     return out
 
-# %% ../nbs/80_cli.ipynb #8ca880ba
+# %% ../nbs/80_cli.ipynb #faa2b1f5
 def _environment():
     "Versions and hardware a run depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -87,11 +89,11 @@ def _run_study(
     teacher = make(create_teacher, args.teacher, checkpoint=args.teacher_checkpoint)
     seeds = tuple(range(args.seed, args.seed + args.repeats))
     comparison,models = distillation_study(dls, teacher() if args.teacher_checkpoint else teacher, make(create_student, args.student), args.method,
-                                           args.teacher_epochs, args.epochs, args.lr, seeds)
+                                           args.teacher_epochs, args.epochs, args.lr, seeds, subgroups=getattr(args, 'subgroups', ()))
     left_out = {name_of(r.image): r.reason for r in dls.quarantine.itertuples()} if len(dls.quarantine) else {}
     settings = {k: v for k,v in vars(args).items() if k not in ('run', 'force')} | {'left_out': left_out, 'seconds': round(time.time()-start, 1), 'environment': _environment()}
     out = _save_run(Path(args.out), comparison, models, settings)
-    print('\n' + comparison.to_markdown() + f'\nTook {settings["seconds"]:.0f} s. Report, student and settings are in {out}')
+    print('\n' + '\n'.join(f'- {s}' for s in comparison.findings()) + f'\n\n{markdown_table(comparison.table())}\n\nTook {settings["seconds"]:.0f} s. Report, student and settings are in {out}')
     return out
 
 # %% ../nbs/80_cli.ipynb #9c452690
@@ -172,7 +174,7 @@ def _positive(kind):
         return value
     return parse
 
-# %% ../nbs/80_cli.ipynb #d1504f20
+# %% ../nbs/80_cli.ipynb #a0959b8e
 def _data_arguments(add):
     "Where images come from and how they are dealt out"
     add('--data', metavar='PATH', help='folder or file; a public set is looked for in the input folder of Kaggle if left out')
@@ -203,6 +205,7 @@ def _distill_arguments(command):
     add('--epochs', type=count, default=10, metavar='N', help='epochs of each student')
     add('--teacher-epochs', type=count, default=16, metavar='N', help='epochs of the teacher')
     add('--method', default='auto', metavar='NAME', help=', '.join(METHODS) + '; auto: token if the student has one, else logit+feature')
+    add('--subgroups', nargs='+', default=[], metavar='COLUMN', help='columns of the image table by which the models are also compared, such as age sex')
     add('--repeats', type=count, default=3, metavar='N', help='training seeds; each gives a plain and a distilled student')
     add('--lr', type=_positive(float), default=3e-3, metavar='X', help='peak learning rate')
     add('--bs', type=count, default=64, metavar='N', help='images in a batch')

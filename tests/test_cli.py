@@ -32,7 +32,7 @@ def test_demo_writes_a_whole_run(tmp_path, monkeypatch, capsys):
     for name in ('teacher', 'plain', 'distilled'):
         assert {'parameters', 'macs', 'latency_ms'} <= metrics[name].keys()
         assert set(metrics[name]['balanced_accuracy']) == {'value', 'low', 'high'}
-    assert metrics['difference']['macro_auroc']['low'] <= metrics['difference']['macro_auroc']['value'] <= metrics['difference']['macro_auroc']['high']
+    assert metrics['differences']['distilled − plain']['macro_auroc']['low'] <= metrics['differences']['distilled − plain']['macro_auroc']['value'] <= metrics['differences']['distilled − plain']['macro_auroc']['high']
     history = pd.read_csv(run/'history.csv')
     assert history.groupby('model').run.nunique().to_dict() == {'teacher': 1, 'plain': 3, 'distilled': 3}
     assert {'label_loss', 'logit_kd'} <= set(history)
