@@ -190,17 +190,19 @@ def calibration_scores(
         rows[name] = dict(temperature=np.mean([s.temperature for s in scaled])) | {k: v for m in names for k,v in ((m, before[m]), (f'{m}_scaled', after[m]))} | dict(note='')
     return pd.DataFrame.from_dict(rows, orient='index').reindex(columns=['temperature', *(k for m in names for k in (m, f'{m}_scaled')), 'note'])
 
-# %% ../nbs/48_comparison.ipynb #2fea783f
+# %% ../nbs/48_comparison.ipynb #20e2b9a5
 def measure_cost(
     model:torch.nn.Module, # Any image model
     size:int,              # Image side, in pixels
     batch:int=32,          # Images in a pass, for throughput and the memory of a batch
-)->dict: # parameters; macs; file_mb; latency_ms (of one image); throughput (images/s in batches); memory_mb, memory_batch_mb (peak, weights included)
+)->dict: # parameters; macs; file_mb; then for one image and (`_batch`) for a batch: latency_ms, throughput (images/s), memory_mb (peak, weights included); batch
     "What a model costs to run, on the device it is on"
     if batch < 1: raise ValueError(f'batch must be 1 or more, got {batch}')
-    return dict(parameters=count_parameters(model), macs=count_macs(model, size), file_mb=round(weights_size(model)/1e6, 3),
-        latency_ms=round(measure_latency(model, size), 3), throughput=round(1000*batch/measure_latency(model, size, batch=batch, runs=5), 1),
-        memory_mb=round(measure_memory(model, size)/1e6, 3), memory_batch_mb=round(measure_memory(model, size, batch=batch)/1e6, 3), batch=batch)
+    cost = dict(parameters=count_parameters(model), macs=count_macs(model, size), file_mb=round(weights_size(model)/1e6, 3))
+    for name,n in (('', 1), ('_batch', batch)):
+        latency = measure_latency(model, size, batch=n, runs=20 if n == 1 else 5)
+        cost |= {f'latency{name}_ms': round(latency, 3), f'throughput{name}': round(1000*n/latency, 1), f'memory{name}_mb': round(measure_memory(model, size, batch=n)/1e6, 3)}
+    return cost | dict(batch=batch)
 
 # %% ../nbs/48_comparison.ipynb #4fbae8b5
 def compare(

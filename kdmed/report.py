@@ -155,7 +155,7 @@ def _subgroup_frame(subgroups):
         rows.append(row)
     return pd.DataFrame(rows).fillna('').set_index('')
 
-# %% ../nbs/49_report.ipynb #48b35bcd
+# %% ../nbs/49_report.ipynb #2fbe9b71
 def _agreement_frame(agreements): return pd.DataFrame({f'{name} and teacher': {m.replace('_', ' '): _cell(r) for m,r in frame.iterrows()} for name,frame in agreements.items()})
 
 def _calibration_frame(calibration):
@@ -163,7 +163,8 @@ def _calibration_frame(calibration):
     shown = calibration if calibration.note.any() else calibration.drop(columns='note')
     return shown.rename(columns=lambda c: c.replace('_scaled', ', scaled').replace('_', ' '))
 
-_COSTS = dict(parameters='parameters', macs='MACs', file_mb='weights, MB', latency_ms='latency, ms', throughput='images/s in batches', memory_mb='peak memory, MB', memory_batch_mb='peak memory of a batch, MB', batch='batch')
+_COSTS = dict(parameters='parameters', macs='MACs', file_mb='weights, MB', latency_ms='latency of one image, ms', throughput='images/s, one by one', memory_mb='peak memory of one image, MB',
+              latency_batch_ms='latency of a batch, ms', throughput_batch='images/s in batches', memory_batch_mb='peak memory of a batch, MB', batch='images in a batch')
 
 @patch
 def sections(self:Comparison)->list:

@@ -1,9 +1,7 @@
 "Widgets as a person meets them: Voila serves a notebook, a browser without a window opens it, keys move the controls"
 import http.client
-import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,18 +11,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from browser import needs_browser, open_browser
 from conftest import ROOT
 
-BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'))), None)
-DRIVER = shutil.which('chromedriver')
-PACKAGES = [name for name in ('voila', 'ipykernel', 'selenium') if not importlib.util.find_spec(name)]
 STARTUP,MOVE = 300,60 # seconds within which a page is there, and a control has done its work, also on a busy machine
-
-FLAGS = ['headless=new', 'no-sandbox', 'disable-gpu', 'disable-quic', 'disable-dev-shm-usage', 'no-first-run', 'disable-background-networking',
-         'disable-component-update', 'disable-sync', 'window-size=1200,2200', 'no-proxy-server', 'host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']
-
-needs_browser = [pytest.mark.skipif(not (BROWSER and DRIVER), reason='needs chromium and chromedriver (on Debian: apt-get install chromium chromium-driver)'),
-                 pytest.mark.skipif(bool(PACKAGES), reason=f"needs {', '.join(PACKAGES)}: pip install -e '.[dev]'")]
 
 SETUP = """
 import numpy as np
@@ -86,21 +76,12 @@ def voila(tmp_path_factory):
 @pytest.fixture(scope='module')
 def browser(voila, tmp_path_factory):
     "A browser that can reach this machine only, with the notebook open"
-    from selenium import webdriver
     from selenium.webdriver.common.by import By
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    profile = tmp_path_factory.mktemp('profile')
-    for flag in FLAGS + [f'user-data-dir={profile}']: options.add_argument(f'--{flag}')
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    try:
-        driver.set_page_load_timeout(STARTUP)
+    with open_browser(tmp_path_factory.mktemp('profile'), STARTUP) as driver:
         driver.get(voila[0])
         wait(driver, lambda: len([i for i in driver.find_elements(By.CSS_SELECTOR, 'img.widget-image') if i.get_property('naturalWidth')]) == 2,
              lambda: f'no pictures in the page\n{driver.get_log("browser")}\n{(voila[1]/"voila.log").read_text()}', STARTUP)
         yield driver
-    finally: driver.quit()
 
 def wait(driver, condition, otherwise, seconds=MOVE):
     "The first true value of `condition`; fails with what `otherwise` says when time is up"
@@ -155,7 +136,7 @@ def shoot(driver, folder, name): driver.save_screenshot(str(folder/f'{name}.png'
 def temperature_of(part): return float(part.text.split('τ = ')[1].split(',')[0])
 
 class TestInABrowser:
-    pytestmark = needs_browser
+    pytestmark = needs_browser('voila', 'ipykernel')
 
     def test_the_page_needs_nothing_from_elsewhere(self, browser, voila):
         shoot(browser, voila[1], 'first')
