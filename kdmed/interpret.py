@@ -9,7 +9,7 @@ __all__ = ['map_similarity', 'explanation_agreement', 'PixelCurves', 'deletion_i
            'randomization_check', 'plot_randomization', 'SALIENCY_METHODS', 'overlay', 'plot_explanations',
            'saliency_layers', 'saliency_maps']
 
-# %% ../nbs/47_interpret.ipynb #85ba887a
+# %% ../nbs/47_interpret.ipynb #45b81c39
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from .core import COLORS, check_in, figure
-from .metrics import _group_codes, _interval, group_weights
+from .intervals import _group_codes, _interval, group_weights
 from .models import stage_names
 from .saliency import (SALIENCY_METHODS, _check_images, _ClassScores, _needed, _observed, _subject, _target_indices, overlay, plot_explanations,
                             saliency_layers, saliency_maps)
@@ -73,7 +73,7 @@ def map_similarity(
         result[name] = product/(a.sum(1)+b.sum(1)-product) if name=='overlap' else product
     return pd.DataFrame(result)
 
-# %% ../nbs/47_interpret.ipynb #589a9045
+# %% ../nbs/47_interpret.ipynb #d51f84d2
 def _weighted(w, own, known, pairs, apart):
     "Mean of own similarities and mean over pairs in each replicate, [n_boot]; w [n_boot, N]"
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -91,7 +91,7 @@ def _one_agreement(name, a, b, w, codes, level):
     note = '' if known.all() else f'undefined for {n-known.sum()} of {n} images: a map is constant'
     (value,),(chance,) = _weighted(np.ones((1, n)), own, known.astype(float), pairs, apart.astype(bool))
     values,chances = _weighted(w, own, known.astype(float), pairs, apart.astype(bool))
-    (low,high,note),(excess_low,excess_high,_) = _interval(values, note, level),_interval(values-chances, '', level)
+    (low,high,note),(excess_low,excess_high,_) = _interval(value, values, None, note, level),_interval(value-chance, values-chances, None, '', level)
     return dict(value=value, low=low, high=high, chance=chance, excess=value-chance, excess_low=excess_low, excess_high=excess_high, images=int(known.sum()), note=note)
 
 def explanation_agreement(
@@ -222,15 +222,16 @@ def _ssim(a, b):
     except ImportError as e: raise _needed('scikit-image') from e
     return structural_similarity(a, b, data_range=1.)
 
-# %% ../nbs/47_interpret.ipynb #59305d0c
+# %% ../nbs/47_interpret.ipynb #8155c7b4
 def _kept(intact, now, w, ssim):
     "A row of `randomization_check`"
     alike = map_similarity(intact, now).spearman.to_numpy()
     known = np.isfinite(alike)
     with np.errstate(invalid='ignore'): draws = (w@np.where(known, alike, 0)) / (w@known)
     note = '' if known.all() else f'undefined for {(~known).sum()} of {len(known)} images: a map is constant'
-    low,high,note = _interval(draws, note, .95)
-    row = dict(spearman=alike[known].mean() if known.any() else np.nan, low=low, high=high, images=int(known.sum()), note=note)
+    value = alike[known].mean() if known.any() else np.nan
+    low,high,note = _interval(value, draws, None, note, .95)
+    row = dict(spearman=value, low=low, high=high, images=int(known.sum()), note=note)
     return row | (dict(ssim=float(np.mean([_ssim(a, b) for a,b in zip(intact, now)]))) if ssim else {})
 
 @delegates(saliency_maps)

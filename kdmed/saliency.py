@@ -237,19 +237,20 @@ def _grad_cam(case, prefix, owner):
 
 _MAPPERS['grad-cam'] = _grad_cam
 
-# %% ../nbs/46_saliency.ipynb #37c6f4b8
+# %% ../nbs/46_saliency.ipynb #309565d9
 def _masked_scores(scores, images, activations, targets, bs):
     "Class score [B, K] of each image seen through each channel of `activations` [B, K, h, w]"
-    n,k = activations.shape[:2]
-    values,targets = [],torch.as_tensor(targets, device=images.device)
+    k,targets = activations.shape[1],torch.as_tensor(targets, device=images.device)
+    alive = (activations.amax((2, 3))>activations.amin((2, 3))).flatten().nonzero()[:, 0]
     with torch.no_grad():
-        for pairs in torch.arange(n*k, device=images.device).split(bs):
+        values = scores(torch.zeros_like(images[:1]))[0, targets].repeat_interleave(k) # what a constant channel shows
+        for pairs in alive.split(bs):
             image,channel = pairs//k,pairs%k
             masks = F.interpolate(activations[image, channel][:, None], images.shape[-2:], mode='bilinear', align_corners=True)
             low,high = masks.amin((2, 3), keepdim=True),masks.amax((2, 3), keepdim=True)
             masks = (masks-low) / (high-low+1e-8)
-            values.append(scores(images[image]*masks.to(images.dtype)).gather(1, targets[image][:, None]))
-    return torch.cat(values).reshape(n, k).float()
+            values[pairs] = scores(images[image]*masks.to(images.dtype)).gather(1, targets[image][:, None])[:, 0]
+    return values.reshape(-1, k).float()
 
 def _score_cam(case, prefix, owner):
     "Score-CAM maps"

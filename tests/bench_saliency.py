@@ -36,7 +36,7 @@ def seconds(runs, rounds):
     return {name: median(t) for name,t in times.items()}
 
 
-def saliency_speed(size=64, rounds=5):
+def saliency_speed(size=64, rounds=3):
     "Grad-CAM of 32 images and Score-CAM of two: ours, the library's batched by hand, the library's image by image"
     torch.manual_seed(0)
     model,rows = create_student('resnet18', 4, size).eval().to(DEVICE),[]
