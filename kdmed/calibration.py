@@ -138,7 +138,7 @@ def _logit_columns(logits, task):
 
 def _soften(z, temperature, task): return softmax(z/temperature, axis=1) if task == 'multiclass' else expit(z/temperature)
 
-# %% ../nbs/41_calibration.ipynb #896c133a
+# %% ../nbs/41_calibration.ipynb #c074a4a9
 _BOUNDS = .01,100.
 
 def _known_targets(z, targets, task):
@@ -150,6 +150,13 @@ def _known_targets(z, targets, task):
     if not varied: raise ValueError(f'targets must hold more than one class, got {sorted({y for y in np.ravel(targets).tolist() if y == y})}')
     return actual,known
 
+def _doubt_logits(logits, task):
+    "Raise an error for what must be probabilities, and warn of what may be"
+    z = np.asarray(logits, dtype=np.float64)
+    if z.size < 20 or z.min() < 0 or z.max() > 1: return
+    if task == 'multiclass' and abs(z.sum(1)-1).max() < 1e-3: raise ValueError("logits must not sum to 1 in every row; for probabilities use TemperatureScaling(inputs='probs') or probs_to_logits")
+    warnings.warn("logits all lie in [0, 1]: if they are probabilities, use TemperatureScaling(inputs='probs') or probs_to_logits")
+
 def fit_temperature(
     logits,                # Unnormalized scores of validation images, `[N, C]`; for a binary task also `[N]` or `[N, 1]`, of the second class
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
@@ -157,6 +164,7 @@ def fit_temperature(
 )->float: # In [.01, 100]; above 1 for an overconfident model. Warns at a bound
     "The temperature that gives logits divided by it the least log loss"
     z = _logit_columns(logits, task)
+    _doubt_logits(logits, task)
     actual,known = _known_targets(z, targets, task)
     def slope(log_t): return np.where(known, (_soften(z, np.exp(log_t), task)-actual)*z, 0).sum()
     cold,hot = np.log(_BOUNDS)

@@ -8,13 +8,13 @@ Docs: https://kdmed.github.io/kdmed/comparison.html.md"""
 __all__ = ['HEADLINE', 'FEWEST_GROUPS', 'SMALLEST_SUBGROUP', 'Comparison', 'pair_name', 'compare_predictions', 'harm_check',
            'subgroup_labels', 'subgroup_scores', 'calibration_scores', 'measure_cost', 'compare']
 
-# %% ../nbs/48_comparison.ipynb #570eb12b
+# %% ../nbs/48_comparison.ipynb #36e77090
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .core import count_macs, count_parameters, measure_latency, measure_memory, weights_size
+from .core import check_in, count_macs, count_parameters, measure_latency, measure_memory, weights_size
 from .metrics import _check_loader, _module, _runs, agreement, calibrate, default_metrics, evaluate, holm, more_is_better, paired_difference, predict, scores
 
 # %% ../nbs/48_comparison.ipynb #1f502dea
@@ -44,7 +44,7 @@ def _reported(classes, task):
     "Metrics of a comparison: the usual ones, agreement with the truth beyond chance, probabilities, and the ranks of each class"
     return [*default_metrics(classes, task), 'kappa', 'mcc', 'brier', 'log_loss', 'ece', *(f'auroc/{c}' for c in classes)]
 
-# %% ../nbs/48_comparison.ipynb #a7dc447d
+# %% ../nbs/48_comparison.ipynb #bd7388bc
 def compare_predictions(
     probs:dict,          # Name: probabilities [N, C], or a list of them, one for each seed
     targets,             # What is true, as for `kdmed.metrics.scores`
@@ -59,7 +59,8 @@ def compare_predictions(
     level:float=.95,     # Of all intervals
 )->Comparison: # Without costs
     "Compare models by their predictions alone"
-    probs,classes = _check_models(probs, reference, columns, len(targets)),[str(c) for c in classes]
+    columns = columns.to_frame() if isinstance(columns, pd.Series) else columns
+    probs,classes = _check_models(probs, reference, columns, valid, len(targets)),[str(c) for c in classes]
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     given = dict(targets=targets, classes=classes, groups=groups, task=task, n_boot=n_boot, seed=seed, level=level)
     frames = {name: evaluate(p, metrics=_reported(classes, task), **given) for name,p in probs.items()}
@@ -78,15 +79,18 @@ def compare_predictions(
 
 _RESERVED = 'about','difference','differences','harm','subgroups','calibration','agreements'
 
-def _check_models(probs, reference, columns, n):
+def _check_models(probs, reference, columns, valid, n):
     "Probabilities as lists over seeds, when they and the rest of the arguments can be compared"
+    if not isinstance(probs, dict): raise TypeError(f"probs must be a dict from names to predictions, such as {{'plain': …, 'distilled': …}}, got {type(probs).__name__}")
+    if valid is not None and not (isinstance(valid, (tuple, list)) and len(valid) == 2 and isinstance(valid[0], dict)):
+        raise TypeError(f'valid must be a pair: predictions by name, and targets; got {type(valid).__name__}')
     if not probs or not all(len(p) for p in probs.values()): raise ValueError(f'probs must hold at least one model, with predictions, got {list(probs)}')
     if taken := set(probs) & set(_RESERVED): raise ValueError(f'{sorted(taken)} cannot be names of models')
     if reference is not None and reference not in probs: raise ValueError(f'reference must be one of {list(probs)}, got {reference!r}')
     if columns is not None and len(columns) != n: raise ValueError(f'columns and targets must be as long, got {len(columns)} and {n} images')
     return {name: _runs(p) for name,p in probs.items()}
 
-# %% ../nbs/48_comparison.ipynb #ccf963d6
+# %% ../nbs/48_comparison.ipynb #4974a434
 FEWEST_GROUPS = 5 # of a class, below which nothing is said about it
 
 def harm_check(
@@ -108,18 +112,19 @@ def harm_check(
         frame['p'] = frame.p.where(frame.groups >= FEWEST_GROUPS)
         frames.append(frame.assign(holm=holm(frame.p)).rename(columns={'cls': 'class'}))
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=['model', 'against', 'class', 'holm', 'difference', 'groups'])
-    return frame.assign(verdict=[_verdict(r.difference, r.holm, r.groups, 1-given['level']) for r in frame.itertuples()])
+    absent = 'absent or unknown' if task == 'multilabel' else 'absent'
+    return frame.assign(verdict=[_verdict(r.difference, r.holm, r.groups, 1-given['level'], absent) for r in frame.itertuples()])
 
 def _has(targets, c, task):
     targets = np.asarray(targets)
     return targets[:, c] == 1 if task == 'multilabel' else targets.reshape(-1) == c
 
-def _verdict(difference, p, groups, alpha):
-    if groups < FEWEST_GROUPS: return f'not judged: images of {groups} groups' if groups else 'not judged: absent'
+def _verdict(difference, p, groups, alpha, absent):
+    if groups < FEWEST_GROUPS: return f'not judged: images of {groups} groups' if groups else f'not judged: {absent}'
     if np.isnan(p): return 'not judged: undefined'
     return 'not beyond chance' if p >= alpha else 'lost' if difference < 0 else 'gained'
 
-# %% ../nbs/48_comparison.ipynb #d7dbc786
+# %% ../nbs/48_comparison.ipynb #4a8e4d29
 SMALLEST_SUBGROUP = 10 # groups of patients
 
 def subgroup_labels(
@@ -151,7 +156,7 @@ def subgroup_scores(
         for label in labels.cat.categories:
             inside = np.flatnonzero(labels == label)
             rows += _subgroup_rows({name: [p[inside] for p in map(np.asarray, ps)] for name,ps in probs.items()}, inside, given, reference, metric, dict(column=column, subgroup=label))
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).reindex(columns=['column', 'subgroup', 'metric', 'images', 'groups', 'model', 'value', 'low', 'high', 'difference', 'difference_low', 'difference_high', 'p', 'note'])
     for name in frame.model.unique(): frame.loc[frame.model==name, 'holm'] = holm(frame.p[frame.model==name])
     return frame
 
@@ -204,7 +209,7 @@ def measure_cost(
         cost |= {f'latency{name}_ms': round(latency, 3), f'throughput{name}': round(1000*n/latency, 1), f'memory{name}_mb': round(measure_memory(model, size, batch=n)/1e6, 3)}
     return cost | dict(batch=batch)
 
-# %% ../nbs/48_comparison.ipynb #4fbae8b5
+# %% ../nbs/48_comparison.ipynb #d6ddf25b
 def compare(
     models:dict,          # Name: Module, Learner, or a list of them, one for each seed. `distilled` and `plain` are paired
     dl,                   # Loader of the images to compare on, such as `dls.test`
@@ -216,6 +221,7 @@ def compare(
     batch:int=32,         # Images in a pass when throughput is measured
 )->Comparison:
     "Compare models on the same images: metrics, differences, harm, subgroups, calibration and costs"
+    if not isinstance(models, dict): raise TypeError(f"models must be a dict from names to models, such as {{'plain': …, 'distilled': …}}, got {type(models).__name__}")
     models = {name: list(m) if isinstance(m, (list, tuple)) else [m] for name,m in models.items()}
     if not models or not all(models.values()): raise ValueError(f'models must hold at least one model for each name, got {models}')
     for loader in [dl] + [valid]*(valid is not None): _check_loader(loader)
@@ -234,7 +240,7 @@ def _predict_all(models, dl):
     said = {name: [predict(m, dl) for m in group] for name,group in models.items()}
     return {name: [p for p,_ in group] for name,group in said.items()},next(iter(said.values()))[0][1]
 
-# %% ../nbs/48_comparison.ipynb #3f94cd88
+# %% ../nbs/48_comparison.ipynb #21cbd784
 def _cell(row, signed=False):
     "A value with its interval; metrics are shares, shown with three digits"
     if np.isnan(row.value): return 'undefined'
@@ -246,29 +252,33 @@ def findings(self:Comparison,
     metric:str='balanced_accuracy', # What the models are judged by
 )->list: # Sentences
     "What the comparison shows, in words, and no more than it shows: harm first"
+    check_in(metric, list(next(iter(self.scores.values())).index), 'metric')
+    if len(self.scores) == 1: return [f'{name}: {metric.replace("_", " ")} {_cell(f.loc[metric])}.' for name,f in self.scores.items()] + _subgroups_said(self.subgroups) + _calibration_said(self.calibration) + _groups_said(self.about)
     said = _harm_said(self.harm, self.about['reference']) + [_pair_said(self, a, metric) for a in self.scores if pair_name(a, self.about['reference']) in self.differences and a != 'teacher']
     if 'teacher' in self.scores and self.about['reference'] != 'teacher':
         gap = self.scores['teacher'].value[metric] - self.scores[self.about['reference']].value[metric]
-        said.append(f"The teacher is {abs(gap):.3f} {'above' if gap > 0 else 'below'} the {self.about['reference']} student" + ('.' if gap > 0 else ': it had little to teach.'))
+        said.append(f"The teacher is {abs(gap):.3f} {'above' if gap > 0 else 'below'} {_called(self.about['reference'])}" + ('.' if gap > 0 else ': it had little to teach.'))
     return said + _subgroups_said(self.subgroups) + _calibration_said(self.calibration) + _groups_said(self.about)
+
+def _called(name): return f'the {name} student' if name in ('plain', 'distilled') else f'the {name}' if name == 'teacher' else name
 
 def _pair_said(comparison, name, metric):
     reference = comparison.about['reference']
     d,better = comparison.differences[pair_name(name, reference)].loc[metric],more_is_better(metric, comparison.about['classes'], comparison.about['task'])
-    if np.isnan(d.value): return f'In this run the {name} and the {reference} student cannot be compared in {metric}: {d.note or "undefined"}.'
+    if np.isnan(d.value): return f'In this run {_called(name)} and {_called(reference)} cannot be compared in {metric}: {d.note or "undefined"}.'
     verdict = 'not distinguishable from' if d.low <= 0 <= d.high else 'above' if d.value > 0 else 'below'
     comment = '' if better or d.low <= 0 <= d.high else ', which is ' + ('worse' if d.value > 0 else 'better')
-    return f'In this run the {name} student is {verdict} the {reference} student in {metric.replace("_", " ")}{comment}: {_cell(d, signed=True)}.'
+    return f'In this run {_called(name)} is {verdict} {_called(reference)} in {metric.replace("_", " ")}{comment}: {_cell(d, signed=True)}.'
 
-# %% ../nbs/48_comparison.ipynb #e343e6c6
+# %% ../nbs/48_comparison.ipynb #133cb69d
 def _harm_said(harm, reference):
     "Sentences about classes that a student lost"
     if harm is None or not len(harm): return []
     said = []
     for (model,against),rows in harm.groupby(['model', 'against'], sort=False):
         lost = [f'{r["class"]} ({r.before:.3f} to {r.after:.3f}, Holm p = {r.holm:.3f})' for _,r in rows[rows.verdict=='lost'].iterrows()]
-        if lost and against == reference: said.append(f'HARM: the {model} student lost sensitivity against the {against} student for {", ".join(lost)}.')
-        elif lost: said.append(f'Below its {against}, the {model} student finds less of {", ".join(lost)}.')
+        if lost and against == reference: said.append(f'HARM: {_called(model)} lost sensitivity against {_called(against)} for {", ".join(lost)}.')
+        elif lost: said.append(f'Below its {against}, {_called(model)} finds less of {", ".join(lost)}.')
         elif against == reference: said.append(f'No class lost sensitivity beyond chance, {model} against {against}.')
     unjudged = harm[(harm.against==reference) & harm.verdict.str.startswith('not judged')].drop_duplicates('class')
     if len(unjudged): said.append('Not judged for harm: ' + ', '.join(f'{r["class"]} ({r.verdict[12:]})' for _,r in unjudged.iterrows()) + '.')
@@ -277,12 +287,12 @@ def _harm_said(harm, reference):
 def _subgroups_said(subgroups):
     if subgroups is None or 'value' not in subgroups: return []
     said,found = [],subgroups[subgroups.holm < .05] if 'holm' in subgroups else subgroups[:0]
-    for r in found[(found.model!='teacher') & (found.difference<0)].itertuples(): said.append(f'HARM: in {r.column} = {r.subgroup} the {r.model} student lost {r.metric.replace("_", " ")}: {r.difference:+.3f}, Holm p = {r.holm:.3f}.')
+    for r in found[(found.model!='teacher') & (found.difference<0)].itertuples(): said.append(f'HARM: in {r.column} = {r.subgroup} {_called(r.model)} lost {r.metric.replace("_", " ")}: {r.difference:+.3f}, Holm p = {r.holm:.3f}.')
     last = subgroups[subgroups.model==subgroups.model.iloc[-1]].dropna(subset='value')
     for column,rows in last.groupby('column', sort=False):
         if len(rows) < 2: continue
         best,worst = rows.loc[rows.value.idxmax()],rows.loc[rows.value.idxmin()]
-        said.append(f'Largest gap of the {best.model} student over {column}: {worst.subgroup} {worst.value:.3f} to {best.subgroup} {best.value:.3f}, n = {worst.groups} and {best.groups} groups.')
+        said.append(f'Largest gap of {_called(best.model)} over {column}: {worst.subgroup} {worst.value:.3f} to {best.subgroup} {best.value:.3f}, n = {worst.groups} and {best.groups} groups.')
     return said
 
 def _calibration_said(calibration):

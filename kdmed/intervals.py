@@ -36,11 +36,15 @@ def group_weights(
     for row in weights: row[:] = np.bincount(rng.integers(n, size=n), minlength=n)[codes]
     return weights
 
-# %% ../nbs/42_intervals.ipynb #c0669686
+# %% ../nbs/42_intervals.ipynb #3f214430
 def _runs(probs):
     "A list of arrays, one for each training seed, from one array or such a list"
     several = isinstance(probs, (list, tuple)) and len(probs) > 0 and getattr(probs[0], 'ndim', 0) > 0
     return list(probs) if several else [probs]
+
+def _seed_shares(n_seeds, n_boot, seed):
+    "Weights of the training seeds in every replicate, `[n_boot, n_seeds]`: as many as there are, drawn with replacement"
+    return np.random.default_rng([seed, 1]).multinomial(n_seeds, np.full(n_seeds, 1/n_seeds), size=n_boot)/n_seeds
 
 def _bootstrap(runs, given, weights, shares):
     "Value, replicates and note of every metric, averaged over training seeds"
@@ -60,7 +64,7 @@ def _interval(value, draws, left_out, note, level):
 
 def _percentiles(level): return np.array([(1-level)/2, (1+level)/2])
 
-# %% ../nbs/42_intervals.ipynb #9e3091ad
+# %% ../nbs/42_intervals.ipynb #147e61fc
 def _jackknife(runs, groups, given, blocks=1000):
     "Each metric without one group, or, where there are more groups than blocks, without one block of them"
     codes = _group_codes(groups)
@@ -69,16 +73,18 @@ def _jackknife(runs, groups, given, blocks=1000):
     values = [scores(p, weights=weights, **given) for p in runs]
     return {m: np.mean([v[m] for v in values], axis=0) for m in values[0]}
 
+def _bca_terms(value, draws, left_out):
+    "Bias correction and acceleration"
+    n,off = len(draws),np.nanmean(left_out)-left_out[~np.isnan(left_out)]
+    below,spread = ((draws < value-1e-12).sum() + (draws <= value+1e-12).sum())/2,(off**2).sum()
+    return norm.ppf(np.clip(below/n, .5/n, 1-.5/n)),(off**3).sum() / (6*spread**1.5) if spread > 1e-18 else 0.
+
 def _bca_percentiles(value, draws, left_out, level):
     "Where a BCa interval cuts the replicates"
-    n,off = len(draws),np.nanmean(left_out)-left_out[~np.isnan(left_out)]
-    below = ((draws < value-1e-12).sum() + (draws <= value+1e-12).sum())/2
-    z0,z = norm.ppf(np.clip(below/n, .5/n, 1-.5/n)),norm.ppf(_percentiles(level))
-    spread = (off**2).sum()
-    a = (off**3).sum() / (6*spread**1.5) if spread > 1e-18 else 0.
+    (z0, a),z = _bca_terms(value, draws, left_out),norm.ppf(_percentiles(level))
     return norm.cdf(z0 + (z0+z)/(1-a*(z0+z)))
 
-# %% ../nbs/42_intervals.ipynb #bab1b638
+# %% ../nbs/42_intervals.ipynb #3ac6ae3e
 def _compare(models, sign, targets, groups, given, n_boot, level, seed, interval):
     "Frame of the models' metrics, summed with `sign`, replicate by replicate, and the replicates"
     check_in(interval, ('percentile', 'bca'), 'interval')
@@ -88,15 +94,16 @@ def _compare(models, sign, targets, groups, given, n_boot, level, seed, interval
     n_seeds = max(sizes)
     if set(sizes) - {1, n_seeds}: raise ValueError(f'expected as many training seeds on both sides, or one array, got {sizes}')
     weights = group_weights(groups, n_boot, seed)
-    shares = np.random.default_rng([seed, 1]).multinomial(n_seeds, np.full(n_seeds, 1/n_seeds), size=n_boot)/n_seeds
+    shares = _seed_shares(n_seeds, n_boot, seed)
     given = dict(targets=targets, **given)
     means,draws,notes = zip(*[_bootstrap(runs, given, weights, shares) for runs in models])
     def summed(values): return {m: sum(s*v[m] for s,v in zip(sign, values)) for m in means[0]}
     value,draws,left_out = summed(means),summed(draws),summed([_jackknife(runs, groups, given) for runs in models]) if interval == 'bca' else {}
     rows = {m: (value[m], *_interval(value[m], draws[m], left_out.get(m), notes[0][m], level)) for m in value}
     frame = pd.DataFrame.from_dict(rows, orient='index', columns=['value', 'low', 'high', 'note']).rename_axis('metric')
+    terms = {m: (0., 0.) if interval == 'percentile' or not np.isfinite(value[m]) else _bca_terms(value[m], draws[m][~np.isnan(draws[m])], left_out[m]) for m in value}
     frame.attrs = dict(images=len(targets), groups=len(set(_group_codes(groups))), seeds=n_seeds, n_boot=n_boot, level=level, seed=seed, interval=interval)
-    return frame,draws
+    return frame,draws,terms
 
 # %% ../nbs/42_intervals.ipynb #898ac54c
 def evaluate(
@@ -114,7 +121,7 @@ def evaluate(
     "Metrics with bootstrap intervals over groups (and training seeds)"
     return _compare([_runs(probs)], [1], targets, groups, dict(classes=classes, task=task, metrics=metrics), n_boot, level, seed, interval)[0]
 
-# %% ../nbs/42_intervals.ipynb #818e069e
+# %% ../nbs/42_intervals.ipynb #42da199c
 def paired_difference(
     probs_a,               # Probabilities as for `evaluate`: one array, or one for each training seed
     probs_b,               # The other model's, for the same images in the same order; its seeds are paired with those of `probs_a`
@@ -130,12 +137,15 @@ def paired_difference(
 )->pd.DataFrame: # A row for each metric: value of a − b, low, high, note, p
     "Metric of a minus metric of b, with an interval and a two-sided p-value from replicates that both share"
     given = dict(classes=classes, task=task, metrics=metrics)
-    frame,draws = _compare([_runs(probs_a), _runs(probs_b)], [1, -1], targets, groups, given, n_boot, level, seed, interval)
-    frame['p'] = [_p_value(draws[m]) if np.isfinite(frame.value[m]) else np.nan for m in frame.index]
+    frame,draws,terms = _compare([_runs(probs_a), _runs(probs_b)], [1, -1], targets, groups, given, n_boot, level, seed, interval)
+    frame['p'] = [_p_value(draws[m], *terms[m]) if np.isfinite(frame.value[m]) else np.nan for m in frame.index]
     return frame
 
-def _p_value(draws):
-    "Twice the share of replicates on the other side of zero, the observed one counted among them"
+def _p_value(draws, z0=0., a=0.):
+    "Twice the share of replicates on the other side of zero, the observed one counted among them; shifted as the interval's percentiles are"
     draws = draws[~np.isnan(draws)]
-    other_side = min((draws <= 1e-12).sum(), (draws >= -1e-12).sum())
-    return min(1., 2*(other_side+1)/(len(draws)+1))
+    below,above = (((draws <= 1e-12).sum()+1)/(len(draws)+1), ((draws >= -1e-12).sum()+1)/(len(draws)+1))
+    def level(share):
+        w = norm.ppf(share)-z0
+        return norm.cdf(w/(1+a*w) - z0)
+    return float(min(1., 2*min(level(below) if below < 1 else 1., 1-level(1-above) if above < 1 else 1.)))

@@ -80,7 +80,14 @@ def _task_settings(dls, model):
     if task=='binary': return dict(metrics=[accuracy, BalancedAccuracy()], loss_func=CrossEntropyLossFlat())
     return dict(loss_func=BCEWithLogitsLossFlat() if yb[0].is_floating_point() or outputs.numel()==len(outputs) else CrossEntropyLossFlat())
 
-# %% ../nbs/38_kd.ipynb #19b3bbac
+# %% ../nbs/38_kd.ipynb #05abc6ed
+def _checked_metrics(metrics, dls):
+    "fastai metrics, those that can asked whether they suit the data"
+    for m in L(metrics):
+        if not callable(m) and not hasattr(m, 'accumulate'): raise TypeError(f"metrics must be fastai metrics, such as kdmed.metrics.MetricByName('macro_auroc'), got {m!r}")
+        if hasattr(m, 'check'): m.check(dls)
+    return L(metrics)
+
 def fit_classifier(
     dls,            # From `image_dls`, or any `DataLoaders`
     model,          # Module, trained further in place; function that makes one; or timm name, trained from scratch
@@ -96,7 +103,7 @@ def fit_classifier(
     model = _make(model, dls, seed)
     if not any(p.requires_grad for p in model.parameters()): raise ValueError('the student has nothing to train: it is frozen, perhaps because it was a teacher; model.requires_grad_(True) thaws it')
     learn = Learner(dls, model, **_task_settings(dls, model))
-    learn.metrics = learn.metrics + L(metrics)
+    learn.metrics = learn.metrics + _checked_metrics(metrics, dls)
     learn.seed = seed
     seed_everything(seed)
     dls.train.rng = random.Random(seed)

@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/metrics.html.md"""
 # %% auto #0
 __all__ = ['POOLS', 'predict', 'MetricByName', 'pool_by_group', 'recognition_rate', 'agreement']
 
-# %% ../nbs/44_metrics.ipynb #fd608516
+# %% ../nbs/44_metrics.ipynb #aa71c5df
 import numpy as np
 import pandas as pd
 import torch
@@ -15,18 +15,18 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric
 
 from .calibration import (TemperatureScaling, apply_thresholds, calibrate, expected_calibration_error, fit_temperature, fit_thresholds,
-                               plot_reliability, reliability, threshold_transfer)
+                               plot_reliability, reliability, threshold_scores, threshold_transfer)
 from .core import check_in, evaluating
-from .intervals import _group_codes, _percentiles, _runs, evaluate, group_weights, paired_difference
+from .intervals import _group_codes, _percentiles, _runs, _seed_shares, evaluate, group_weights, paired_difference
 from .scores import (Scores, _check_classes, _check_probs, _check_targets, _ratio, _resolve, confusion, default_metrics, harmonic_f1,
                           metric_names, metrics_table, more_is_better, scores)
 from .significance import SignificanceResult, delong_test, holm, mcnemar_test, mean_interval
 
-# %% ../nbs/44_metrics.ipynb #58b54ca0
+# %% ../nbs/44_metrics.ipynb #1673ca48
 __all__ = ['MetricByName', 'agreement', 'pool_by_group', 'predict', 'recognition_rate',
            'Scores', 'confusion', 'default_metrics', 'harmonic_f1', 'metric_names', 'metrics_table', 'more_is_better', 'scores',
            'TemperatureScaling', 'apply_thresholds', 'calibrate', 'expected_calibration_error', 'fit_temperature', 'fit_thresholds', 'plot_reliability',
-           'reliability', 'threshold_transfer', 'evaluate', 'group_weights', 'paired_difference',
+           'reliability', 'threshold_scores', 'threshold_transfer', 'evaluate', 'group_weights', 'paired_difference',
            'SignificanceResult', 'delong_test', 'holm', 'mcnemar_test', 'mean_interval']
 
 # %% ../nbs/44_metrics.ipynb #de245d52
@@ -57,12 +57,12 @@ def predict(
             targets.append(y.cpu())
     return _probabilities(torch.cat(logits), task).numpy(),torch.cat(targets).numpy()
 
-# %% ../nbs/44_metrics.ipynb #6473be54
+# %% ../nbs/44_metrics.ipynb #50438461
 class MetricByName(Metric):
     "Any metric of `scores`, for fastai's `Learner(metrics=...)`; NaN in the log where it is undefined"
     def __init__(self,
         name:str,        # As for `scores`, such as `macro_auroc` or `sensitivity/mel`
-        classes=None,    # Those of `dls` if left out
+        classes=None,    # Those of `dls` if left out; with data that are not of `image_dls`, give both
         task:str=None,   # That of `dls` if left out
         pool:str=None,   # `mean`, `max` or `vote`: of patients instead of images, as in `pool_by_group`; for data of `image_dls`
     ):
@@ -70,14 +70,18 @@ class MetricByName(Metric):
         self.metric,self.classes,self.task,self.pool = name,classes,task,pool
         if classes is not None: _resolve(name, _check_classes(classes, task or 'multiclass'), task or 'multiclass')
 
+    def check(self, dls):
+        "Raise an error before training if the metric does not suit the data"
+        classes,task = self.classes or getattr(dls, 'classes', None),self.task or getattr(dls, 'task', None)
+        if classes is None or task is None: raise ValueError(f'metric {self.metric!r} needs classes= and task=: the data do not tell them')
+        if self.pool and not hasattr(dls.valid, 'table'): raise ValueError(f'metric {self.name!r} needs to know whose images they are: data of image_dls')
+        _resolve(self.metric, _check_classes(classes, task), task)
+        return list(classes),task
+
     def reset(self): self.logits,self.targets,self.result = [],[],None
 
     def accumulate(self, learn):
-        dls = learn.dls
-        classes,task = self.classes or getattr(dls, 'classes', None),self.task or getattr(dls, 'task', None)
-        if classes is None or task is None: raise ValueError(f'metric {self.metric!r} needs classes= and task=: the data do not tell them')
-        if not self.logits: _resolve(self.metric, _check_classes(classes, task), task)
-        self.told,self.groups = (list(classes),task),learn.dl.table.group.to_numpy() if self.pool else None
+        if not self.logits: self.told,self.groups = self.check(learn.dls),learn.dl.table.group.to_numpy() if self.pool else None
         self.logits.append(learn.pred.detach().float().cpu())
         self.targets.append(learn.y.detach().cpu())
 
@@ -96,7 +100,7 @@ class MetricByName(Metric):
     @property
     def name(self): return self.metric + (f'_{self.pool}_by_group' if self.pool else '')
 
-# %% ../nbs/44_metrics.ipynb #d1243a62
+# %% ../nbs/44_metrics.ipynb #2d778277
 POOLS = 'mean','max','vote'
 
 def pool_by_group(
@@ -109,6 +113,7 @@ def pool_by_group(
 )->tuple: # Probabilities [G, C], targets [G] or [G, L], and names of the groups, in order of appearance
     "One prediction for each patient"
     check_in(how, POOLS, 'how')
+    if groups is None: raise ValueError('groups must name the patient of each image, got None')
     classes = _check_classes(classes, task)
     probs = _check_probs(probs, classes, task)
     actual,known = _check_targets(targets, len(probs), classes, task)
@@ -118,14 +123,20 @@ def pool_by_group(
     seen = np.where(known, actual, np.nan)
     low,high = by_group(seen).min().to_numpy(),by_group(seen).max().to_numpy()
     if (mixed := (low < high).any(1)).any():
-        raise ValueError(f'{mixed.sum()} of {len(names)} groups hold images with different labels, such as {names[mixed][0]!r}; pool over groups of one label each, such as lesions')
+        raise ValueError(f'{mixed.sum()} of {len(names)} groups hold images with different labels, such as {str(names[mixed][0])!r}; pool over groups of one label each, such as lesions')
     if how == 'vote': probs = probs > .5 if task == 'multilabel' else np.eye(len(classes))[probs.argmax(1)]
     pooled = (by_group(probs).max() if how == 'max' else by_group(probs).mean()).to_numpy(copy=True)
     if task == 'binary' and how == 'max': pooled[:, 0] = 1-pooled[:, 1]
     if task == 'multiclass': pooled = pooled/pooled.sum(1, keepdims=True)
     return pooled,(high if task == 'multilabel' else high.argmax(1)),names
 
-# %% ../nbs/44_metrics.ipynb #041274b3
+# %% ../nbs/44_metrics.ipynb #57a63246
+def _over_seeds(values, n_boot, seed):
+    "Mean over training seeds: of the value itself, and in every replicate of the seeds that it drew"
+    values = np.stack(values, 1)
+    shares = np.concatenate([np.full((1, values.shape[1]), 1/values.shape[1]), _seed_shares(values.shape[1], n_boot, seed)])
+    return (np.where(shares > 0, values, 0)*shares).sum(1)
+
 def recognition_rate(
     probs,                 # Probabilities, as for `scores`; or a list of such arrays, one for each training seed
     targets,               # Class indices `[N]`
@@ -143,10 +154,10 @@ def recognition_rate(
     if len(codes) != len(targets): raise ValueError(f'groups and targets must be as long, got {len(codes)} and {len(targets)} images')
     each = 1/np.bincount(codes)[codes]
     weights = np.concatenate([each[None], group_weights(groups, n_boot, seed)*each])
-    values = np.mean([scores(p, targets, classes, task, weights, 'accuracy')['accuracy'] for p in runs], axis=0)
+    values = _over_seeds([scores(p, targets, classes, task, weights, 'accuracy')['accuracy'] for p in runs], n_boot, seed)
     return pd.Series(dict(value=values[0], low=np.quantile(values[1:], _percentiles(level)[0]), high=np.quantile(values[1:], _percentiles(level)[1])))
 
-# %% ../nbs/44_metrics.ipynb #860f162b
+# %% ../nbs/44_metrics.ipynb #324b1001
 def agreement(
     student,             # Its probabilities, as for `scores`; or a list of such arrays, one for each training seed
     teacher,             # The teacher's, for the same images
@@ -157,7 +168,7 @@ def agreement(
     n_boot:int=1000,     # Bootstrap draws of groups
     level:float=.95,     # Of the intervals
     seed:int=0,          # Of the draws
-)->pd.DataFrame: # A row for each measure: value, low, high, and `of`: how many decisions it rests on
+)->pd.DataFrame: # A row for each measure: value, low, high, `of` (how many decisions it rests on), note
     "How far a student does what its teacher does, with intervals over groups"
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
     if len(student := _runs(student)) == 0: raise ValueError('student must hold an array at least')
@@ -167,13 +178,16 @@ def agreement(
     parts = [_agreements(s, teacher, targets, _check_classes(classes, task), task) for s in student]
     rows = {}
     for name in parts[0]:
-        values = np.mean([_ratio(weights @ part[name][0].sum(1), weights @ part[name][1].sum(1)) for part in parts], axis=0)
+        if not all(np.isfinite(part[name][0]).all() for part in parts):
+            rows[name] = dict(value=np.inf, low=np.nan, high=np.nan, of=int(parts[0][name][1].sum()), note='infinite: the student gives no probability to what its teacher holds possible')
+            continue
+        values = _over_seeds([_ratio(weights @ part[name][0].sum(1), weights @ part[name][1].sum(1)) for part in parts], n_boot, seed)
         defined = values[1:][~np.isnan(values[1:])]
         low,high = np.quantile(defined, _percentiles(level)) if len(defined) and np.isfinite(values[0]) else (np.nan, np.nan)
-        rows[name] = dict(value=values[0], low=low, high=high, of=int(parts[0][name][1].sum()))
+        rows[name] = dict(value=values[0], low=low, high=high, of=int(parts[0][name][1].sum()), note='' if np.isfinite(values[0]) else 'undefined: there are none')
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('measure')
 
-# %% ../nbs/44_metrics.ipynb #d140ee15
+# %% ../nbs/44_metrics.ipynb #4c078dcc
 def _agreements(student, teacher, targets, classes, task):
     "By measure: what counts [N, K], out of what [N, K]; K decisions an image"
     q,p = (_check_probs(x, classes, task) for x in (student, teacher))
@@ -183,7 +197,8 @@ def _agreements(student, teacher, targets, classes, task):
     else: said,told,true,one,known = *(x.argmax(1)[:, None] for x in (q, p, actual)),*(np.ones((len(q), 1), bool),)*2
     both = [np.stack([1-x, x], 2) for x in (q, p)] if task == 'multilabel' else [q[:, None], p[:, None]]
     eps = np.finfo(float).tiny
-    shared,kl = np.minimum(*both).sum(2),(both[1]*np.log(both[1].clip(eps)/both[0].clip(eps))).sum(2)
+    kl = np.where((both[0] == 0) & (both[1] > 0), np.inf, both[1]*np.log(both[1].clip(eps)/both[0].clip(eps))).sum(2)
+    shared = np.minimum(*both).sum(2)
     right,wrong = known & (told == true),known & (told != true)
     return dict(agreement=(said == told, one), soft_agreement=(shared, one), kl_divergence=(kl, one),
         agreement_where_teacher_right=((said == told) & right, right), same_mistake_where_teacher_wrong=((said == told) & wrong, wrong),

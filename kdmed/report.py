@@ -7,8 +7,8 @@ Docs: https://kdmed.github.io/kdmed/report.html.md"""
 # %% auto #0
 __all__ = ['DISCLAIMER', 'REPORT_FILES', 'Section', 'markdown_table', 'load_comparison', 'distillation_study']
 
-# %% ../nbs/49_report.ipynb #e5a7c887
-import base64, html, io, json, os, shutil, tempfile
+# %% ../nbs/49_report.ipynb #dad2eb86
+import base64, html, io, json, os, shutil, tempfile, textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 
 from .comparison import HEADLINE, Comparison, _cell, compare, compare_predictions, measure_cost, pair_name
-from .core import figure
+from .core import check_in, figure
 from .kd import distill, fit_classifier
 from .metrics import plot_reliability as _draw_reliability, predict, reliability
 from .plots import (model_style, plot_confusion as _draw_confusion, plot_history, plot_roc as _draw_roc, plot_tradeoff, tradeoff_table,
@@ -30,7 +30,7 @@ from .plots import (model_style, plot_confusion as _draw_confusion, plot_history
 __all__ = ['distillation_study', 'load_comparison', 'markdown_table', 'HEADLINE', 'Comparison', 'compare', 'compare_predictions', 'measure_cost',
            'predict', 'training_history']
 
-# %% ../nbs/49_report.ipynb #f02824aa
+# %% ../nbs/49_report.ipynb #3feaac2e
 @patch
 def plot(self:Comparison,
     metrics=HEADLINE, # Metrics of the left panel
@@ -40,10 +40,10 @@ def plot(self:Comparison,
     fig,axes = figure(1, 2, height=1.4 + .08*len(self.scores)*max(len(metrics), len(classes)) + .1*max(len(metrics), len(classes)), gridspec_kw=dict(width_ratios=[1, 1]))
     _plot_intervals(axes[0], self.scores, list(metrics), [m.replace('_', ' ') for m in metrics])
     _plot_intervals(axes[1], self.scores, [f'sensitivity/{c}' for c in classes], classes)
-    axes[0].set(xlabel=f"value, {self.about['level']:.0%} interval")
-    axes[1].set(xlabel=f"sensitivity, {self.about['level']:.0%} interval")
+    axes[0].set(xlabel='value')
+    axes[1].set(xlabel='sensitivity')
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(4, len(self.scores)), frameon=False)
-    fig.suptitle(_where(self.about), fontsize=10)
+    fig.suptitle(f"{_where(self.about)}; {self.about['level']:.0%} intervals", fontsize=10)
     return fig
 
 def _where(about): return f"{about.get('data', 'images')}, {about.get('split', 'all')}: n = {about['images']:,} images of {about['groups']:,} groups"
@@ -56,13 +56,15 @@ def _plot_intervals(ax, scores, metrics, labels):
         ax.plot(rows.value, y, style['marker'], color=style['color'], ms=5, label=name)
     ax.set(yticks=range(len(metrics)), yticklabels=labels, ylim=(len(metrics)-.5, -.5))
 
-# %% ../nbs/49_report.ipynb #769d14dc
+# %% ../nbs/49_report.ipynb #d0fb3218
 @patch
 def plot_harm(self:Comparison):
     "Differences in sensitivity for each class; filled where they are beyond chance after Holm's correction"
     pairs = list(self.harm.groupby(['model', 'against'], sort=False))
-    fig,axes = figure(1, len(pairs), height=1.1 + .26*len(self.about['classes']), sharey=True, squeeze=False)
-    for ax,((model,against),rows) in zip(axes[0], pairs):
+    lines = -(-len(pairs)//2)
+    fig,axes = figure(lines, min(2, len(pairs)), height=lines*(1.1 + .26*len(self.about['classes'])), sharey=True, squeeze=False)
+    for ax in axes.flat[len(pairs):]: ax.axis('off')
+    for ax,((model,against),rows) in zip(axes.flat, pairs):
         y,color = np.arange(len(rows)),model_style(model)['color']
         ax.axvline(0, color='0.6', lw=1, zorder=0)
         ax.hlines(y, rows.low, rows.high, color=color, lw=2)
@@ -70,9 +72,10 @@ def plot_harm(self:Comparison):
         ax.scatter(rows.difference, y, s=30, facecolors=np.where(beyond, color, 'white'), edgecolors=color, zorder=3)
         for i,r in zip(y, rows.itertuples()):
             if r.verdict == 'lost': ax.annotate('lost', (r.low, i), xytext=(-3, 0), textcoords='offset points', ha='right', va='center', fontsize=8)
-        ax.set(yticks=y, yticklabels=[f'{c} ({g})' for c,g in zip(rows['class'], rows.groups)], ylim=(len(rows)-.5, -.5), xlabel='difference in sensitivity', title=pair_name(model, against))
+        ax.set(yticks=y, yticklabels=[f'{c} ({g})' for c,g in zip(rows['class'], rows.groups)], ylim=(len(rows)-.5, -.5), xlabel='difference in sensitivity')
+        ax.set_title('\n'.join(textwrap.wrap(pair_name(model, against), 38)), fontsize=9)
         ax.margins(x=.15)
-    axes[0, 0].set_ylabel('class (groups)')
+    for ax in axes[:, 0]: ax.set_ylabel('class (groups)')
     return fig
 
 @patch
@@ -90,17 +93,22 @@ def plot_subgroups(self:Comparison):
     fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=min(4, rows.model.nunique()), frameon=False)
     return fig
 
-# %% ../nbs/49_report.ipynb #26ee5689
+# %% ../nbs/49_report.ipynb #e4e3b5ec
 @patch
 def plot_reliability(self:Comparison):
     "Reliability of each model's probabilities on the test images; seeds together"
-    a,p = self.about,self.predictions
+    a,p = self.about,_said_by(self)
     _,ax = figure(height=3.6)
     for name,runs in p['probs'].items():
         said,true = np.concatenate([_two_columns(r, a['task']) for r in runs]),np.concatenate([p['targets']]*len(runs))
         _draw_reliability(reliability(said, true, a['classes'], a['task'], bins=10), ax, name)
     ax.set_title(_where(a), fontsize=10)
     return ax.figure
+
+def _said_by(comparison):
+    "The predictions, while they are at hand"
+    if comparison.predictions is None: raise ValueError('predictions are not saved with a comparison: compare the models again to draw this')
+    return comparison.predictions
 
 def _two_columns(probs, task): return np.asarray(probs).reshape(len(probs), -1) if task == 'binary' else np.asarray(probs)
 
@@ -109,7 +117,8 @@ def plot_confusion(self:Comparison,
     name:str, # Of a model
 ): # Figure
     "What each class was taken for; counts are means over seeds"
-    a,p = self.about,self.predictions
+    check_in(name, list(self.scores), 'model')
+    a,p = self.about,_said_by(self)
     drawn = _draw_confusion(p['probs'][name], p['targets'], a['classes'], a['task'])
     fig = drawn if isinstance(drawn, plt.Figure) else drawn.figure
     fig.suptitle(f'{name}, {_where(a)}', fontsize=10)
@@ -118,7 +127,7 @@ def plot_confusion(self:Comparison,
 @patch
 def plot_roc(self:Comparison):
     "ROC curves of all models, with intervals over groups"
-    a,p = self.about,self.predictions
+    a,p = self.about,_said_by(self)
     drawn = _draw_roc(p['probs'], p['targets'], a['classes'], p['groups'], a['task'], n_boot=min(500, a['n_boot']))
     return drawn if isinstance(drawn, plt.Figure) else drawn.figure
 
@@ -188,7 +197,7 @@ def sections(self:Comparison)->list:
 @patch
 def _plot_cost(self:Comparison): return plot_tradeoff(tradeoff_table(self.scores, self.costs)).figure
 
-# %% ../nbs/49_report.ipynb #0208a7f0
+# %% ../nbs/49_report.ipynb #43ee5803
 def _text(v):
     if isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, float, np.integer, np.floating)): return str(v)
     return '' if np.isnan(v) else f'{v:,.0f}' if abs(v)>=100 else f'{v:.3g}'
@@ -200,6 +209,15 @@ def markdown_table(
     rows = [['', *frame.columns], ['---']*(len(frame.columns)+1)] + [[i, *map(_text, r)] for i,r in zip(frame.index, frame.itertuples(index=False))]
     return '\n'.join('| ' + ' | '.join(str(v).replace('|', '\\|') for v in r) + ' |' for r in rows)
 
+def _file_names(names):
+    "A file's name for each picture, no two of which are the same anywhere"
+    stems = {}
+    for name in names:
+        stem,k = ''.join(c if c.isalnum() or c in '-_.' else '-' for c in name),1
+        while (stem if k == 1 else f'{stem}-{k}').casefold() in {s.casefold() for s in stems.values()}: k += 1
+        stems[name] = stem if k == 1 else f'{stem}-{k}'
+    return stems
+
 DISCLAIMER = 'Research software, not a medical device.'
 
 @patch
@@ -208,31 +226,40 @@ def to_markdown(self:Comparison,
 )->str:
     "The report as Markdown: findings first"
     lines = ['# Distillation report', '', *(f'- {s}' for s in self.findings()), '']
-    for s in self.sections():
-        if s.frame is None and not (pictures and s.pictures) and not s.text: continue
+    sections = self.sections()
+    stems = _file_names([name for s in sections for name in s.pictures])
+    for s in sections:
+        if s.frame is None and s.pictures and not pictures: continue
         lines += [f'## {s.title}', ''] + [s.text, '']*bool(s.text) + ([markdown_table(s.frame), ''] if s.frame is not None else [])
-        if pictures: lines += [f'![{name}]({pictures}/{_file_name(name)}.png)\n' for name in s.pictures]
+        if pictures: lines += [f'![{name}]({pictures}/{stems[name]}.png)\n' for name in s.pictures]
     return '\n'.join(lines + [DISCLAIMER, ''])
 
-# %% ../nbs/49_report.ipynb #0aa22dea
+# %% ../nbs/49_report.ipynb #d8700a63
 _STYLE = """
 .kdmed {max-width: 54rem; margin: 0 auto; font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a;}
 .kdmed h1 {font-size: 1.6em;} .kdmed h2 {font-size: 1.2em; margin: 1.8em 0 .4em; border-bottom: 1px solid #ccc;}
 .kdmed .harm {border: 2px solid #a40000; border-left-width: 10px; padding: .3em 1em; font-weight: 600;}
 .kdmed .scroll {overflow-x: auto;} .kdmed table {border-collapse: collapse; font-size: .85em; font-variant-numeric: tabular-nums;}
-.kdmed th, .kdmed td {padding: .25em .7em; text-align: left; border-bottom: 1px solid #e3e3e3; white-space: nowrap;}
+.kdmed th, .kdmed td {padding: .25em .7em; text-align: left; border-bottom: 1px solid #e3e3e3; vertical-align: top;}
 .kdmed thead th {border-bottom: 1.5px solid #555;} .kdmed img {max-width: 100%; height: auto;} .kdmed figure {margin: 1em 0;}
 .kdmed footer {margin-top: 2em; color: #555;}
 @page {size: A4; margin: 15mm;}
 @media print {.kdmed {max-width: none; font-size: 10pt;} .kdmed h2 {break-after: avoid;} .kdmed tr, .kdmed figure {break-inside: avoid;}
- .kdmed .scroll {overflow: visible;} .kdmed table {font-size: 7.5pt;} .kdmed th, .kdmed td {white-space: normal; padding: .15em .4em;}}
+ .kdmed .scroll {overflow: visible;} .kdmed table {font-size: 7.5pt;} .kdmed th, .kdmed td {padding: .15em .4em;}}
 """
+
+def _not_drawn(error):
+    fig,ax = figure(height=.8)
+    ax.axis('off')
+    ax.text(0, .5, f'Not drawn: {error}', wrap=True, va='center')
+    return fig
 
 def _drawn(draw, kinds=('svg',)):
     "A figure as bytes by kind, the same every time"
     held = {kind: io.BytesIO() for kind in kinds}
     with plt.rc_context({'svg.hashsalt': 'kdmed', 'svg.fonttype': 'path'}):
-        fig = draw()
+        try: fig = draw()
+        except ValueError as e: fig = _not_drawn(e) # a report is not lost to one picture
         for kind,file in held.items(): fig.savefig(file, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
     plt.close(fig)
     return {kind: file.getvalue() for kind,file in held.items()}
@@ -270,12 +297,12 @@ def _body(self:Comparison, drawn):
     harm,rest = [s for s in said if s.startswith('HARM')],[s for s in said if not s.startswith('HARM')]
     def items(sentences): return '<ul>' + ''.join(f'<li>{html.escape(s)}</li>' for s in sentences) + '</ul>'
     return ('<div class="kdmed"><h1>Distillation report</h1>' + (f'<div class="harm" role="alert">{items(harm)}</div>' if harm else '') + items(rest)
-            + '\n'.join(_html_section(s, drawn) for s in sections if s.frame is not None or s.text or s.pictures.keys() & drawn.keys()) + f'<footer>{DISCLAIMER}</footer></div>')
+            + '\n'.join(_html_section(s, drawn) for s in sections if s.frame is not None or s.pictures.keys() & drawn.keys() or not s.pictures) + f'<footer>{DISCLAIMER}</footer></div>')
 
 @patch
 def _repr_html_(self:Comparison): return f'<style>{_STYLE}</style>' + self._body(self._draw(('metrics',)))
 
-# %% ../nbs/49_report.ipynb #083a48c2
+# %% ../nbs/49_report.ipynb #7a2c7acb
 def _number(x): return None if x is None or (isinstance(x, (float, np.floating)) and not np.isfinite(x)) else x.item() if hasattr(x, 'item') else x
 
 def _records(frame): return None if frame is None else [{k: _number(v) for k,v in row.items()} for row in frame.to_dict('records')]
@@ -315,14 +342,13 @@ def save(self:Comparison,
 def _write(self:Comparison, folder):
     drawn = self._draw(kinds=('svg', 'png'))
     (folder/'figures').mkdir()
+    stems = _file_names(drawn)
     for name,kinds in drawn.items():
-        for kind,data in kinds.items(): (folder/'figures'/f'{_file_name(name)}.{kind}').write_bytes(data)
+        for kind,data in kinds.items(): (folder/'figures'/f'{stems[name]}.{kind}').write_bytes(data)
     shutil.copy(folder/'figures'/'metrics.png', folder/'report.png')
     (folder/'metrics.json').write_text(json.dumps(self.to_dict(), indent=1), encoding='utf-8')
     (folder/'report.md').write_text(self.to_markdown('figures'), encoding='utf-8')
     (folder/'report.html').write_text(self.to_html(drawn=drawn), encoding='utf-8')
-
-def _file_name(name): return ''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)
 
 # %% ../nbs/49_report.ipynb #d5ac4535
 def load_comparison(

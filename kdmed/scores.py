@@ -21,7 +21,7 @@ from sklearn.metrics import confusion_matrix
 
 from .core import check_in
 
-# %% ../nbs/40_scores.ipynb #eba2af9f
+# %% ../nbs/40_scores.ipynb #0dbbe041
 def _check_classes(classes, task):
     "Class names as a list, when they suit the task"
     classes,tasks = [str(c) for c in classes],('binary', 'multiclass', 'multilabel')
@@ -33,6 +33,9 @@ def _check_classes(classes, task):
 
 def _check_probs(probs, classes, task):
     "Probabilities as float64 `[N, C]`, two columns for a binary task"
+    if isinstance(probs, pd.DataFrame) and {str(c) for c in probs} & set(classes):
+        if missing := set(classes)-{str(c) for c in probs}: raise ValueError(f'probs is a table without columns {sorted(missing)}; it has {list(probs)}')
+        probs = probs.rename(columns=str)[classes]
     probs,n = np.asarray(probs, dtype=np.float64),len(classes)
     one_column = task == 'binary' and (probs.ndim == 1 or probs.shape[1:] == (1,))
     if not one_column and probs.shape[1:] != (n,): raise ValueError(f'probs must be [N, {n}] for classes {classes}, got {probs.shape}')

@@ -85,7 +85,7 @@ def delong_test(
     if se < 1e-12: return SignificanceResult(float(value), 0., float(value), float(value), 1. if abs(value-null) < 1e-12 else 0., 'no spread: the interval has no width')
     return SignificanceResult(float(value), float(se), float(value-half), float(value+half), float(2*norm.sf(abs(value-null)/se)))
 
-# %% ../nbs/43_significance.ipynb #b7a832d0
+# %% ../nbs/43_significance.ipynb #27663585
 def mcnemar_test(
     probs_a,             # Probabilities, as for `scores`
     probs_b,             # Another model's, for the same images
@@ -103,7 +103,8 @@ def mcnemar_test(
     by_group = _summed(d, codes)
     if groups is not None: p = 2*norm.sf(abs(d.sum())/np.sqrt((by_group**2).sum())) if by_group.any() else 1.
     g,value = len(by_group),d.mean()
-    se = np.sqrt(((by_group-value*np.bincount(codes))**2).sum()*g/(g-1))/n if g > 1 else np.nan
+    if g < 2: raise ValueError(f'McNemar needs 2 groups or more, got {g} for {n} images')
+    se = np.sqrt(((by_group-value*np.bincount(codes))**2).sum()*g/(g-1))/n
     half = norm.ppf((1+level)/2)*se
     return SignificanceResult(float(value), float(se), float(value-half), float(value+half), float(p), f'{int((d > 0).sum())} images only a gets right, {int((d < 0).sum())} only b, of {n}')
 
@@ -124,33 +125,36 @@ def _rights(probs_a, probs_b, targets, classes, groups, task, of):
     if len(codes) != len(counts): raise ValueError(f'groups and targets must be as long, got {len(codes)} and {len(counts)} images')
     return right[0][counts],right[1][counts],_group_codes(codes[counts])
 
-# %% ../nbs/43_significance.ipynb #5b89774f
+# %% ../nbs/43_significance.ipynb #08dd0a35
 def holm(
     p, # p-values `[k]`; NaN where a test could not be made
 )->np.ndarray: # Adjusted p-values `[k]`, NaN in the same places
     "p-values corrected for being several"
     p = np.asarray(p, dtype=float)
+    if p.ndim != 1: raise ValueError(f'p must be [k], one p-value for each test, got shape {p.shape}')
     made = np.flatnonzero(~np.isnan(p))
     if made.size and (p[made].min() < 0 or p[made].max() > 1): raise ValueError(f'p must be in [0, 1], got {p[made].min():.4g} to {p[made].max():.4g}')
     order,adjusted = made[np.argsort(p[made], kind='stable')],np.full(p.shape, np.nan)
     adjusted[order] = np.maximum.accumulate(np.minimum(1, p[order]*np.arange(len(order), 0, -1)))
     return adjusted
 
-# %% ../nbs/43_significance.ipynb #05cb8bdf
+# %% ../nbs/43_significance.ipynb #62d4eb2b
 def mean_interval(
     values,             # One metric, or one paired difference, for each run: `[k]`, k ≥ 2; NaN where it was undefined
     test_share:float=0., # Test images / training images where runs are repeated random splits of one set; 0 for fresh seeds
     level:float=.95,    # Of the interval
-)->pd.Series: # mean, sd, low, high, p (two-sided, of a mean of zero), runs
+)->pd.Series: # mean, sd, low, high, p (two-sided, of a mean of zero; NaN where all runs are alike), runs
     "Mean ± standard deviation over runs, and an interval for the mean"
     values = np.asarray(values, dtype=float)
     if values.ndim != 1: raise ValueError(f'values must be [k], one for each run, got {values.shape}')
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
-    if test_share < 0: raise ValueError(f'test_share must be 0 or more, got {test_share}')
+    if not 0 <= test_share <= 10: raise ValueError(f'test_share must be 0 or more, test images / training images and not percent, got {test_share}')
+    if np.isinf(values).any(): raise ValueError(f'values must be finite, or NaN where undefined, got {values[np.isinf(values)][0]}')
     runs = int((~np.isnan(values)).sum())
     if runs < 2: raise ValueError(f'an interval over runs needs 2 or more that are defined, got {runs} of {len(values)}')
     mean,sd = np.nanmean(values),np.nanstd(values, ddof=1)
+    sd = sd if sd > 1e-12*max(1, abs(mean)) else 0. # runs that are all alike
     se = sd*np.sqrt(1/runs + test_share)
     half = student_t.ppf((1+level)/2, runs-1)*se
-    p = 2*student_t.sf(abs(mean)/se, runs-1) if se > 0 else float(mean == 0)
+    p = 2*student_t.sf(abs(mean)/se, runs-1) if se > 0 else np.nan
     return pd.Series(dict(mean=mean, sd=sd, low=mean-half, high=mean+half, p=p, runs=runs))
