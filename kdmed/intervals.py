@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from .core import check_in
-from .scores import scores
+from .scores import _check_classes, _check_probs, _check_targets, scores
 
 # %% ../nbs/42_intervals.ipynb #2f005690
 def _group_codes(groups):
@@ -22,13 +22,18 @@ def _group_codes(groups):
     if groups.isna().any(): raise ValueError(f'groups must not be missing, got {groups.isna().sum()} of {len(groups)} without one')
     return pd.factorize(groups)[0]
 
+def _check_whole(value, name, least=1):
+    "Raise an error unless a number is whole, and large enough"
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)): raise TypeError(f'{name} must be a whole number, got {value!r}')
+    if value < least: raise ValueError(f'{name} must be {least} or more, got {value}')
+
 def group_weights(
     groups,          # Patient, lesion or tile of each image, `[N]`; nothing missing
     n_boot:int=1000, # Replicates
     seed:int=0,      # Same seed, same draws
 )->np.ndarray: # float32 `[n_boot, N]`: whole numbers
     "How often each image's group was drawn, when as many groups as there are were drawn with replacement"
-    if n_boot < 1: raise ValueError(f'n_boot must be 1 or more, got {n_boot}')
+    _check_whole(n_boot, 'n_boot')
     codes = _group_codes(groups)
     n = len(set(codes))
     if n < 2: raise ValueError(f'an interval needs 2 groups or more, got {n} for {len(codes)} images')
@@ -41,6 +46,14 @@ def _runs(probs):
     "A list of arrays, one for each training seed, from one array or such a list"
     several = isinstance(probs, (list, tuple)) and len(probs) > 0 and getattr(probs[0], 'ndim', 0) > 0
     return list(probs) if several else [probs]
+
+def _check_runs(probs, targets, classes, task, name='probs'):
+    "Arrays of all training seeds, when each suits classes and targets; an error says which one does not"
+    runs,classes = _runs(probs),_check_classes(classes, task)
+    for i,p in enumerate(runs):
+        which = f'{name}[{i}]' if len(runs) > 1 else name
+        _check_targets(targets, len(_check_probs(p, classes, task, which)), classes, task, which)
+    return runs
 
 def _seed_shares(n_seeds, n_boot, seed):
     "Weights of the training seeds in every replicate, `[n_boot, n_seeds]`: as many as there are, drawn with replacement"
@@ -56,8 +69,9 @@ def _bootstrap(runs, given, weights, shares):
 
 def _interval(value, draws, left_out, note, level):
     "Lower and upper end, and the note; `left_out` are the values without one block of groups each, None for percentiles"
-    draws = draws[~np.isnan(draws)]
+    n,draws = len(draws),draws[~np.isnan(draws)]
     if len(draws) == 0 or np.isnan(value): return np.nan,np.nan,note
+    if len(draws) < n/10: return np.nan,np.nan,f'no interval: {len(draws)} of {n} replicates are left; {note}'
     low,high = np.quantile(draws, _percentiles(level) if left_out is None else _bca_percentiles(value, draws, left_out, level))
     if np.ptp(draws) < 1e-12: note = '; '.join(filter(None, [note, 'no spread: every replicate gives this value']))
     return low,high,note
@@ -119,7 +133,7 @@ def evaluate(
     interval:str='percentile', # Or `bca`
 )->pd.DataFrame: # A row for each metric: value, low, high, note; `attrs` holds the numbers of images, groups and seeds
     "Metrics with bootstrap intervals over groups (and training seeds)"
-    return _compare([_runs(probs)], [1], targets, groups, dict(classes=classes, task=task, metrics=metrics), n_boot, level, seed, interval)[0]
+    return _compare([_check_runs(probs, targets, classes, task)], [1], targets, groups, dict(classes=classes, task=task, metrics=metrics), n_boot, level, seed, interval)[0]
 
 # %% ../nbs/42_intervals.ipynb #42da199c
 def paired_difference(
@@ -137,7 +151,8 @@ def paired_difference(
 )->pd.DataFrame: # A row for each metric: value of a − b, low, high, note, p
     "Metric of a minus metric of b, with an interval and a two-sided p-value from replicates that both share"
     given = dict(classes=classes, task=task, metrics=metrics)
-    frame,draws,terms = _compare([_runs(probs_a), _runs(probs_b)], [1, -1], targets, groups, given, n_boot, level, seed, interval)
+    models = [_check_runs(p, targets, classes, task, name) for name,p in (('probs_a', probs_a), ('probs_b', probs_b))]
+    frame,draws,terms = _compare(models, [1, -1], targets, groups, given, n_boot, level, seed, interval)
     frame['p'] = [_p_value(draws[m], *terms[m]) if np.isfinite(frame.value[m]) else np.nan for m in frame.index]
     return frame
 

@@ -16,11 +16,12 @@ from fastai.learner import Learner, Metric
 
 from .calibration import (TemperatureScaling, apply_thresholds, calibrate, expected_calibration_error, fit_temperature, fit_thresholds,
                                plot_reliability, reliability, threshold_scores, threshold_transfer)
-from .core import check_in, evaluating
-from .intervals import _group_codes, _percentiles, _runs, _seed_shares, evaluate, group_weights, paired_difference
+from .core import check_in, evaluating, unwrap
+from .intervals import _check_runs, _group_codes, _percentiles, _runs, _seed_shares, evaluate, group_weights, paired_difference
 from .scores import (Scores, _check_classes, _check_probs, _check_targets, _ratio, _resolve, confusion, default_metrics, harmonic_f1,
                           metric_names, metrics_table, more_is_better, scores)
 from .significance import SignificanceResult, delong_test, holm, mcnemar_test, mean_interval
+from .teacher import _dls_classes
 
 # %% ../nbs/44_metrics.ipynb #1673ca48
 __all__ = ['MetricByName', 'agreement', 'pool_by_group', 'predict', 'recognition_rate',
@@ -42,20 +43,40 @@ def _check_loader(dl):
         raise TypeError(f'dl must be a loader of image_dls, such as dls.test, got {type(dl).__name__}')
     if getattr(dl, 'shuffle', False): raise ValueError('dl shuffles, so its predictions could not be matched with images; use dls.valid or dls.test')
 
+def _model_classes(model):
+    "Class names of a model's answers: of the data that a Learner was trained on, else of the module's `spec`; none where neither tells"
+    if isinstance(model, Learner) and (names := _dls_classes(model.dls)): return names
+    named = getattr(unwrap(_module(model)), 'spec', {}).get('classes', 0)
+    return [] if isinstance(named, int) else [str(c) for c in named]
+
+def _columns_for(model, dl):
+    "Which of a model's answers each class of a loader is; raises an error unless both know the same classes"
+    known,wanted = _model_classes(model),[str(c) for c in dl.table.attrs['classes']]
+    if not known or known == wanted: return list(range(len(wanted)))
+    if sorted(known) != sorted(wanted): raise ValueError(f'model must have the classes of the loader, {wanted}, got {known}')
+    return [known.index(c) for c in wanted]
+
+def _in_order(probs, columns):
+    "Probabilities with their columns put in order; the one of a binary task is that of the second class"
+    if columns == sorted(columns): return probs
+    return 1-probs if probs.ndim == 1 or probs.shape[1] == 1 else probs[:, columns]
+
 def predict(
     model,   # Module or fitted Learner
     dl,      # A loader of `image_dls` that does not shuffle, such as `dls.test`
-)->tuple: # Probabilities [N, C] (binary: [N, 1], of the second class) and targets, as arrays
+)->tuple: # Probabilities [N, C] (binary: [N, 1], of the second class), columns in the loader's order of classes, and targets, as arrays
     "Probabilities for the images of a loader, in its order, and what is true"
     _check_loader(dl)
     module = _module(model)
+    if not isinstance(module, torch.nn.Module): raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
+    columns = _columns_for(model, dl)
     device,task = next(module.parameters()).device,dl.table.attrs['task']
     logits,targets = [],[]
     with evaluating(module):
         for x,y in dl:
             logits.append(module(x.to(device)).double().cpu())
             targets.append(y.cpu())
-    return _probabilities(torch.cat(logits), task).numpy(),torch.cat(targets).numpy()
+    return _in_order(_probabilities(torch.cat(logits), task).numpy(), columns),torch.cat(targets).numpy()
 
 # %% ../nbs/44_metrics.ipynb #50438461
 class MetricByName(Metric):
@@ -160,7 +181,7 @@ def recognition_rate(
 # %% ../nbs/44_metrics.ipynb #324b1001
 def agreement(
     student,             # Its probabilities, as for `scores`; or a list of such arrays, one for each training seed
-    teacher,             # The teacher's, for the same images
+    teacher,             # The teacher's, for the same images; or one array for each of the student's training seeds
     targets,             # As for `scores`
     classes,             # Names, in the order of the columns
     groups=None,         # Patient, lesion or tile of each image `[N]`; every image on its own if left out
@@ -171,11 +192,13 @@ def agreement(
 )->pd.DataFrame: # A row for each measure: value, low, high, `of` (how many decisions it rests on), note
     "How far a student does what its teacher does, with intervals over groups"
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
-    if len(student := _runs(student)) == 0: raise ValueError('student must hold an array at least')
+    student,teacher = _check_runs(student, targets, classes, task, 'student'),_check_runs(teacher, targets, classes, task, 'teacher')
+    n = max(len(student), len(teacher))
+    if {len(student), len(teacher)} - {1, n}: raise ValueError(f'student and teacher must have as many training seeds, or one, got {len(student)} and {len(teacher)}')
     groups = range(len(targets)) if groups is None else groups
     if len(groups) != len(targets): raise ValueError(f'groups and targets must be as long, got {len(groups)} and {len(targets)} images')
     weights = np.concatenate([np.ones((1, len(targets)), np.float32), group_weights(groups, n_boot, seed)])
-    parts = [_agreements(s, teacher, targets, _check_classes(classes, task), task) for s in student]
+    parts = [_agreements(s, t, targets, _check_classes(classes, task), task) for s,t in zip(student*(n//len(student)), teacher*(n//len(teacher)))]
     rows = {}
     for name in parts[0]:
         if not all(np.isfinite(part[name][0]).all() for part in parts):
@@ -184,14 +207,13 @@ def agreement(
         values = _over_seeds([_ratio(weights @ part[name][0].sum(1), weights @ part[name][1].sum(1)) for part in parts], n_boot, seed)
         defined = values[1:][~np.isnan(values[1:])]
         low,high = np.quantile(defined, _percentiles(level)) if len(defined) and np.isfinite(values[0]) else (np.nan, np.nan)
-        rows[name] = dict(value=values[0], low=low, high=high, of=int(parts[0][name][1].sum()), note='' if np.isfinite(values[0]) else 'undefined: there are none')
+        rows[name] = dict(value=values[0], low=low, high=high, of=round(np.mean([part[name][1].sum() for part in parts])), note='' if np.isfinite(values[0]) else 'undefined: there are none')
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('measure')
 
 # %% ../nbs/44_metrics.ipynb #4c078dcc
 def _agreements(student, teacher, targets, classes, task):
     "By measure: what counts [N, K], out of what [N, K]; K decisions an image"
     q,p = (_check_probs(x, classes, task) for x in (student, teacher))
-    if len(q) != len(p): raise ValueError(f'student and teacher must be as long, got {len(q)} and {len(p)} images')
     actual,known = _check_targets(targets, len(q), classes, task)
     if task == 'multilabel': said,told,true,one = q > .5,p > .5,actual,np.ones_like(known)
     else: said,told,true,one,known = *(x.argmax(1)[:, None] for x in (q, p, actual)),*(np.ones((len(q), 1), bool),)*2

@@ -31,32 +31,33 @@ def _check_classes(classes, task):
     if task == 'multiclass' and len(classes) < 2: raise ValueError(f'a multiclass task needs 2 classes or more, got {classes}')
     return classes
 
-def _check_probs(probs, classes, task):
-    "Probabilities as float64 `[N, C]`, two columns for a binary task"
+def _check_probs(probs, classes, task, name='probs'):
+    "Probabilities as float64 `[N, C]`, two columns for a binary task; errors call them `name`"
     if isinstance(probs, pd.DataFrame) and {str(c) for c in probs} & set(classes):
-        if missing := set(classes)-{str(c) for c in probs}: raise ValueError(f'probs is a table without columns {sorted(missing)}; it has {list(probs)}')
+        if missing := set(classes)-{str(c) for c in probs}: raise ValueError(f'{name} is a table without columns {sorted(missing)}; it has {list(probs)}')
         probs = probs.rename(columns=str)[classes]
-    probs,n = np.asarray(probs, dtype=np.float64),len(classes)
+    try: probs,n = np.asarray(probs, dtype=np.float64),len(classes)
+    except (TypeError, ValueError): raise TypeError(f'{name} must be an array of probabilities, got {type(probs).__name__}') from None
     one_column = task == 'binary' and (probs.ndim == 1 or probs.shape[1:] == (1,))
-    if not one_column and probs.shape[1:] != (n,): raise ValueError(f'probs must be [N, {n}] for classes {classes}, got {probs.shape}')
-    if probs.size == 0: raise ValueError(f'probs must hold an image at least, got {probs.shape}')
-    if np.isnan(probs).any(): raise ValueError(f'probs must not be NaN, got {np.isnan(probs).sum()} of {probs.size} values')
+    if not one_column and probs.shape[1:] != (n,): raise ValueError(f'{name} must be [N, {n}] for classes {classes}, got {probs.shape}')
+    if probs.size == 0: raise ValueError(f'{name} must hold an image at least, got {probs.shape}')
+    if np.isnan(probs).any(): raise ValueError(f'{name} must not be NaN, got {np.isnan(probs).sum()} of {probs.size} values')
     if probs.min() < -1e-6 or probs.max() > 1+1e-6:
-        raise ValueError(f'probs must be in [0, 1], got {probs.min():.4g} to {probs.max():.4g}; did you pass logits?')
+        raise ValueError(f'{name} must be in [0, 1], got {probs.min():.4g} to {probs.max():.4g}; did you pass logits?')
     if one_column: return np.stack([1-probs.reshape(-1), probs.reshape(-1)], axis=1)
     sums = probs.sum(1)
     if task != 'multilabel' and abs(sums-1).max() > 1e-3:
-        raise ValueError(f'each row of probs must sum to 1, got sums from {sums.min():.4g} to {sums.max():.4g}; did you pass logits?')
+        raise ValueError(f'each row of {name} must sum to 1, got sums from {sums.min():.4g} to {sums.max():.4g}; did you pass logits?')
     return probs
 
 # %% ../nbs/40_scores.ipynb #0ef27814
-def _check_targets(targets, n_images, classes, task):
+def _check_targets(targets, n_images, classes, task, name='probs'):
     "What is true and what is known, each bool `[N, C]`"
     targets,n = np.asarray(targets),len(classes)
     if targets.dtype.kind not in 'biuf': raise ValueError(f'targets must be numbers, got {targets.dtype}: {targets[:3].tolist()}')
-    if len(targets) != n_images: raise ValueError(f'probs and targets must be as long, got {n_images} and {len(targets)} images')
+    if len(targets) != n_images: raise ValueError(f'{name} and targets must be as long, got {n_images} and {len(targets)} images')
     if task == 'multilabel':
-        if targets.shape != (n_images, n): raise ValueError(f'targets must be [{n_images}, {n}] like probs, got {targets.shape}')
+        if targets.shape != (n_images, n): raise ValueError(f'targets must be [{n_images}, {n}] like {name}, got {targets.shape}')
         bad = ~(np.isnan(targets) | np.isin(targets, (0, 1)))
         if bad.any(): raise ValueError(f'multilabel targets must be 0, 1 or NaN, got {targets[bad][0]}')
         return targets == 1, ~np.isnan(targets)
@@ -68,8 +69,8 @@ def _check_targets(targets, n_images, classes, task):
 
 # %% ../nbs/40_scores.ipynb #1d1157a5
 def _check_sample_weights(weights, n_images):
-    "Weights `[n_boot, N]`; one replicate of ones if there are none"
-    w = np.ones((1, n_images)) if weights is None else np.asarray(weights)
+    "Weights `[n_boot, N]`; no replicates if there are none"
+    w = np.ones((0, n_images)) if weights is None else np.asarray(weights)
     if w.ndim != 2 or w.shape[1] != n_images: raise ValueError(f'weights must be [n_boot, {n_images}], got {w.shape}')
     if not (w >= 0).all(): raise ValueError(f'weights must be 0 or more, got {w.min()}')
     return w
@@ -222,7 +223,6 @@ def _pooled(tally, metric, setting, columns):
 def _kappa(tally, quadratic=False):
     "Cohen's κ of confusion matrices"
     m,c = tally.matrix,tally.probs.shape[1]
-    if tally.task == 'multilabel': return _row_mean(_values(tally, BY_CLASS['kappa'], ()))
     cost = np.subtract.outer(np.arange(c), np.arange(c))**2 if quadratic else 1-np.eye(c)
     expected = m.sum(2)[:, :, None]*m.sum(1)[:, None]/m.sum((1, 2))[:, None, None]
     seen,by_chance = (m*cost).sum((1, 2)),(expected*cost).sum((1, 2))
@@ -230,14 +230,11 @@ def _kappa(tally, quadratic=False):
 
 def _mcc(tally):
     "Matthews' correlation of confusion matrices; 0 where the prediction never varies"
-    if tally.task == 'multilabel': return _row_mean(_values(tally, BY_CLASS['mcc'], ()))
     m,n = tally.matrix,tally.total
     true,said = m.sum(2),m.sum(1)
     covariance = np.trace(m, axis1=1, axis2=2)*n - (true*said).sum(1)
     spread = (n**2-(true**2).sum(1)) * (n**2-(said**2).sum(1))
     return _where((true > 0).sum(1) > 1, _ratio(covariance, np.sqrt(spread), 0.))
-
-def _row_mean(values): return _ratio(np.nansum(values, 1), (~np.isnan(values)).sum(1))
 
 # %% ../nbs/40_scores.ipynb #c382e09f
 def _top_k(tally, k):
@@ -298,7 +295,8 @@ def _catalog(classes, task):
         if m.kind in ('counts', 'ranks'): names[f'micro_{key}'] = _Asked(m, 'micro', averaged)
         names |= {f'{key}/{c}': _Asked(m, 'class', [i]) for i,c in enumerate(classes)}
     if task != 'multilabel': names['balanced_accuracy'] = _Asked(BY_CLASS['sensitivity'], 'macro', every)
-    return names | {key: _Asked(m, 'overall', []) for key,m in OVERALL.items() if task in m.tasks}
+    names |= {key: _Asked(m, 'overall', []) for key,m in OVERALL.items() if task in m.tasks}
+    return names | ({'quadratic_kappa': names['kappa']} if task == 'multilabel' else {}) # of yes and no there is but one distance
 
 # %% ../nbs/40_scores.ipynb #0d3d9f3e
 ALIASES = dict(recall='sensitivity', ppv='precision', error_rate='misclassification', mean_average_precision='macro_average_precision')
@@ -361,17 +359,30 @@ def _term(asked, setting, tally, classes):
     support = (tally.actual & tally.known)[:, columns].astype(float) if how == 'weighted' else None
     return tally.values(m, setting)[:, columns],None if support is None else tally.weights @ support,[classes[i] for i in columns],m.missing
 
+def _joined(terms):
+    "One term of all replicates, from those of some replicates each"
+    values,support,names,why = zip(*terms)
+    return np.concatenate(values),None if support[0] is None else np.concatenate(support),names[0],why[0]
+
 def _average(values, support):
-    "Mean over what is defined, [B]"
-    support = ~np.isnan(values) * (1. if support is None else support)
+    "Mean over classes in every replicate, [B], the first of which is all images: what is undefined in these is left out, a replicate that lacks more has no mean"
+    if support is None: return _ratio(values[:, ~np.isnan(values[0])].sum(1), (~np.isnan(values[0])).sum())
+    support = ~np.isnan(values)*support # weighted by its images, a class without any was never in the mean
     return _ratio((np.nan_to_num(values)*support).sum(1), support.sum(1))
 
-def _note(values, names, why):
-    "Which classes are missing from a metric, why, and in how many replicates"
-    n,missing = len(values),np.isnan(values).sum(0)
-    told = {name: why + (f' in {k} of {n} replicates' if n > 1 else '') for name,k in zip(names, missing) if k}
-    parts = [f'{name} ({reason})' if name else reason for name,reason in told.items()]
-    return ('undefined: ' if len(names) == 1 else 'left out: ') + ', '.join(parts) if parts else ''
+def _listed(names, why, counts, n):
+    "Classes that are missing, why, and in how many replicates"
+    told = {name: why + (f' in {k} of {n} replicates' if k < n else '') for name,k in zip(names, counts) if k}
+    return ', '.join(f'{name} ({reason})' if name else reason for name,reason in told.items())
+
+def _note(values, support, names, why):
+    "Which classes are missing from a metric and why, and how many replicates are dropped for want of another one"
+    missing,whole = np.isnan(values if len(values) == 1 else values[1:]),np.isnan(values[0])
+    strict,n = support is None and len(names) > 1,len(missing)
+    left = _listed(names, why, (missing*whole).sum(0) if strict else missing.sum(0), n)
+    dropped = missing[:, ~whole].any(1).sum() if strict else 0
+    lacking = ', '.join(f'{name} ({why})' for name,k in zip(names, (missing & ~whole).sum(0)) if k)
+    return '; '.join([('undefined: ' if len(names) == 1 else 'left out: ')+left]*bool(left) + [f'dropped: {dropped} of {n} replicates: {lacking}']*bool(dropped))
 
 # %% ../nbs/40_scores.ipynb #a1e3f356
 class Scores(dict):
@@ -395,19 +406,19 @@ def scores(
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
     weights=None,        # How often each image counts, `[n_boot, N]`, as from `group_weights`; once, if not given
     metrics=None,        # Names out of `metric_names`, in the order wanted; `default_metrics` if left out
-)->Scores: # Each a float, or `[n_boot]` of them where `weights` are given; NaN where undefined
+)->Scores: # Each a float, or `[n_boot]` of them where `weights` are given; NaN where undefined, as is a mean over classes in a replicate that lacks one of them
     "Metrics of predictions, once or in many weighted replicates"
     classes = _check_classes(classes, task)
     probs = _check_probs(probs, classes, task)
     actual,known = _check_targets(targets, len(probs), classes, task)
     names = default_metrics(classes, task) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     asked,w = {name: _resolve(name, classes, task) for name in names},_check_sample_weights(weights, len(probs))
-    tallies = (_Tally(probs, actual, known, task, w[i:i+128].astype(float)) for i in range(0, len(w), 128))
+    batches = [np.concatenate([np.ones((1, len(probs))), w[:128]]), *(w[i:i+128] for i in range(128, len(w), 128))] # all images once, then the replicates
+    tallies = (_Tally(probs, actual, known, task, batch.astype(float)) for batch in batches)
     parts = [{name: _term(*a, tally, classes) for name,a in asked.items()} for tally in tallies]
-    means,result = {n: np.concatenate([_average(*part[n][:2]) for part in parts]) for n in asked},Scores()
-    for name,mean in means.items(): result[name] = mean if weights is not None else float(mean[0])
-    notes = {n: _note(np.concatenate([part[n][0] for part in parts]), *parts[0][n][2:]) for n in asked}
-    result.notes = {name: note for name,note in notes.items() if note}
+    terms,result = {name: _joined([part[name] for part in parts]) for name in asked},Scores()
+    for name,(values,support,_,_) in terms.items(): result[name] = _average(values, support)[1:] if weights is not None else float(_average(values, support)[0])
+    result.notes = {name: note for name,term in terms.items() if (note := _note(*term))}
     return result
 
 # %% ../nbs/40_scores.ipynb #5d8ab3d8
