@@ -253,12 +253,13 @@ def findings(self:Comparison,
 )->list: # Sentences
     "What the comparison shows, in words, and no more than it shows: harm first"
     check_in(metric, list(next(iter(self.scores.values())).index), 'metric')
-    if len(self.scores) == 1: return [f'{name}: {metric.replace("_", " ")} {_cell(f.loc[metric])}.' for name,f in self.scores.items()] + _subgroups_said(self.subgroups) + _calibration_said(self.calibration) + _groups_said(self.about)
+    rest = _subgroups_said(self.subgroups, 1-self.about['level']) + _calibration_said(self.calibration) + _groups_said(self.about)
+    if len(self.scores) == 1: return [f'{name}: {metric.replace("_", " ")} {_cell(f.loc[metric])}.' for name,f in self.scores.items()] + rest
     said = _harm_said(self.harm, self.about['reference']) + [_pair_said(self, a, metric) for a in self.scores if pair_name(a, self.about['reference']) in self.differences and a != 'teacher']
     if 'teacher' in self.scores and self.about['reference'] != 'teacher':
         gap = self.scores['teacher'].value[metric] - self.scores[self.about['reference']].value[metric]
         said.append(f"The teacher is {abs(gap):.3f} {'above' if gap > 0 else 'below'} {_called(self.about['reference'])}" + ('.' if gap > 0 else ': it had little to teach.'))
-    return said + _subgroups_said(self.subgroups) + _calibration_said(self.calibration) + _groups_said(self.about)
+    return sorted(said + rest, key=lambda s: not s.startswith('HARM'))
 
 def _called(name): return f'the {name} student' if name in ('plain', 'distilled') else f'the {name}' if name == 'teacher' else name
 
@@ -282,11 +283,11 @@ def _harm_said(harm, reference):
         elif against == reference: said.append(f'No class lost sensitivity beyond chance, {model} against {against}.')
     unjudged = harm[(harm.against==reference) & harm.verdict.str.startswith('not judged')].drop_duplicates('class')
     if len(unjudged): said.append('Not judged for harm: ' + ', '.join(f'{r["class"]} ({r.verdict[12:]})' for _,r in unjudged.iterrows()) + '.')
-    return sorted(said, key=lambda s: not s.startswith('HARM'))
+    return said
 
-def _subgroups_said(subgroups):
+def _subgroups_said(subgroups, alpha):
     if subgroups is None or 'value' not in subgroups: return []
-    said,found = [],subgroups[subgroups.holm < .05] if 'holm' in subgroups else subgroups[:0]
+    said,found = [],subgroups[subgroups.holm < alpha] if 'holm' in subgroups else subgroups[:0]
     for r in found[(found.model!='teacher') & (found.difference<0)].itertuples(): said.append(f'HARM: in {r.column} = {r.subgroup} {_called(r.model)} lost {r.metric.replace("_", " ")}: {r.difference:+.3f}, Holm p = {r.holm:.3f}.')
     last = subgroups[subgroups.model==subgroups.model.iloc[-1]].dropna(subset='value')
     for column,rows in last.groupby('column', sort=False):
@@ -296,8 +297,8 @@ def _subgroups_said(subgroups):
     return said
 
 def _calibration_said(calibration):
-    if calibration is None or calibration.ece.isna().all(): return []
-    return ['Calibration error before and after temperature scaling: ' + ', '.join(f'{name} {row.ece:.3f} to {row.ece_scaled:.3f}' for name,row in calibration.iterrows()) + '.']
+    said = [] if calibration is None else [f'{name} {row.ece:.3f} to {row.ece_scaled:.3f}' for name,row in calibration.dropna(subset='ece').iterrows()]
+    return ['Calibration error before and after temperature scaling: ' + ', '.join(said) + '.'] if said else []
 
 def _groups_said(about):
     return [f"Only {about['groups']} groups: the intervals are too short, and rare classes are a matter of luck."] if about['groups'] < 30 else []
