@@ -21,7 +21,7 @@ from fastai.learner import Learner
 from fastcore.basics import chunked
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, ScaledTranslation
 from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, trustworthiness
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .core import COLORS, capture_activations, check_in, evaluating, figure, unwrap
 from .data import decode_images
 from .metrics import _check_loader, _module, confusion, group_weights, predict
-from .intervals import _runs
+from .intervals import _check_runs, _runs
 from .models import pooled_features, stage_names
 from .scores import _check_classes, _check_probs, _check_targets, _ratio
 
@@ -39,6 +39,10 @@ STYLES = {'teacher': dict(color=COLORS['teacher'], linestyle='-', marker='o'),
           'plain': dict(color=COLORS['plain'], linestyle=(0, (4, 1.5)), marker='s'),
           'distilled': dict(color=COLORS['distilled'], linestyle=(0, (8, 1.5, 1.5, 1.5)), marker='D')}
 _FREE_COLORS,_FREE_LINES,_FREE_MARKERS = ('#009E73', '#CC79A7', '#000000', '#56B4E9', '#D55E00'),('-', ':', '--', '-.'),'^vPX<>*'
+
+def _folded(text, width, lines=3):
+    "A name in a few lines of up to `width` letters; what does not fit into them is cut, with an ellipsis"
+    return '\n'.join(l for part in str(text).split('\n') for l in textwrap.wrap(part, max(6, width), max_lines=lines, placeholder='…') or [''])
 
 def model_style(
     name:str, # Of a model; new names are added to `STYLES`
@@ -114,6 +118,12 @@ def _shares(counts, normalize):
 
 _SHARES = ListedColormap(plt.get_cmap('magma_r')(np.linspace(0, .8, 256))) # black on the light half, white on the dark one
 
+def _tick_names(names):
+    "What rows and columns of a matrix are called, and whether names of columns are tilted; of many long names columns get the number"
+    rows = [_folded(c, 24) for c in names]
+    if len(names) > 6 and max(map(len, names)) > 20: return [f'{i} {c}' for i,c in enumerate(rows, 1)],list(range(1, len(names)+1)),False
+    return rows,rows,len(names) > 5 or max(map(len, names)) > 10
+
 def _draw_confusion(ax, counts, normalize, size):
     "A confusion matrix with counts and shares in its cells; the image, for a color bar"
     values,shares,names = counts.to_numpy(float),_shares(counts.to_numpy(float), normalize),list(counts.columns)
@@ -123,9 +133,9 @@ def _draw_confusion(ax, counts, normalize, size):
         share = '–' if np.isnan(shares[i,j]) else f'{shares[i,j]:.0%}'
         text = f'{n:.10g}' if n==round(n) else f'{n:.1f}'
         ax.text(j, i, f'{text}\n{share}', ha='center', va='center', fontsize=size, linespacing=1.1, color='w' if shares[i,j] > .5*top else 'k')
-    tilted = len(names) > 5 or max(map(len, names)) > 10
-    ax.set_xticks(range(len(names)), names, rotation=40 if tilted else 0, ha='right' if tilted else 'center', rotation_mode='anchor', fontsize=size+.5)
-    ax.set_yticks(range(len(names)), [f'{c} ({n:.10g})' for c,n in zip(counts.index, values.sum(1))], fontsize=size+.5)
+    rows,columns,tilted = _tick_names(names)
+    ax.set_xticks(range(len(names)), columns, rotation=40 if tilted else 0, ha='right' if tilted else 'center', rotation_mode='anchor', fontsize=size+.5)
+    ax.set_yticks(range(len(names)), [f'{c} ({n:.10g})' for c,n in zip(rows, values.sum(1))], fontsize=size+.5)
     ax.spines[:].set_visible(False)
     return image
 
@@ -149,7 +159,7 @@ def plot_confusion(
 ): # The axes; for a multilabel task the Figure
     "Counts and shares of true and predicted classes"
     check_in(normalize, ('true', 'pred', None), 'normalize')
-    runs,classes = _runs(probs),_check_classes(classes, task)
+    runs,classes = _check_runs(probs, targets, classes, task),_check_classes(classes, task)
     if task=='multilabel' and ax is not None: raise ValueError('ax cannot take a matrix for each finding: leave it out, or pass one finding as a binary task')
     many = _label_confusion(runs, targets, classes) if task=='multilabel' else {'': sum(confusion(p, targets, classes, task) for p in runs)/len(runs)}
     if task=='multilabel': fig,axes = figure(ceil(len(many)/3), min(3, len(many)), height=.6+1.7*ceil(len(many)/3), squeeze=False)
@@ -199,11 +209,6 @@ def _average(kind, lines):
     x,y = (np.repeat(x, 2), y.ravel()) if kind=='roc' else (x, np.r_[1, y[1:,1]])
     return x, y, np.full(len(x), np.nan)
 
-def _mean_defined(values):
-    "Mean over the first axis of what is not NaN"
-    values = np.asarray(values)
-    return _ratio(np.nansum(values, 0), (~np.isnan(values)).sum(0))
-
 def _draws(kind, score, actual, weights, places):
     "Heights `[R, G]` and areas `[R]` of the curve in every replicate; NaN where it is undefined"
     heights,areas = [],[]
@@ -243,7 +248,7 @@ def _one_run(kind, cells, weights):
     own = [v for name,v in result.items() if name!='micro']
     if len(cells) > 1 and own:
         lines,areas,heights,drawn = zip(*own)
-        result['macro'] = _average(kind, lines), np.mean(areas), *((_mean_defined(heights), _mean_defined(drawn)) if weights is not None else (None, None))
+        result['macro'] = _average(kind, lines), np.mean(areas), *((np.mean(heights, 0), np.mean(drawn, 0)) if weights is not None else (None, None)) # NaN in a replicate that lacks a class
     return result
 
 # %% ../nbs/45_plots.ipynb #3deaf44a
@@ -275,16 +280,17 @@ def _one_model(kind, name, runs, cells, level, shares):
         areas.append(row)
     return points,areas
 
-def _named(probs):
+def _named(probs, targets, classes, task):
     "Training seeds of each model, by name"
-    models = {name: _runs(p) for name,p in (probs if isinstance(probs, dict) else {'model': probs}).items()}
+    if not isinstance(probs, dict): return {'model': _check_runs(probs, targets, classes, task)}
+    models = {name: _check_runs(p, targets, classes, task, f'probs[{name!r}]') for name,p in probs.items()}
     if not models: raise ValueError('probs must hold a model at least, got {}')
     return models
 
 # %% ../nbs/45_plots.ipynb #152205d7
 def _curves(kind, probs, targets, classes, groups, task, n_boot, level, seed):
     "Points and areas of every curve of every model"
-    models,classes = _named(probs),_check_classes(classes, task)
+    models,classes = _named(probs, targets, classes, task),_check_classes(classes, task)
     groups = np.arange(len(targets)) if groups is None else groups
     if {'micro', 'macro'} & set(classes): raise ValueError(f'classes must not be called micro or macro, got {classes}')
     if len(groups)!=len(targets): raise ValueError(f'groups and targets must be as long, got {len(groups)} and {len(targets)} images')
@@ -330,24 +336,25 @@ def pr_curves(
     return _curves('pr', probs, targets, classes, groups, task, n_boot, level, seed)
 
 # %% ../nbs/45_plots.ipynb #f5d3a830
-def _panel(ax, kind, points, areas, curve):
+def _panel(ax, kind, points, areas, curve, width=36):
     "One curve of every model, with bands, and areas in the legend"
     x_name,y_name,_ = _AXES[kind]
     rows = areas[areas.curve==curve]
     for row in rows.itertuples():
         p,style = points[(points.model==row.model) & (points.curve==curve)],model_style(row.model)
         style.pop('marker')
-        interval = f' ({row.low:.2f} to {row.high:.2f})' if areas.attrs['n_boot'] else ''
+        interval = f' ({row.low:.2f}\xa0to\xa0{row.high:.2f})' if areas.attrs['n_boot'] else ''
         if areas.attrs['n_boot']: ax.fill_between(p[x_name], p.low, p.high, color=style['color'], alpha=.15, lw=0)
-        ax.plot(p[x_name], p[y_name], **style, lw=1.3, label=f'{row.model} {row.value:.2f}{interval}', drawstyle='default' if kind=='roc' else 'steps-pre')
+        ax.plot(p[x_name], p[y_name], **style, lw=1.3, label=_folded(f'{row.model} {row.value:.2f}{interval}', width-6).replace('\xa0', ' '), drawstyle='default' if kind=='roc' else 'steps-pre')
     positives,ranked = rows.positives.iloc[0],rows.ranked.iloc[0]
     if kind=='roc' or curve!='macro': ax.plot([0, 1], [0, 1] if kind=='roc' else [positives/ranked]*2, color='k', lw=.7, ls=':') # chance
-    ax.set_title(curve if curve in ('micro', 'macro') else f'{curve}, {positives} of {ranked} images', loc='left', fontsize=8)
+    ax.set_title(curve if curve in ('micro', 'macro') else _folded(f'{curve}, {positives} of {ranked} images', width-6), loc='left', fontsize=8)
     ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02))
     ax.set_xlabel(x_name.replace('_', ' '), fontsize=8)
     ax.tick_params(labelsize=7)
-    place,title = ('lower right', 'AUROC') if kind=='roc' else ('lower left', 'average precision')
-    ax.legend(loc=place, title=title, fontsize=6, title_fontsize=6, frameon=False, handlelength=2.6, alignment='left')
+    title = 'AUROC' if kind=='roc' else 'average precision'
+    below = ax.transAxes + ScaledTranslation(0, -28/72, ax.figure.dpi_scale_trans)
+    ax.legend(loc='upper left', bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, title=title, fontsize=6, title_fontsize=6, frameon=False, handlelength=2.6, alignment='left') # under the axis: no curve is hidden
 
 def _plot_curves(kind, points, areas, curves, ax):
     "Panels for `curves`; the axes of a single one, else the Figure"
@@ -357,12 +364,15 @@ def _plot_curves(kind, points, areas, curves, ax):
     names,a = list(curves or defined),areas.attrs
     if ax is not None and len(names) > 1: raise ValueError(f'ax takes one curve, got {names}: choose with curves')
     rows,columns = ceil(len(names)/3),min(3, len(names))
-    fig,axes = (ax.figure, np.array([[ax]])) if ax is not None else figure(rows, columns, height=.5+2.1*rows, squeeze=False)
-    for panel,name in zip(axes.flat, names): _panel(panel, kind, points, areas, name)
+    width = 108//columns
+    below = .11*sum(_folded(f'{m} 0.00 (0.00\xa0to\xa00.00)', width-6).count('\n')+1 for m in areas.model.unique())
+    above = .13*max(_folded(f'{n}, 100 of 1000 images', width-6).count('\n') for n in names)
+    fig,axes = (ax.figure, np.array([[ax]])) if ax is not None else figure(rows, columns, height=.5+(2.2+above+below)*rows, squeeze=False)
+    for panel,name in zip(axes.flat, names): _panel(panel, kind, points, areas, name, width)
     for panel in axes.flat[len(names):]: panel.axis('off')
     for line in axes: line[0].set_ylabel(_AXES[kind][1].replace('_', ' '), fontsize=8)
     missing = [note for note in areas.note.unique() if note.startswith('undefined')]
-    if ax is None: fig.suptitle('; '.join([f"n = {a['images']} images of {a['groups']} groups", *([f"{a['level']:.0%} bands, pointwise"] if a['n_boot'] else []), *missing]), fontsize=9)
+    if ax is None: fig.suptitle(_folded('; '.join([f"n = {a['images']} images of {a['groups']} groups", *([f"{a['level']:.0%} bands, pointwise"] if a['n_boot'] else []), *missing]), 95), fontsize=9)
     return axes[0,0] if len(names)==1 else fig
 
 # %% ../nbs/45_plots.ipynb #7ef92893
