@@ -35,7 +35,7 @@ test: install ## Check notebooks, modules, README, lessons, pages and project
 	@echo '== Pages can be made'
 	@$(BIN)/python tools/check.py site --workers $(WORKERS)
 	@echo '== Tests'
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench: install ## Measure, and write bench.json
 	$(BIN)/python tests/bench.py

@@ -1,4 +1,4 @@
-"""`kdmed demo` and `kdmed distill`: from a folder of images to a student, its report, and all that is needed to do it again
+"""`kdmed demo`, `kdmed distill` and `kdmed recipe`: from a folder of images to a student, its report, and all that is needed to do it again
 
 Docs: https://kdmed.github.io/kdmed/cli.html.md"""
 
@@ -9,6 +9,7 @@ __all__ = ['RUN_FILES', 'READERS', 'AUGMENTS', 'DEMO', 'main']
 
 # %% ../nbs/80_cli.ipynb #d237293b
 import argparse, json, os, platform, shutil, sys, tempfile, time, warnings
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import timm
 import torch
 from fastai.vision.augment import Dihedral, Flip
 
+from .ablation import ablate
 from .core import check_in
 from .data import image_dls, official_split, split_groups, synthetic_table
 from .datasets import (read_breakhis, read_chestxray14, read_csv, read_dicom_folder, read_folder, read_ham10000, read_lc25000,
@@ -29,6 +31,7 @@ from .datasets import (read_breakhis, read_chestxray14, read_csv, read_dicom_fol
 from .images import name_of
 from .kd import METHODS, Teacher, distill_callbacks
 from .models import create_student, create_teacher, save_student
+from .recipes import RECIPES, run
 from .report import REPORT_FILES, distillation_study, markdown_table, training_history
 from .transforms import chest_augment, deit_lung_augment, kd_convnext_augment, mskd_augment, skin_augment, tissue_augment
 
@@ -105,8 +108,8 @@ READERS = {
 
 def _read_data(
     args, # Parsed arguments
-): # Image table with `split` filled
-    "The image table of a `distill` command, split by groups unless it comes with splits or the official one is wanted"
+): # Image table; `split` is filled if the data has one, or the official one is wanted
+    "The image table of a command"
     if args.data is None and args.dataset in ('folder', 'csv', 'dicom'): raise ValueError(f'--dataset {args.dataset} needs --data')
     read = dict(folder=lambda: read_folder(args.data, args.group_pattern, unlabeled=args.unlabeled),
                 csv=lambda: read_csv(args.data, label=args.label, group=args.group, task=args.task, empty=args.empty),
@@ -115,8 +118,7 @@ def _read_data(
                 breakhis=lambda: read_breakhis(args.data, 'multiclass' if args.task=='multiclass' else 'binary', args.magnification),
                 medmnist=lambda: read_medmnist(args.data))
     table = read[args.dataset]()
-    if args.official: return official_split(table, args.official)
-    return table if table.split.notna().all() else split_groups(table, seed=args.split_seed)
+    return official_split(table, args.official) if args.official else table
 
 # %% ../nbs/80_cli.ipynb #6b402e90
 AUGMENTS = {'none': None, 'flip': Flip, 'dihedral': Dihedral, 'tissue': tissue_augment, 'skin': skin_augment, 'chest': chest_augment,
@@ -134,7 +136,9 @@ def _distill_command(args):
     args.augment = args.augment or ('chest' if args.dataset=='chestxray14' else 'dihedral')
     teacher,student = (create_student(name, 2, args.size) for name in (args.teacher, args.student))
     distill_callbacks(args.method, student, Teacher(teacher))
-    return _run_study(_read_data(args), args, store=args.store, sampling=args.sampling, unreadable=args.unreadable,
+    table = _read_data(args)
+    if not table.split.notna().all(): table = split_groups(table, seed=args.split_seed)
+    return _run_study(table, args, store=args.store, sampling=args.sampling, unreadable=args.unreadable,
                       allow_leakage=args.allow_leakage, **_augmentation(args.augment, args.seed))
 
 def _demo_command(args):
@@ -142,6 +146,41 @@ def _demo_command(args):
     _check_out(args.out, args.force)
     table = split_groups(synthetic_table(2400, classes=4, size=args.size, seed=2026), sizes=(.5, .1, .4), seed=0)
     return _run_study(table, args, batch_tfms=[Dihedral()])
+
+# %% ../nbs/80_cli.ipynb #71d2c9e0
+def _set_values(recipe, given):
+    "A recipe with settings given as NAME=VALUE"
+    kinds = {f.name: type(f.default) for f in fields(recipe)}
+    values = {}
+    for text in given:
+        name,_,value = text.partition('=')
+        check_in(name, kinds, 'setting in --set')
+        try: values[name] = _SETTING_TYPES.get(kinds[name], kinds[name])(value)
+        except ValueError as e: raise ValueError(f'--set {text}: {name} must be of type {kinds[name].__name__}, got {value!r}') from e
+    return replace(recipe, **values)
+
+def _yes(text):
+    if text.lower() not in ('true', 'false'): raise ValueError('expected true or false')
+    return text.lower()=='true'
+
+def _several(text): return tuple(json.loads(f'[{text}]') if text[:1].isdigit() or text[:1]=='.' else text.split(','))
+
+_SETTING_TYPES = {bool: _yes, tuple: _several}
+
+def _recipe_command(args):
+    "kdmed recipe"
+    check_in(args.name, RECIPES, 'recipe')
+    recipe = _set_values(RECIPES[args.name].scaled(args.scale), args.set)
+    if args.out is None: return recipe.card()
+    table = _read_data(args)
+    if args.ablate:
+        study = ablate(recipe, table, args.out, repeats=args.repeats, resplit=not args.one_split, store=args.store)
+        study.save(args.out, overwrite=True)
+        print('\n' + '\n'.join(f'- {s}' for s in study.findings()) + f'\n\n{markdown_table(study.table())}')
+    else:
+        comparison = run(recipe, table, args.out, args.repeats, store=args.store, subgroups=args.subgroups)
+        print('\n' + '\n'.join(f'- {s}' for s in comparison.findings()) + f'\n\n{markdown_table(comparison.table())}')
+    print(f'\n{recipe.note}'*bool(recipe.note) + f'\nAll of it is in {args.out}')
 
 # %% ../nbs/80_cli.ipynb #076a329b
 def _common(command, seed=0):
@@ -160,6 +199,8 @@ def _make_parser():
     demo.set_defaults(run=_demo_command, **DEMO)
     _distill_arguments(_common(commands.add_parser('distill', help='distil a student on your images, and compare it with its teacher and a plain student',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)))
+    _recipe_arguments(commands.add_parser('recipe', help='run a published system on your images, or its ablation table; without --out, print its settings and where they come from',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter))
     return parser
 
 # %% ../nbs/80_cli.ipynb #217f93fe
@@ -176,15 +217,10 @@ def _positive(kind):
 
 # %% ../nbs/80_cli.ipynb #a0959b8e
 def _data_arguments(add):
-    "Where images come from and how they are dealt out"
+    "Where images come from"
     add('--data', metavar='PATH', help='folder or file; a public set is looked for in the input folder of Kaggle if left out')
     add('--dataset', choices=READERS, default='folder', help='; '.join(f'{k}: {v}' for k,v in READERS.items()))
-    add('--augment', choices=AUGMENTS, help='none; left-right flips; flips and right-angle turns; or a policy of kdmed.transforms; if left out dihedral, and chest for chestxray14')
-    add('--allow-leakage', action='store_true', help='accept groups or images that are in more than one split, as in some official ones; scores then flatter')
     add('--store', nargs='?', const=True, default='memory', metavar='DIR', help='keep decoded images in a packed store on disk, in DIR or the default folder, instead of in memory')
-    add('--sampling', choices=['natural', 'balanced'], default='natural', help='draw training images as they are, or all classes equally often')
-    add('--unreadable', choices=['error', 'quarantine'], default='error', help='stop if images cannot be read, or go on without them')
-    add('--split-seed', type=int, default=0, metavar='N', help='seed of the split by groups, where the data has no split')
     add('--group-pattern', default='', metavar='REGEX', help='folder: first bracket is the group in a file name; else each image is its own group')
     add('--unlabeled', nargs='+', default=[], metavar='FOLDER', help='folder: folders whose images have no label; students learn from what the teacher says of them')
     add('--empty', choices=['auto', 'none', 'unlabeled'], default='auto', help='csv: what an empty label means; auto: no finding if the task is given as multilabel, else no label')
@@ -195,10 +231,19 @@ def _data_arguments(add):
     add('--tissue', choices=['lung', 'colon', 'both'], default='lung', help='lc25000: which part')
     add('--magnification', type=int, choices=[40, 100, 200, 400], metavar='N', help='breakhis: 40, 100, 200 or 400; all if left out')
 
+def _loading_arguments(add):
+    "How images are dealt out and shown"
+    add('--augment', choices=AUGMENTS, help='none; left-right flips; flips and right-angle turns; or a policy of kdmed.transforms; if left out dihedral, and chest for chestxray14')
+    add('--allow-leakage', action='store_true', help='accept groups or images that are in more than one split, as in some official ones; scores then flatter')
+    add('--sampling', choices=['natural', 'balanced'], default='natural', help='draw training images as they are, or all classes equally often')
+    add('--unreadable', choices=['error', 'quarantine'], default='error', help='stop if images cannot be read, or go on without them')
+    add('--split-seed', type=int, default=0, metavar='N', help='seed of the split by groups, where the data has no split')
+
 def _distill_arguments(command):
     "What only `kdmed distill` has"
     add,count = command.add_argument,_positive(int)
     _data_arguments(add)
+    _loading_arguments(add)
     add('--teacher', default='resnet10t', metavar='NAME', help='timm model that teaches')
     add('--student', default='test_efficientnet', metavar='NAME', help='timm model that learns; the default is a very small one')
     add('--size', type=count, default=64, metavar='N', help='image side in pixels')
@@ -212,6 +257,20 @@ def _distill_arguments(command):
     add('--pretrained', action='store_true', help="start from timm's weights (needs internet)")
     add('--teacher-checkpoint', metavar='FILE', help='weights of a trained teacher, which is then not trained here')
     command.set_defaults(run=_distill_command)
+
+def _recipe_arguments(command):
+    "What only `kdmed recipe` has"
+    add = command.add_argument
+    add('name', metavar='NAME', help=', '.join(RECIPES))
+    add('--out', metavar='DIR', help='folder of the run; if left out, the card is printed and nothing is run')
+    add('--scale', type=_positive(float), default=1., metavar='S', help='share of the published epochs, image side and widths, up to 1')
+    add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='settings of the card to give a value of their own, such as epochs=20 pretrained=false')
+    add('--repeats', type=_positive(int), default=1, metavar='N', help='seeds; with --ablate, repetitions')
+    add('--ablate', action='store_true', help="train all rows of the paper's table, and compare them")
+    add('--one-split', action='store_true', help='with --ablate: one split and several seeds, instead of a new split each time')
+    add('--subgroups', nargs='+', default=[], metavar='COLUMN', help='columns of the image table by which the models are also compared')
+    _data_arguments(add)
+    command.set_defaults(run=_recipe_command)
 
 # %% ../nbs/80_cli.ipynb #24d251fb
 def main(

@@ -30,6 +30,7 @@ from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, Sche
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, accuracy, accuracy_multi
+from fastai.optimizer import Adam
 from fastcore.foundation import L
 from torch import nn
 
@@ -97,19 +98,23 @@ def fit_classifier(
     cbs=(),         # fastai callbacks
     progress:bool=True, # Show progress bars and the training log
     metrics=(),     # More fastai metrics to watch, such as `kdmed.metrics.MetricByName('macro_auroc')`
+    optimizer=Adam, # fastai optimizer: `Adam`, whose decay is decoupled as in AdamW, `SGD`, …
+    weight_decay:float=None, # fastai's .01 if left out
+    schedule:str='one_cycle', # Of the learning rate: `one_cycle`, or `constant`
 )->Learner: # Fitted; `history` holds its training log
     "Train a classifier, repeatably"
+    check_in(schedule, ('one_cycle', 'constant'), 'schedule')
     if epochs<1 or lr<=0: raise ValueError(f'epochs and lr must be positive, got epochs={epochs}, lr={lr}')
     model = _make(model, dls, seed)
     if not any(p.requires_grad for p in model.parameters()): raise ValueError('the student has nothing to train: it is frozen, perhaps because it was a teacher; model.requires_grad_(True) thaws it')
-    learn = Learner(dls, model, **_task_settings(dls, model))
+    learn = Learner(dls, model, opt_func=optimizer, wd=weight_decay, **_task_settings(dls, model))
     learn.metrics = learn.metrics + _checked_metrics(metrics, dls)
     learn.seed = seed
     seed_everything(seed)
     dls.train.rng = random.Random(seed)
     if hasattr(dls.train, 'set_epoch'): dls.train.set_epoch(0)
     with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
-        learn.fit_one_cycle(epochs, lr, cbs=cbs)
+        learn.fit_one_cycle(epochs, lr, cbs=cbs) if schedule=='one_cycle' else learn.fit(epochs, lr, cbs=cbs)
     names = [n for n in learn.recorder.metric_names if n not in ('epoch', 'time')]
     learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
     return learn
@@ -226,9 +231,12 @@ def distill(
     cbs=(),            # More fastai callbacks
     progress:bool=True, # Show progress bars and the training log
     metrics=(),        # More fastai metrics to watch
+    optimizer=Adam,    # This and the next two as in `fit_classifier`
+    weight_decay:float=None,
+    schedule:str='one_cycle',
 )->Learner: # Fitted, with its training log in `history`; `learn.model` is the student alone
     "Train a student with a teacher; `fit_classifier` with the same arguments is its control"
     check_in(method, ['auto', *METHODS], 'method')
     teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
     student = _make(student, dls, seed)
-    return fit_classifier(dls, student, epochs, lr, seed, [*distill_callbacks(method, student, teacher), *L(cbs)], progress, metrics)
+    return fit_classifier(dls, student, epochs, lr, seed, [*distill_callbacks(method, student, teacher), *L(cbs)], progress, metrics, optimizer, weight_decay, schedule)

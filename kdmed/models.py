@@ -276,15 +276,17 @@ def create_fused_teacher(
     freeze:bool=False,      # Train norms and head alone
     checkpoint=None,        # File of weights to load, head included
     trusted:bool=False,     # Unpickle a checkpoint that holds more than tensors; see `load_weights`
+    options=None,           # Options of timm for each backbone, such as `[dict(embed_dim=192, num_heads=3), {}]`
 )->FusedTeacher: # In training mode; `spec` says how it was made
     "A teacher out of several timm models, fused by their pooled features"
     if isinstance(names, str) or len(names)<2: raise ValueError(f'names must be two timm models or more, got {names!r}; one alone is made by create_teacher')
     n_out = _n_outputs(classes, task)
     if checkpoint is not None: _check_classes(checkpoint, classes)
-    backbones = [_build(name, 0, size, pretrained and checkpoint is None) for name in names]
+    if options is not None and len(options)!=len(names): raise ValueError(f'options must be a dict for each of {len(names)} backbones, got {len(options)}')
+    backbones = [_build(name, 0, size, pretrained and checkpoint is None, more) for name,more in zip(names, options or [{}]*len(names))]
     widths = [_check_size(b, name, size) for b,name in zip(backbones, names)]
     model = FusedTeacher(backbones, widths, n_out, hidden, dropout, freeze)
-    model.spec = _spec(list(names), classes, size, task, fusion=dict(hidden=hidden, dropout=dropout, freeze=freeze))
+    model.spec = _spec(list(names), classes, size, task, fusion=dict(hidden=hidden, dropout=dropout, freeze=freeze, **(dict(options=list(options)) if options else {})))
     return model if checkpoint is None else load_weights(model, checkpoint, trusted)
 
 # %% ../nbs/20_models.ipynb #ddf2d80b
