@@ -128,7 +128,7 @@ def plot_confusion(self:Comparison,
 def plot_roc(self:Comparison):
     "ROC curves of all models, with intervals over groups"
     a,p = self.about,_said_by(self)
-    drawn = _draw_roc(p['probs'], p['targets'], a['classes'], p['groups'], a['task'], n_boot=min(500, a['n_boot']))
+    drawn = _draw_roc(p['probs'], p['targets'], a['classes'], p['groups'], a['task'], n_boot=min(500, a['n_boot']), level=a['level'])
     return drawn if isinstance(drawn, plt.Figure) else drawn.figure
 
 # %% ../nbs/49_report.ipynb #abd7d187
