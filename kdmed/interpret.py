@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from .core import COLORS, check_in, figure
-from .intervals import _group_codes, _interval, group_weights
+from .intervals import _check_whole, _group_codes, _interval, group_weights
 from .models import stage_names
 from .saliency import (SALIENCY_METHODS, _check_images, _ClassScores, _needed, _observed, _subject, _target_indices, overlay, plot_explanations,
                             saliency_layers, saliency_maps)
@@ -167,7 +167,7 @@ def deletion_insertion(
     module,classes,task = _subject(model, task)
     x,rows = _check_images(images, module),_rows(maps, 'maps')
     if np.shape(maps)!=(len(x), *x.shape[2:]): raise ValueError(f'maps must be {(len(x), *x.shape[2:])}, as large as the images, got {np.shape(maps)}')
-    if steps<1 or bs<1: raise ValueError(f'steps and bs must be positive, got steps={steps}, bs={bs}')
+    for name,number in (('steps', steps), ('bs', bs)): _check_whole(number, name)
     targets = _target_indices(targets, len(x), classes)
     scores,share = _ClassScores(module, task, max(targets or [-1])),np.linspace(0, 1, steps+1)
     with _observed(module), torch.no_grad():
@@ -180,11 +180,18 @@ def deletion_insertion(
 # %% ../nbs/47_interpret.ipynb #128b60a4
 _STYLES = ['-', '--', '-.', ':']
 
+def _check_by_name(given, argument, kind):
+    "Raise an error unless results come in a dict by name"
+    if not isinstance(given, dict): raise TypeError(f"{argument} must be a dict from names to {kind.__name__}, such as {{'teacher': …}}, got {type(given).__name__}")
+    if not given: raise ValueError(f'{argument} must hold at least one {kind.__name__}, got none')
+    for name,one in given.items():
+        if not isinstance(one, kind): raise TypeError(f'{argument}[{name!r}] must be a {kind.__name__}, got {type(one).__name__}')
+
 def plot_pixel_curves(
     curves:dict, # Name: what `deletion_insertion` gave, for the same images
 ): # Figure
     "Mean curves of deletion and insertion, with the mean area under each"
-    if not curves: raise ValueError('curves must hold at least one set of curves, got none')
+    _check_by_name(curves, 'curves', PixelCurves)
     fig,axes = figure(1, 2, height=2.6, sharey=True)
     for ax,kind,what in zip(axes, ('deletion', 'insertion'), ('hidden', 'shown')):
         for i,(name,c) in enumerate(curves.items()):
@@ -266,6 +273,7 @@ def plot_randomization(
     ax=None,      # Axes to draw on; new ones if left out
 ): # Axes
     "Similarity to the intact model's maps, from the head down"
+    _check_by_name(results, 'results', pd.DataFrame)
     ax = figure(height=2.6)[1] if ax is None else ax
     for i,(name,frame) in enumerate(results.items()):
         at = np.arange(len(frame)+1)
