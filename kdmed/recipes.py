@@ -151,7 +151,7 @@ def note(self:Recipe)->str: # Empty at full scale
     "What was made smaller, in a sentence"
     if self.scale == 1: return ''
     full = type(self)()
-    parts = [f'{self.size} px instead of {full.size}', f'{self.epochs} epoch{"s"*(self.epochs != 1)} instead of {full.epochs}', f'widths × {self.width:.2g}'] + ['nothing pretrained']*(full.pretrained and not self.pretrained)
+    parts = [f'{self.size} px instead of {full.size}']*(self.size != full.size) + [f'{self.epochs} epoch{"s"*(self.epochs != 1)} instead of {full.epochs}', f'widths × {self.width:.2g}'] + ['nothing pretrained']*(full.pretrained and not self.pretrained)
     return f'Scaled to {self.scale:.2g} of the published setting: {", ".join(parts)}.'
 
 # %% ../nbs/70_recipes.ipynb #e4d74759
