@@ -153,7 +153,7 @@ def paired_difference(
     given = dict(classes=classes, task=task, metrics=metrics)
     models = [_check_runs(p, targets, classes, task, name) for name,p in (('probs_a', probs_a), ('probs_b', probs_b))]
     frame,draws,terms = _compare(models, [1, -1], targets, groups, given, n_boot, level, seed, interval)
-    frame['p'] = [_p_value(draws[m], *terms[m]) if np.isfinite(frame.value[m]) else np.nan for m in frame.index]
+    frame['p'] = [_p_value(draws[m], *terms[m]) if np.isfinite(frame.low[m]) else np.nan for m in frame.index]
     return frame
 
 def _p_value(draws, z0=0., a=0.):

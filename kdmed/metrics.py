@@ -49,11 +49,11 @@ def _model_classes(model):
     named = getattr(unwrap(_module(model)), 'spec', {}).get('classes', 0)
     return [] if isinstance(named, int) else [str(c) for c in named]
 
-def _columns_for(model, dl):
+def _columns_for(model, dl, name='model'):
     "Which of a model's answers each class of a loader is; raises an error unless both know the same classes"
     known,wanted = _model_classes(model),[str(c) for c in dl.table.attrs['classes']]
     if not known or known == wanted: return list(range(len(wanted)))
-    if sorted(known) != sorted(wanted): raise ValueError(f'model must have the classes of the loader, {wanted}, got {known}')
+    if sorted(known) != sorted(wanted): raise ValueError(f'{name} must have the classes of the loader, {wanted}, got {known}')
     return [known.index(c) for c in wanted]
 
 def _in_order(probs, columns):
