@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .core import check_in, evaluating, figure, get_layer, unwrap
 from .data import TASKS
 from .models import FusedTeacher, _staged, feature_map, stage_names
+from .plots import _folded
 from .teacher import _dls_classes
 
 # %% ../nbs/46_saliency.ipynb #c6957e88
@@ -33,7 +34,8 @@ class _ClassScores(nn.Module):
 
     def forward(self, x):
         self.n,self.calls = len(x),0
-        z = _check_logits(self.model(x), len(x))
+        try: z = _check_logits(self.model(x), len(x))
+        except AssertionError as e: raise ValueError(f'model cannot take images of {tuple(x.shape[1:])}: load them at its size; it says: {e}') from e # as timm refuses another size
         z = z.reshape(len(z), -1)
         self.exclusive = z.shape[1]>1 and self.task!='multilabel' # else each logit is a yes or no of its own
         z = torch.cat([-z, z], 1) if z.shape[1]==1 and self.task!='multilabel' else z
@@ -67,6 +69,7 @@ def _check_images(images, module):
     images = torch.as_tensor(images)
     if images.ndim!=4 or not images.is_floating_point() or not len(images):
         raise ValueError(f'images must be a normalized batch of floats [B, C, H, W], as a loader gives it, got {images.dtype} {tuple(images.shape)}')
+    if images.shape[1] not in (1, 3, 4) and images.shape[3] in (1, 3, 4): raise ValueError(f'images must be [B, C, H, W], channels before places, got {tuple(images.shape)}')
     if not images.isfinite().all(): raise ValueError(f'images must be finite, got {(~images.isfinite()).sum()} values of {images.numel()} that are not')
     p = next((p for p in module.parameters() if p.is_floating_point()), images)
     return images.as_subclass(Tensor).detach().to(p.device, p.dtype)
@@ -79,6 +82,7 @@ def _target_indices(targets, n, classes):
     if len(targets)!=n: raise ValueError(f'targets must be one class, or one for each of {n} images, got {len(targets)}')
     for t in targets:
         if isinstance(t, str): check_in(t, classes, 'target class') if classes else _no_names(t)
+        elif isinstance(t, (list, tuple)) or hasattr(t, 'shape') and t.shape: raise ValueError(f'targets must be one class for each image, got {len(t)}: of several findings, name one')
         elif isinstance(t, bool) or not isinstance(t, int) or t<0: raise ValueError(f'targets must be class names or indices from 0, one for each image, got {t!r}')
     return [classes.index(t) if isinstance(t, str) else t for t in targets]
 
@@ -116,6 +120,7 @@ def _needed(package):
 
 # %% ../nbs/46_saliency.ipynb #730a9d9f
 SALIENCY_METHODS = 'grad-cam','score-cam','lime','rollout'
+_FEWEST_ALTERED = 10 # images, for lime
 _MAPPERS = {} # {method: function from a case, the prefix of a member's layers and the member itself to maps [B, H, W]}
 
 def saliency_maps(
@@ -127,13 +132,14 @@ def saliency_maps(
     member:int=None,     # Of a `FusedTeacher`: the backbone to look at; left out, the mean of all backbones' maps
     task:str=None,       # `binary`, `multiclass` or `multilabel`; that of the Learner or of `model.spec` if left out
     bs:int=32,           # Images in one pass; for `score-cam` and `lime`, altered images
-    samples:int=500,     # For `lime`: altered images for each image
+    samples:int=500,     # For `lime`: altered images for each image, 10 or more; several for each piece are wanted
     superpixels='grid',  # For `lime`: `grid`, 8 × 8; `slic`, about 64 along edges; or whole numbers from 0, [H, W] or [B, H, W]
     seed:int=0,          # For `lime`: of the altered images
 )->np.ndarray: # float32 [B, H, W] in [0, 1], at the size of the images; a constant map is 0
     "Where a model looks: how much each place speaks for a class"
     check_in(method, SALIENCY_METHODS, 'method')
     if bs<1 or samples<1: raise ValueError(f'bs and samples must be positive, got bs={bs}, samples={samples}')
+    if method=='lime' and samples<_FEWEST_ALTERED: raise ValueError(f'samples must be {_FEWEST_ALTERED} or more for lime, got {samples}: fewer altered images cannot tell pieces apart')
     module,classes,task = _subject(model, task)
     parts,x = _parts(module, method, layer, member),_check_images(images, module)
     targets = _target_indices(targets, len(x), classes)
@@ -188,6 +194,7 @@ def _parts(module, method, layer, member):
     members = _members(module)
     if layer is not None and method in ('lime', 'rollout'): raise ValueError(f'{method} looks at no single layer: leave layer out')
     if member is not None and (method=='lime' or layer is not None): raise ValueError('member cannot be chosen for lime, which sees the whole model, nor beside a layer')
+    if member is not None and (isinstance(member, bool) or not isinstance(member, int)): raise TypeError(f'member must be the number of a backbone, in [0, {len(members)}), got {member!r}')
     if member is not None and not 0<=member<len(members): raise ValueError(f'member must be in [0, {len(members)}), got {member}')
     if method=='lime': return [('', module)]
     if layer is None: return members if member is None else [members[member]]
@@ -205,6 +212,18 @@ def _start_here(scores, name):
         return output.detach().requires_grad_().clone()
     return hook
 
+def _places(t, owner, name):
+    "A layer's output as a map [B, C, H, W], when that has more than one place; a copy: later layers may overwrite it"
+    seen = feature_map(t, owner)
+    if seen.shape[2:].numel()>1: return seen.float().clone()
+    raise ValueError(f'layer {name!r} ends in one place, 1 × 1, and cannot tell where: name {_earlier(owner, name)}, show larger images, or make a CNN with output_stride=8')
+
+def _earlier(owner, name):
+    "What to look at instead of a stage that ends in one place"
+    try: last,before = stage_names(owner)[-1],stage_names(owner)[-2:-1]
+    except ValueError: return 'an earlier layer'
+    return f'an earlier one, as in layer={name.removesuffix(last)+before[0]!r}' if before and name.endswith(last) else 'an earlier layer'
+
 def _no_gradient(name): return ValueError(f'the class score has no gradient at any place of layer {name!r}: name an earlier one; after its last attention, a ViT may read its class token alone')
 
 def _run_cam(kind, case, layer, owner):
@@ -213,7 +232,7 @@ def _run_cam(kind, case, layer, owner):
     maps = []
     for i in range(0, len(case.images), case.bs):
         chosen = None if case.targets is None else [ClassifierOutputTarget(t) for t in case.targets[i:i+case.bs]]
-        cam = kind(case.scores, [layer], reshape_transform=lambda t: feature_map(t, owner).float().clone()) # a copy: later layers may overwrite
+        cam = kind(case.scores, [layer], reshape_transform=lambda t: _places(t, owner, case.scores.watched))
         try:
             maps.append(cam(case.images[i:i+case.bs], chosen))
             if cam.uses_gradients and not any(g.any() for g in cam.activations_and_grads.gradients): raise _no_gradient(case.scores.watched)
@@ -244,7 +263,7 @@ def _masked_scores(scores, images, activations, targets, bs):
     alive = (activations.amax((2, 3))>activations.amin((2, 3))).flatten().nonzero()[:, 0]
     with torch.no_grad():
         values = scores(torch.zeros_like(images[:1]))[0, targets].repeat_interleave(k) # what a constant channel shows
-        for pairs in alive.split(bs):
+        for pairs in alive.split(bs) if len(alive) else ():
             image,channel = pairs//k,pairs%k
             masks = F.interpolate(activations[image, channel][:, None], images.shape[-2:], mode='bilinear', align_corners=True)
             low,high = masks.amin((2, 3), keepdim=True),masks.amax((2, 3), keepdim=True)
@@ -386,29 +405,46 @@ def overlay(
     if heat.shape!=pixels.shape[:2]: raise ValueError(f'heat must be as large as its image, {pixels.shape[:2]}, got {heat.shape}')
     if not (heat.min()>=-1e-6 and heat.max()<=1+1e-6): raise ValueError(f'heat must be in [0, 1], got {heat.min():.3g} to {heat.max():.3g}')
     if not 0<=alpha<=1: raise ValueError(f'alpha must be in [0, 1], got {alpha}')
+    check_in(cmap, mpl.colormaps, 'cmap')
     gray = pixels@np.array([.299, .587, .114])
     return np.clip((1-alpha)*gray[..., None] + alpha*255*mpl.colormaps[cmap](heat)[..., :3], 0, 255).round().astype(np.uint8)
 
 # %% ../nbs/46_saliency.ipynb #aaaaca05
+def _check_explained(images, maps, titles, explained):
+    "Titles and explained classes, one for each image, when maps and they suit the images"
+    if not isinstance(maps, dict): raise TypeError(f"maps must be a dict from names to maps, such as {{'grad-cam': maps}}, got {type(maps).__name__}")
+    wrong = {name: np.shape(m) for name,m in maps.items() if len(m)!=len(images)}
+    if not len(images) or not maps or wrong: raise ValueError(f'maps must hold a map for each of {len(images)} images, got {wrong or dict(maps)}')
+    explained = [explained]*len(images) if isinstance(explained, str) else explained
+    for name,given in (('titles', titles), ('explained', explained)):
+        if given is not None and len(given)!=len(images): raise ValueError(f'{name} must be one for each of {len(images)} images, got {len(given)}')
+    return [''.join((str(titles[i]) if titles is not None else '', f'\nmaps of: {explained[i]}' if explained is not None else '')).strip() for i in range(len(images))]
+
+def _show_map(ax, image, heat, alpha, cmap):
+    "A map over its image; where it is constant, the gray image, and that there is no map"
+    flat = np.ptp(heat)==0
+    ax.imshow(overlay(image, heat, 0 if flat else alpha, cmap))
+    if flat: ax.text(.5, .5, 'no map:\nconstant', transform=ax.transAxes, ha='center', va='center', fontsize=8, bbox=dict(fc='w', ec='k', lw=.6))
+
 def plot_explanations(
     images,            # uint8 or floats in [0, 1], [N, 3, H, W] or [N, H, W, 3], such as from `dls.test.decoded()`
     maps:dict,         # Name of a model or method: its maps [N, H, W]
     titles=None,       # A line for each image, such as its class
     alpha:float=.45,   # Opacity of the heat
     cmap:str='viridis', # Name of a matplotlib colormap
+    explained=None,    # Class that the maps explain, as in `targets` of `saliency_maps`: one name, or one for each image
 ): # Figure
-    "Each image beside its maps, a row for each image and a column for each model, with one color bar"
-    wrong = {name: np.shape(m) for name,m in maps.items() if len(m)!=len(images)}
-    if not len(images) or not maps or wrong: raise ValueError(f'maps must hold a map for each of {len(images)} images, got {wrong or dict(maps)}')
-    if titles is not None and len(titles)!=len(images): raise ValueError(f'titles must be one for each of {len(images)} images, got {len(titles)}')
-    fig,axes = figure(len(images), 1+len(maps), height=.35 + len(images)*5.6/max(4, 1+len(maps)), squeeze=False)
-    for i,row in enumerate(axes):
-        for ax,shown in zip(row, [_rgb(images[i]), *(overlay(images[i], m[i], alpha, cmap) for m in maps.values())]):
-            ax.imshow(shown)
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        if titles is not None: row[0].set_ylabel(str(titles[i]), fontsize=8)
-    for ax,name in zip(axes[0], ['image', *maps]): ax.set_title(name, fontsize=9)
+    "Each image beside its maps, a row for each image and a column for each model, with one color bar; a constant map is called so"
+    labels,columns = _check_explained(images, maps, titles, explained),1+len(maps)
+    side = (5.3 - .6*any(labels))/max(4, columns) # of an image, in inches
+    names = [_folded(name, int(side*13)) for name in ['image', *maps]]
+    fig,axes = figure(len(images), columns, height=.2 + .15*max(n.count('\n')+1 for n in names) + len(images)*(side+.06), squeeze=False)
+    for image,row,label,*heats in zip(images, axes, labels, *maps.values()):
+        row[0].imshow(_rgb(image))
+        for ax,heat in zip(row[1:], heats): _show_map(ax, image, np.asarray(heat), alpha, cmap)
+        for ax in row: ax.set(xticks=[], yticks=[]), ax.spines[:].set_visible(False)
+        row[0].set_ylabel(_folded(label, int(side*16), 2), fontsize=7)
+    for ax,name in zip(axes[0], names): ax.set_title(name, fontsize=8)
     heat = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), cmap)
-    fig.colorbar(heat, ax=axes, shrink=min(1, 1.6/len(images)), aspect=18, label='saliency, each map\nfrom 0 to 1')
+    fig.colorbar(heat, ax=axes, shrink=min(1, 1.6/len(images)), aspect=18).set_label('saliency, each map\nfrom 0 to 1', fontsize=8)
     return fig
