@@ -129,7 +129,7 @@ def compare_backbones(
     for r in recipes.values(): r.make_teacher(splits[0].dls) # or an error, before the first hour
     todo = [(i, n, r, seed) for r,(i,seed) in enumerate(repetitions) for n in names]
     cells = _run_cells(splits, todo, lambda split, n, seed, home: train_row(recipes[n], 'teacher', split.dls, None, seed, home), progress)
-    return _collect(recipe, {n: known.get(n, Row(n)) for n in names}, cells, splits, repetitions, table, names[0], [])
+    return _collect(recipe, {n: known.get(n, Row(n))._replace(taught=False) for n in names}, cells, splits, repetitions, table, names[0], [])
 
 # %% ../nbs/71_ablation.ipynb #8065b21c
 METRICS = 'balanced_accuracy','accuracy','macro_precision','macro_recall','macro_f1','weighted_f1','macro_auroc'
@@ -147,7 +147,7 @@ def _collect(recipe, rows, cells, splits, repetitions, table, control, order):
     truth = splits[0].truth
     about = dict(recipe=recipe.name, paper=recipe.paper, note=recipe.note, data=table.attrs.get('name', 'images'), task=task, classes=classes, metrics=metrics, control=control, order=order,
                  repetitions=len(repetitions), splits=len(splits), train=int(truth['train']), test=len(truth['targets']), groups=len(set(truth['groups'])),
-                 rows={name: dict(what=r.what, published=r.published) for name,r in rows.items()}, card=recipe.settings().reset_index().to_dict('records'))
+                 rows={name: r._asdict() for name,r in rows.items()}, card=recipe.settings().reset_index().to_dict('records'))
     between = _between_seeds(cells, pairs, truth, metrics, given) if len(splits)==1 else _between_splits(frame, pairs, metrics, len(truth['targets'])/int(truth['train']))
     return Ablation(frame, between, about)
 
@@ -245,17 +245,17 @@ def plot(self:Ablation,
     metric = metric or next(iter(reported), 'balanced_accuracy')
     check_in(metric, self.about['metrics'], 'metric')
     fig,axes = figure(1, 1 + (metric in reported), height=1.1 + .27*len(rows), sharey=True, squeeze=False)
-    _draw_rows(axes[0, 0], self.cells, list(rows), metric, self.about['control'])
+    _draw_rows(axes[0, 0], self.cells, rows, metric)
     if metric in reported: _draw_published(axes[0, 1], rows, metric)
     fig.suptitle(_caption(self.about), fontsize=9)
     return fig
 
-def _draw_rows(ax, cells, names, metric, control):
-    for y,name in enumerate(names):
-        values,color = cells[cells.row==name][metric],COLORS['teacher'] if name=='teacher' else COLORS['plain'] if name==control else COLORS['distilled']
+def _draw_rows(ax, cells, rows, metric):
+    for y,(name,row) in enumerate(rows.items()):
+        values,color = cells[cells.row==name][metric],COLORS['teacher' if name=='teacher' else 'distilled' if row['taught'] else 'plain']
         ax.plot(values, np.full(len(values), y), 'o', color=color, ms=4, alpha=.5)
         ax.plot(values.mean(), y, '|', color=color, ms=14, mew=2.5)
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names)-.5, -.5), xlabel=f'{metric.replace("_", " ")}, here')
+    ax.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows)-.5, -.5), xlabel=f'{metric.replace("_", " ")}, here')
     ax.grid(axis='x', color='.9')
 
 def _draw_published(ax, rows, metric):
@@ -265,7 +265,7 @@ def _draw_published(ax, rows, metric):
     ax.grid(axis='x', color='.9')
 
 def _caption(a):
-    scaled = f"{a['note'].split(':')[0]}; " if a['note'] else ''
+    scaled = f"scaled to {a['note'].split(' ')[2]}; " if a['note'] else ''
     return f"{a['recipe']} on {a['data']}; {scaled}n = {a['test']:,} test images, {a['repetitions']} {'splits' if a['splits'] > 1 else 'seeds'}"
 
 # %% ../nbs/71_ablation.ipynb #f69e893a

@@ -61,6 +61,7 @@ class Row(NamedTuple):
     "One line of a paper's table: a way to train a model"
     what:str           # In words
     published:dict={}  # What the paper reports for it: {metric: value}, shares of 1
+    taught:bool=True   # By a teacher, or by labels alone
 
 # %% ../nbs/70_recipes.ipynb #e96f0406
 @dataclass(frozen=True)
@@ -264,8 +265,8 @@ class DeiTLung(Recipe):
     name:ClassVar[str] = 'deit_lung'
     paper:ClassVar[str] = 'Qu & Wang, Research on Early Prediction of Lung Cancer Based on Deep Learning, 2025; losses: Touvron et al., Training data-efficient image transformers & distillation through attention, 2021'
     rows:ClassVar[dict] = {
-        'teacher': Row('ResNet50', dict(accuracy=.9751, macro_precision=.9751, macro_recall=.9751, macro_f1=.9751)),
-        'plain': Row('DeiT and its token, labels alone'),
+        'teacher': Row('ResNet50', dict(accuracy=.9751, macro_precision=.9751, macro_recall=.9751, macro_f1=.9751), taught=False),
+        'plain': Row('DeiT and its token, labels alone', taught=False),
         'logits': Row('softened logits, the token without a task'),
         'hard_token': Row("the token learns the teacher's decisions"),
         'soft_token': Row("the token learns the teacher's softened logits", dict(accuracy=.9996, macro_precision=.9996, macro_recall=.9996, macro_f1=.9996))}
@@ -311,8 +312,8 @@ class KDConvNeXt(Recipe):
     name:ClassVar[str] = 'kd_convnext'
     paper:ClassVar[str] = 'Zheng et al., KD_ConvNeXt: knowledge distillation-based image classification of lung tumor surgical specimen sections, Front. Genet. 14:1254435, 2023'
     rows:ClassVar[dict] = {
-        'plain': Row('ConvNeXt', dict(accuracy=.8112, macro_precision=.6734, macro_recall=.6850, macro_f1=.6791)),
-        'teacher': Row('Swin', dict(accuracy=.8275, macro_precision=.7048, macro_recall=.7140, macro_f1=.7093)),
+        'plain': Row('ConvNeXt', dict(accuracy=.8112, macro_precision=.6734, macro_recall=.6850, macro_f1=.6791), taught=False),
+        'teacher': Row('Swin', dict(accuracy=.8275, macro_precision=.7048, macro_recall=.7140, macro_f1=.7093), taught=False),
         'logits': Row('ConvNeXt + logits', dict(accuracy=.8305, macro_precision=.7238, macro_recall=.7254, macro_f1=.7246)),
         'features': Row('ConvNeXt + features', dict(accuracy=.8421, macro_precision=.7420, macro_recall=.7446, macro_f1=.7433)),
         'kd_convnext': Row('both: KD_ConvNeXt', dict(accuracy=.8564, macro_precision=.7988, macro_recall=.7464, macro_f1=.7717)),
@@ -357,9 +358,9 @@ class MultiDim(Recipe):
     name:ClassVar[str] = 'multi_dim_kd'
     paper:ClassVar[str] = 'High efficiency classification of thyroid cytopathological images based on knowledge distillation and vision transformer, 2025 (abstract)'
     rows:ClassVar[dict] = {
-        'teacher': Row('ViT, 12 blocks', dict(accuracy=.9542)),
-        'plain_fresh': Row('3 blocks from random weights, labels alone'),
-        'plain': Row("3 blocks of the teacher's, labels alone"),
+        'teacher': Row('ViT, 12 blocks', dict(accuracy=.9542), taught=False),
+        'plain_fresh': Row('3 blocks from random weights, labels alone', taught=False),
+        'plain': Row("3 blocks of the teacher's, labels alone", taught=False),
         'response': Row('logits'), 'spatial': Row('where'), 'channel': Row('what, channel by channel'), 'class_token': Row('class token'),
         'no_spatial': Row('all but where'), 'no_channel': Row('all but channels'), 'no_class_token': Row('all but the class token'), 'no_response': Row('all but logits'),
         'multi_dim_kd': Row('all four', dict(accuracy=.9487))}
@@ -401,9 +402,9 @@ class MultiStage(Recipe):
     name:ClassVar[str] = 'multi_stage_kd'
     paper:ClassVar[str] = "Multi-stage knowledge distillation with layer fusion-based deep learning approach for skin cancer classification, 2025 (abstract and public code)"
     rows:ClassVar[dict] = {
-        'teacher': Row('ViT + ConvNeXt, fused'),
-        'backbone': Row('student without exits, labels alone', dict(accuracy=.874, weighted_f1=.875, macro_auroc=.985)),
-        'plain': Row('exits and fusion, labels alone'),
+        'teacher': Row('ViT + ConvNeXt, fused', taught=False),
+        'backbone': Row('student without exits, labels alone', dict(accuracy=.874, weighted_f1=.875, macro_auroc=.985), taught=False),
+        'plain': Row('exits and fusion, labels alone', taught=False),
         'single_stage': Row("student without exits, the teacher's logits", dict(accuracy=.901, weighted_f1=.900, macro_auroc=.986)),
         'multi_stage': Row('exits, taught by labels and teacher', dict(accuracy=.922, weighted_f1=.923, macro_auroc=.988)),
         'multi_stage_kd': Row('exits and fusion: the whole system', dict(accuracy=.9588, weighted_f1=.9591, macro_auroc=.9902))}

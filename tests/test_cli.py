@@ -17,7 +17,7 @@ SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teache
 
 def test_installed_command_explains_itself():
     kdmed = Path(sys.executable).with_name('kdmed')
-    for command,words in {'demo': ['--out', 'replace a run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model that learns']}.items():
+    for command,words in {'demo': ['--out', 'replace a run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model that learns'], 'recipe': ['deit_lung, kd_convnext, multi_dim_kd, multi_stage_kd', '--scale', '--ablate', 'NAME=VALUE']}.items():
         printed = subprocess.run([kdmed, command, '--help'], capture_output=True, text=True, check=True).stdout
         assert all(w in printed for w in words)
 
@@ -118,3 +118,23 @@ def test_images_without_a_label_teach_the_distilled_student_alone(tmp_path, caps
     assert cli.main(args) == 0
     assert json.loads((tmp_path/'run/student.json').read_text())['classes'] == sorted(table.attrs['classes'])
     assert cli.main([*args[:-1], 'moore', '--force']) == 2 and "no folder ['moore'] with images" in capsys.readouterr().err
+
+
+def test_recipe_from_the_shell_writes_its_table_and_goes_on(tmp_path, capsys):
+    tissue = synthetic_table(n=120, classes=3, size=32)
+    for i,row in tissue.iterrows():
+        (tmp_path/'images'/row.label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(row.image).save(tmp_path/'images'/row.label/f'{row.group.split()[1]}_{i}.png')
+    command = ['recipe', 'deit_lung', '--data', str(tmp_path/'images'), '--group-pattern', r'(\d+)_', '--scale', '.05', '--ablate', '--repeats', '2', '--out', str(tmp_path/'run'),
+               '--set', 'size=32', 'epochs=1', 'teacher_epochs=1', 'batch_size=16', 'shares=.5,.2,.3']
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert 'Scaled to 0.05' in printed and 'soft_token − plain' in printed
+    assert {'cells.csv', 'differences.csv', 'about.json', 'ablation.md', 'ablation.png', 'ablation.svg', 'study.json'} <= {f.name for f in (tmp_path/'run').iterdir()}
+    assert 'Scaled to 0.05' in (tmp_path/'run'/'ablation.md').read_text()
+    cells = pd.read_csv(tmp_path/'run'/'cells.csv')
+    assert cells.groupby('row').size().to_dict() == {row: 2 for row in ('teacher', 'plain', 'logits', 'hard_token', 'soft_token')}
+    times = {f: f.stat().st_mtime_ns for f in tmp_path.glob('run/split-*/*/test.npy')}
+    assert len(times) == 10
+    assert cli.main(command) == 0
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.glob('run/split-*/*/test.npy')} == times
