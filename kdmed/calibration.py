@@ -75,13 +75,14 @@ def plot_reliability(
     table:pd.DataFrame,  # From `reliability`
     ax=None,             # Axes to draw in, perhaps over other models; a new figure if left out
     name:str='model',    # In the legend; teacher, plain and distilled have their own colors
+    error:float=None,    # Calibration error for the legend, such as a mean over training seeds; that of the table if left out
 ): # Axes
     "Reliability diagram: the area of a marker shows how many images are in its bin"
     ax = figure(height=3.8)[1] if ax is None else ax
     ax.set_box_aspect(1)
     drawn,filled = len(ax.collections),table[table['count'] > 0]
     if not drawn: ax.plot([0, 1], [0, 1], color='0.6', lw=1, ls=':', zorder=0)
-    n,error,color = table.attrs['n'],_gap(table),COLORS.get(name, ('black', '#009E73', '#CC79A7')[drawn % 3])
+    n,error,color = table.attrs['n'],_gap(table) if error is None else error,COLORS.get(name, ('black', '#009E73', '#CC79A7')[drawn % 3])
     ax.plot(filled.confidence, filled.accuracy, color=color, lw=1.2, ls=('-', '--', '-.')[drawn % 3])
     ax.scatter(filled.confidence, filled.accuracy, s=12+300*filled['count']/n, color=color, marker='osD^'[drawn % 4], alpha=.75, lw=0,
                label=f'{name}: n = {n}, error {error:.3f}')

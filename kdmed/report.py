@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/report.html.md"""
 __all__ = ['DISCLAIMER', 'REPORT_FILES', 'Section', 'markdown_table', 'load_comparison', 'distillation_study']
 
 # %% ../nbs/49_report.ipynb #dad2eb86
-import base64, html, io, json, os, shutil, tempfile, textwrap
+import base64, html, io, json, os, re, shutil, tempfile, textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +19,11 @@ import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 
-from .comparison import HEADLINE, Comparison, _cell, compare, compare_predictions, measure_cost, pair_name
+from .comparison import HEADLINE, Comparison, _cell, _check_metrics, compare, compare_predictions, measure_cost, pair_name, subgroup_labels
 from .core import check_in, figure
 from .kd import distill, fit_classifier
 from .metrics import plot_reliability as _draw_reliability, predict, reliability
-from .plots import (model_style, plot_confusion as _draw_confusion, plot_history, plot_roc as _draw_roc, plot_tradeoff, tradeoff_table,
+from .plots import (_folded, model_style, plot_confusion as _draw_confusion, plot_history, plot_roc as _draw_roc, plot_tradeoff, tradeoff_table,
                          training_history)
 
 # %% ../nbs/49_report.ipynb #448927ea
@@ -36,17 +36,27 @@ def plot(self:Comparison,
     metrics=HEADLINE, # Metrics of the left panel
 ): # Figure
     "Metrics, and the sensitivity for each class, of every model, with intervals"
-    classes = self.about['classes']
-    fig,axes = figure(1, 2, height=1.4 + .08*len(self.scores)*max(len(metrics), len(classes)) + .1*max(len(metrics), len(classes)), gridspec_kw=dict(width_ratios=[1, 1]))
-    _plot_intervals(axes[0], self.scores, list(metrics), [m.replace('_', ' ') for m in metrics])
-    _plot_intervals(axes[1], self.scores, [f'sensitivity/{c}' for c in classes], classes)
+    metrics,classes = _check_metrics(self, metrics),self.about['classes']
+    names,n = [_folded(c, 30) for c in classes],max(len(metrics), len(classes))
+    fig,axes = figure(1, 2, height=1.5 + .13*len(self.scores)/2 + n*max(.1 + .08*len(self.scores), .15*(1 + max(c.count('\n') for c in names))), gridspec_kw=dict(width_ratios=[1, 1]))
+    _plot_intervals(axes[0], self.scores, metrics, [_folded(m.replace('_', ' '), 24) for m in metrics])
+    _plot_intervals(axes[1], self.scores, [f'sensitivity/{c}' for c in classes], names)
     axes[0].set(xlabel='value')
     axes[1].set(xlabel='sensitivity')
-    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(4, len(self.scores)), frameon=False)
-    fig.suptitle(f"{_where(self.about)}; {self.about['level']:.0%} intervals", fontsize=10)
+    _legend_below(axes[0])
+    fig.suptitle(_folded(f"{_where(self.about)}; {self.about['level']:.0%} intervals", 84), fontsize=10)
     return fig
 
-def _where(about): return f"{about.get('data', 'images')}, {about.get('split', 'all')}: n = {about['images']:,} images of {about['groups']:,} groups"
+def _where(about):
+    "What was compared, in a line: data, split, numbers, and what must be said of it"
+    note = about.get('note', '').split(':')[0].rstrip('.')
+    return f"{about.get('data', 'images')}, {about.get('split', 'all')}: n = {about['images']:,} images of {about['groups']:,} groups" + (f'; {note}' if note else '')
+
+def _legend_below(ax):
+    "Names of the models below the figure, in as many columns as fit"
+    handles,names = ax.get_legend_handles_labels()
+    names = [_folded(name, 60) for name in names]
+    ax.figure.legend(handles, names, loc='outside lower center', ncols=max(1, min(len(names), 75//(max(map(len, names))+8))), frameon=False)
 
 def _plot_intervals(ax, scores, metrics, labels):
     "A dot and a line for each metric (row) and model (color and marker)"
@@ -54,15 +64,17 @@ def _plot_intervals(ax, scores, metrics, labels):
         rows,y,style = frame.loc[metrics],np.arange(len(metrics)) + .66*((i+.5)/len(scores) - .5),model_style(name)
         ax.hlines(y, rows.low, rows.high, color=style['color'], lw=2)
         ax.plot(rows.value, y, style['marker'], color=style['color'], ms=5, label=name)
-    ax.set(yticks=range(len(metrics)), yticklabels=labels, ylim=(len(metrics)-.5, -.5))
+    ax.set(yticks=range(len(metrics)), ylim=(len(metrics)-.5, -.5))
+    ax.set_yticklabels(labels, fontsize=8 if any('\n' in label for label in labels) else 10)
 
 # %% ../nbs/49_report.ipynb #d0fb3218
 @patch
 def plot_harm(self:Comparison):
     "Differences in sensitivity for each class; filled where they are beyond chance after Holm's correction"
+    if self.harm is None or not len(self.harm): raise ValueError(f'plot_harm compares models: it needs two or more, got {list(self.scores)}')
     pairs = list(self.harm.groupby(['model', 'against'], sort=False))
     lines = -(-len(pairs)//2)
-    fig,axes = figure(lines, min(2, len(pairs)), height=lines*(1.1 + .26*len(self.about['classes'])), sharey=True, squeeze=False)
+    fig,axes = figure(lines, min(2, len(pairs)), height=.3 + lines*(1.1 + .3*len(self.about['classes'])), sharey=True, squeeze=False)
     for ax in axes.flat[len(pairs):]: ax.axis('off')
     for ax,((model,against),rows) in zip(axes.flat, pairs):
         y,color = np.arange(len(rows)),model_style(model)['color']
@@ -71,38 +83,45 @@ def plot_harm(self:Comparison):
         beyond = rows.verdict.isin(['lost', 'gained'])
         ax.scatter(rows.difference, y, s=30, facecolors=np.where(beyond, color, 'white'), edgecolors=color, zorder=3)
         for i,r in zip(y, rows.itertuples()):
-            if r.verdict == 'lost': ax.annotate('lost', (r.low, i), xytext=(-3, 0), textcoords='offset points', ha='right', va='center', fontsize=8)
-        ax.set(yticks=y, yticklabels=[f'{c} ({g})' for c,g in zip(rows['class'], rows.groups)], ylim=(len(rows)-.5, -.5), xlabel='difference in sensitivity')
-        ax.set_title('\n'.join(textwrap.wrap(pair_name(model, against), 38)), fontsize=9)
+            if r.verdict == 'lost': ax.annotate('lost', (r.difference, i), xytext=(0, 4), textcoords='offset points', ha='center', va='bottom', fontsize=8)
+        labels = [_folded(f'{c} ({g})', 30) for c,g in zip(rows['class'], rows.groups)]
+        ax.set(yticks=y, ylim=(len(rows)-.5, -.5), xlabel='difference in sensitivity')
+        ax.set_yticklabels(labels, fontsize=8 if any('\n' in label for label in labels) else 10)
+        ax.set_title('\n'.join(textwrap.wrap(pair_name(model, against), 32)), fontsize=9)
         ax.margins(x=.15)
     for ax in axes[:, 0]: ax.set_ylabel('class (groups)')
+    fig.suptitle(_folded(_where(self.about), 84), fontsize=10)
     return fig
 
 @patch
 def plot_subgroups(self:Comparison):
     "The metric of each subgroup and model, with intervals"
+    if self.subgroups is None: raise ValueError('plot_subgroups needs subgroups: pass columns to compare_predictions, or subgroups to compare')
     rows = self.subgroups
     keys = list(dict.fromkeys(zip(rows.column, rows.subgroup, rows.groups)))
-    fig,ax = figure(height=1.3 + .3*len(keys))
+    labels = [_folded(f'{c}: {s} ({g})', 34) for c,s,g in keys]
+    fig,ax = figure(height=1.7 + sum(.3 + .12*label.count('\n') for label in labels))
     for i,name in enumerate(rows.model.unique()):
         mine,style = rows[rows.model==name].set_index(['column', 'subgroup', 'groups']).reindex(pd.MultiIndex.from_tuples(keys)),model_style(name)
         y = np.arange(len(keys)) + .6*((i+.5)/rows.model.nunique() - .5)
         ax.hlines(y, mine.low, mine.high, color=style['color'], lw=2)
         ax.plot(mine.value, y, style['marker'], color=style['color'], ms=5, label=name)
-    ax.set(yticks=range(len(keys)), yticklabels=[f'{c}: {s} ({g})' for c,s,g in keys], ylim=(len(keys)-.5, -.5), xlabel=f'{rows.metric.iloc[0].replace("_", " ")}, {self.about["level"]:.0%} interval', ylabel='subgroup (groups)')
-    fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=min(4, rows.model.nunique()), frameon=False)
+    ax.set(yticks=range(len(keys)), yticklabels=labels, ylim=(len(keys)-.5, -.5), xlabel=f'{rows.metric.iloc[0].replace("_", " ")}, {self.about["level"]:.0%} interval')
+    ax.set_ylabel('subgroup (groups)' if len(keys) > 3 else 'subgroup\n(groups)', fontsize=9)
+    _legend_below(ax)
+    fig.suptitle(_folded(_where(self.about), 84), fontsize=10)
     return fig
 
 # %% ../nbs/49_report.ipynb #e4e3b5ec
 @patch
 def plot_reliability(self:Comparison):
-    "Reliability of each model's probabilities on the test images; seeds together"
+    "Reliability of each model's probabilities on the test images: seeds together, and the calibration error that the tables give, a mean over them"
     a,p = self.about,_said_by(self)
     _,ax = figure(height=3.6)
     for name,runs in p['probs'].items():
         said,true = np.concatenate([_two_columns(r, a['task']) for r in runs]),np.concatenate([p['targets']]*len(runs))
-        _draw_reliability(reliability(said, true, a['classes'], a['task'], bins=10), ax, name)
-    ax.set_title(_where(a), fontsize=10)
+        _draw_reliability(reliability(said, true, a['classes'], a['task']), ax, name, self.scores[name].value['ece'])
+    ax.set_title(_folded(_where(a), 84), fontsize=10)
     return ax.figure
 
 def _said_by(comparison):
@@ -121,7 +140,7 @@ def plot_confusion(self:Comparison,
     a,p = self.about,_said_by(self)
     drawn = _draw_confusion(p['probs'][name], p['targets'], a['classes'], a['task'])
     fig = drawn if isinstance(drawn, plt.Figure) else drawn.figure
-    fig.suptitle(f'{name}, {_where(a)}', fontsize=10)
+    fig.suptitle(_folded(f'{name}, {_where(a)}', 84), fontsize=10)
     return fig
 
 @patch
@@ -129,7 +148,9 @@ def plot_roc(self:Comparison):
     "ROC curves of all models, with intervals over groups"
     a,p = self.about,_said_by(self)
     drawn = _draw_roc(p['probs'], p['targets'], a['classes'], p['groups'], a['task'], n_boot=min(500, a['n_boot']), level=a['level'])
-    return drawn if isinstance(drawn, plt.Figure) else drawn.figure
+    fig = drawn if isinstance(drawn, plt.Figure) else drawn.figure
+    fig.suptitle(_folded('; '.join([_where(a), *fig.get_suptitle().replace('\n', ' ').split('; ')[1:]]), 90), fontsize=9)
+    return fig
 
 # %% ../nbs/49_report.ipynb #abd7d187
 class Section(NamedTuple):
@@ -138,11 +159,17 @@ class Section(NamedTuple):
     frame:pd.DataFrame=None  # Texts and numbers
     pictures:dict={}         # Name: function that draws a Figure
 
+def _made_said(about):
+    "With what, how and when the numbers were made, as far as that is known"
+    said = [f"Images of {about['size']} pixels."] if 'size' in about else []
+    if about.get('models'): said.append(f"Models: {', '.join(f'{name} {m}' for name,m in about['models'].items())}.")
+    return said + ([f"Bootstrap seed {about['seed']}; made on {about['date']} with kdmed {about['kdmed']}."] if 'date' in about else [])
+
 def _about_section(c):
     a = c.about
     seeds = ', '.join(f'{name} {n}' for name,n in a['seeds'].items())
-    return (f"{_where(a)}; {a['task']}, classes {', '.join(a['classes'])}. Values are means over training seeds ({seeds}) with {a['level']:.0%} intervals: "
-            f"{a['n_boot']:,} bootstrap draws of groups and of seeds. Differences are paired, against {a['reference']}.")
+    return ' '.join([*([a['note']] if a.get('note') else []), f"{_where(a | dict(note=''))}; {a['task']}, classes {', '.join(a['classes'])}. Values are means over training seeds ({seeds}) with {a['level']:.0%} intervals: "
+            f"{a['n_boot']:,} bootstrap draws of groups and of seeds. Differences are paired, against {a['reference']}.", *_made_said(a)])
 
 def _class_frame(c):
     kinds = [k for k in ('sensitivity', 'specificity', 'auroc') if f"{k}/{c.about['classes'][0]}" in next(iter(c.scores.values())).index]
@@ -152,7 +179,7 @@ def _class_frame(c):
 def _harm_frame(harm):
     rows = [{'': r['class'], 'pair': pair_name(r.model, r.against), 'images': r.images, 'groups': r.groups, 'before': f'{r.before:.3f}', 'after': f'{r.after:.3f}',
              'difference': _cell(pd.Series(dict(value=r.difference, low=r.low, high=r.high)), signed=True), 'Holm p': f'{r.holm:.3f}' if np.isfinite(r.holm) else '', 'verdict': r.verdict} for _,r in harm.iterrows()]
-    return pd.DataFrame(rows).replace('nan', '').set_index('')
+    return pd.DataFrame(rows).replace('nan', '').set_index('').rename_axis(None)
 
 def _subgroup_frame(subgroups):
     rows = []
@@ -161,8 +188,10 @@ def _subgroup_frame(subgroups):
         for r in part.itertuples():
             row[r.model] = r.note if str(r.note).startswith('not scored') else _cell(r)
             if r.model != 'teacher' and np.isfinite(getattr(r, 'difference', np.nan)): row[f'{r.model}: difference'] = f'{r.difference:+.3f} ({r.difference_low:+.3f} to {r.difference_high:+.3f}), Holm p {r.holm:.3f}'
+        row['note'] = '; '.join(dict.fromkeys(n for n in part.note if isinstance(n, str) and n and not n.startswith('not scored')))
         rows.append(row)
-    return pd.DataFrame(rows).fillna('').set_index('')
+    frame = pd.DataFrame(rows).fillna('').set_index('').rename_axis(None)
+    return frame if frame.note.any() else frame.drop(columns='note')
 
 # %% ../nbs/49_report.ipynb #2fbe9b71
 def _agreement_frame(agreements): return pd.DataFrame({f'{name} and teacher': {m.replace('_', ' '): _cell(r) for m,r in frame.iterrows()} for name,frame in agreements.items()})
@@ -170,7 +199,17 @@ def _agreement_frame(agreements): return pd.DataFrame({f'{name} and teacher': {m
 def _calibration_frame(calibration):
     if calibration is None: return None
     shown = calibration if calibration.note.any() else calibration.drop(columns='note')
+    shown = shown.map(lambda v: v if isinstance(v, str) else f'{v:.3f}' if np.isfinite(v) else '')
     return shown.rename(columns=lambda c: c.replace('_scaled', ', scaled').replace('_', ' '))
+
+def _left_out_frame(scores):
+    "What the headline metrics leave out, and for which models"
+    notes = {}
+    for name,frame in scores.items():
+        for m in HEADLINE:
+            if frame.note[m]: notes.setdefault((m, frame.note[m]), []).append(name)
+    rows = [{'': m.replace('_', ' '), 'models': ', '.join(names), 'note': note} for (m,note),names in notes.items()]
+    return pd.DataFrame(rows).set_index('').rename_axis(None) if rows else None
 
 _COSTS = dict(parameters='parameters', macs='MACs', file_mb='weights, MB', latency_ms='latency of one image, ms', throughput='images/s, one by one', memory_mb='peak memory of one image, MB',
               latency_batch_ms='latency of a batch, ms', throughput_batch='images/s in batches', memory_batch_mb='peak memory of a batch, MB', batch='images in a batch')
@@ -181,7 +220,7 @@ def sections(self:Comparison)->list:
     said,parts = self.predictions is not None,[Section('Metrics', _about_section(self), self.table().rename(columns=_COSTS), dict(metrics=self.plot))]
     if self.harm is not None and len(self.harm): parts.append(Section('Harm', "Sensitivity of each class, before (the model compared with) and after; 'lost' and 'gained' are beyond chance after Holm's correction over classes.", _harm_frame(self.harm), dict(harm=self.plot_harm)))
     parts.append(Section('Each class', '', _class_frame(self)))
-    if self.subgroups is not None: parts.append(Section('Subgroups', f"{self.subgroups.metric.iloc[0].replace('_', ' ').capitalize()} within each subgroup; p-values corrected over subgroups.", _subgroup_frame(self.subgroups), dict(subgroups=self.plot_subgroups)))
+    if self.subgroups is not None: parts.append(Section('Subgroups', f"{self.subgroups.metric.iloc[0].replace('_', ' ').capitalize()} within each subgroup; p-values of differences between models are corrected over subgroups, gaps between subgroups are not tested.", _subgroup_frame(self.subgroups), dict(subgroups=self.plot_subgroups)))
     if self.calibration is not None or said:
         text = 'ECE, Brier score and log loss of the test images before and after a temperature that was found on validation images; means over seeds.' if self.calibration is not None else ''
         parts.append(Section('Calibration', text, _calibration_frame(self.calibration), dict(reliability=self.plot_reliability) if said else {}))
@@ -191,11 +230,14 @@ def sections(self:Comparison)->list:
         parts.append(Section('Cost', 'Measured on the machine that made this report; the first model of each name.', pd.DataFrame(self.costs).rename(index=_COSTS), dict(cost=self._plot_cost) if priced else {}))
     if said: parts.append(Section('Mistakes', '', None, {f'confusion-{name}': (lambda name=name: self.plot_confusion(name)) for name in self.scores} | dict(roc=self.plot_roc)))
     if getattr(self, 'history', None) is not None: parts.append(Section('Training', 'Every term of every loss.', None, dict(training=lambda: plot_history(self.history))))
-    notes = dict.fromkeys(f'{m}: {frame.note[m]}' for frame in self.scores.values() for m in HEADLINE if frame.note[m])
-    return parts + ([Section('Left out', '; '.join(notes))] if notes else [])
+    left_out = _left_out_frame(self.scores)
+    return parts if left_out is None else [*parts, Section('Left out', 'A mean over classes leaves out a class that no image shows, and a bootstrap replicate without one of the others is dropped.', left_out)]
 
 @patch
-def _plot_cost(self:Comparison): return plot_tradeoff(tradeoff_table(self.scores, self.costs)).figure
+def _plot_cost(self:Comparison):
+    ax = plot_tradeoff(tradeoff_table(self.scores, self.costs))
+    ax.set_title(_folded(_where(self.about), 84), fontsize=10)
+    return ax.figure
 
 # %% ../nbs/49_report.ipynb #43ee5803
 def _text(v):
@@ -239,8 +281,8 @@ _STYLE = """
 .kdmed {max-width: 54rem; margin: 0 auto; font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a;}
 .kdmed h1 {font-size: 1.6em;} .kdmed h2 {font-size: 1.2em; margin: 1.8em 0 .4em; border-bottom: 1px solid #ccc;}
 .kdmed .harm {border: 2px solid #a40000; border-left-width: 10px; padding: .3em 1em; font-weight: 600;}
-.kdmed .scroll {overflow-x: auto;} .kdmed table {border-collapse: collapse; font-size: .85em; font-variant-numeric: tabular-nums;}
-.kdmed th, .kdmed td {padding: .25em .7em; text-align: left; border-bottom: 1px solid #e3e3e3; vertical-align: top;}
+.kdmed .scroll {overflow-x: auto;} .kdmed table {border-collapse: collapse; font-size: .8em; font-variant-numeric: tabular-nums;}
+.kdmed th, .kdmed td {padding: .25em .6em; text-align: left; border-bottom: 1px solid #e3e3e3; vertical-align: top;}
 .kdmed thead th {border-bottom: 1.5px solid #555;} .kdmed img {max-width: 100%; height: auto;} .kdmed figure {margin: 1em 0;}
 .kdmed footer {margin-top: 2em; color: #555;}
 @page {size: A4; margin: 15mm;}
@@ -264,7 +306,10 @@ def _drawn(draw, kinds=('svg',)):
     plt.close(fig)
     return {kind: file.getvalue() for kind,file in held.items()}
 
-def _html_table(frame): return '<div class="scroll">' + frame.map(_text).to_html(border=0, escape=True) + '</div>'
+def _html_table(frame):
+    "A table; intervals do not break within their parentheses"
+    whole = frame.map(_text).map(lambda v: re.sub(r'\([+-]?[\d.]+ to [+-]?[\d.]+\)', lambda m: m[0].replace(' ', '\xa0'), v))
+    return '<div class="scroll">' + whole.rename_axis(None).to_html(border=0, escape=True) + '</div>'
 
 def _html_section(s, drawn):
     parts = [f'<section><h2>{html.escape(s.title)}</h2>'] + [f'<p>{html.escape(s.text)}</p>']*bool(s.text)
@@ -394,6 +439,7 @@ def distillation_study(
     "Teacher, plain students and distilled students, trained alike and compared on the test images"
     if not hasattr(dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
     if missing := [c for c in ([subgroups] if isinstance(subgroups, str) else subgroups) if c not in dls.test.table]: raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
+    for c in [subgroups] if isinstance(subgroups, str) else subgroups: subgroup_labels(dls.test.table[c]) # before training, not after
     if not len(seeds): raise ValueError('seeds must hold at least one seed')
     if isinstance(student, torch.nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each seed starts afresh')
     def tell(what):
