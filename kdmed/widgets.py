@@ -197,6 +197,15 @@ def _array(values): return values.detach().cpu().numpy() if hasattr(values, 'det
 def _check_length(values, n, name):
     if len(values) != n: raise ValueError(f'{name} must be one for each of the {n} images, got {len(values)}')
 
+def _check_same_images(dl, targets, task):
+    "Raise an error unless a loader's own labels are the targets: else the predictions are those of other images"
+    own = np.stack([_array(y) for y in dl.dataset.tls[1]]).astype(float)
+    given = _array(targets).astype(float)
+    own,given = (a if task == 'multilabel' else a.reshape(-1) for a in (own, given))
+    if own.shape != given.shape: raise ValueError(f'images must be the loader whose images were predicted: its labels are {list(own.shape)}, targets {list(given.shape)}')
+    other = ~((own == given) | (np.isnan(own) & np.isnan(given))).reshape(len(own), -1).all(1)
+    if other.any(): raise ValueError(f'images must be the loader whose images were predicted: for {other.sum()} of {len(own)}, such as image {np.flatnonzero(other)[0]}, its label is not the target')
+
 def _pixels_of(images, n):
     "A function from an image's number to its pixels, uint8 [H, W, 3]"
     if hasattr(images, 'decoded'): images = images.decoded()[0]
@@ -236,11 +245,11 @@ def _covered(image, heat, alpha=.45):
     return overlay(image, heat.clip(0, 1), alpha)
 
 # %% ../nbs/52_widgets.ipynb #2f36af3b
-def _questions(probs, targets, classes, task):
+def _questions(probs, targets, classes, task, name='probs'):
     "Names of the answers, the rows' image and true answer, and the predicted answers with their probabilities"
     classes = _check_classes(classes, task)
-    probs = _check_probs(_array(probs), classes, task)
-    actual,known = _check_targets(_array(targets), len(probs), classes, task)
+    probs = _check_probs(_array(probs), classes, task, name)
+    actual,known = _check_targets(_array(targets), len(probs), classes, task, name)
     if task != 'multilabel':
         image,predicted = np.arange(len(probs)),probs.argmax(1)
         return classes, image, actual.argmax(1), predicted, probs[image, predicted]
@@ -393,9 +402,10 @@ def browse_mistakes(
 )->MistakeBrowser: # `widget`, `select`, `value`, `selected`, `shown`, `picture`
     "Browse the images that models got wrong, or right, by class, confidence, group and model"
     if groups is None and hasattr(images, 'decoded'): groups = images.table.group
-    questions = {model: _questions(p, targets, classes, task) for model,p in _by_model(probs, 'probs').items()}
+    questions = {model: _questions(p, targets, classes, task, f'probs[{model!r}]' if isinstance(probs, dict) else 'probs') for model,p in _by_model(probs, 'probs').items()}
     n = len(targets)
     if groups is not None: _check_length(groups, n, 'groups')
+    if hasattr(images, 'decoded'): _check_same_images(images, targets, task)
     return MistakeBrowser(questions, _pixels_of(images, n), groups, _maps_of(maps, list(questions), n), task, columns, rows, side)
 
 # %% ../nbs/52_widgets.ipynb #c821fa81
@@ -520,6 +530,7 @@ def explore_temperature(
     actual = None if targets is None else _check_targets(_array(targets), len(first), _check_classes(classes, task), task)[0][:, n_classes-len(names):]
     if groups is None and hasattr(images, 'decoded'): groups = images.table.group
     if groups is not None: _check_length(groups := np.asarray(groups).astype(str), len(first), 'groups')
+    if targets is not None and hasattr(images, 'decoded'): _check_same_images(images, targets, task)
     one_of_many = task == 'multiclass' or task == 'binary' and len(names) == 2
     pixels = None if images is None else _pixels_of(images, len(first))
     return TemperatureExplorer({model: z for model,(z,_) in checked.items()}, names, one_of_many, temperature, pixels, actual, groups)
