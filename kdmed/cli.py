@@ -31,7 +31,7 @@ from .datasets import (read_breakhis, read_chestxray14, read_csv, read_dicom_fol
 from .images import name_of
 from .kd import METHODS, Teacher, distill_callbacks
 from .models import create_student, create_teacher, save_student
-from .recipes import RECIPES, run
+from .recipes import RECIPES, run as run_recipe
 from .report import REPORT_FILES, distillation_study, markdown_table, training_history
 from .transforms import chest_augment, deit_lung_augment, kd_convnext_augment, mskd_augment, skin_augment, tissue_augment
 
@@ -171,14 +171,14 @@ def _recipe_command(args):
     "kdmed recipe"
     check_in(args.name, RECIPES, 'recipe')
     recipe = _set_values(RECIPES[args.name].scaled(args.scale), args.set)
-    if args.out is None: return recipe.card()
+    if args.out is None: return print(f'{recipe.name}: {recipe.paper}\n{recipe.note}\n{markdown_table(recipe.settings())}')
     table = _read_data(args)
     if args.ablate:
         study = ablate(recipe, table, args.out, repeats=args.repeats, resplit=not args.one_split, store=args.store)
         study.save(args.out, overwrite=True)
         print('\n' + '\n'.join(f'- {s}' for s in study.findings()) + f'\n\n{markdown_table(study.table())}')
     else:
-        comparison = run(recipe, table, args.out, args.repeats, store=args.store, subgroups=args.subgroups)
+        comparison = run_recipe(recipe, table, args.out, args.repeats, store=args.store, subgroups=args.subgroups)
         print('\n' + '\n'.join(f'- {s}' for s in comparison.findings()) + f'\n\n{markdown_table(comparison.table())}')
     print(f'\n{recipe.note}'*bool(recipe.note) + f'\nAll of it is in {args.out}')
 
