@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .core import COLORS, capture_activations, check_in, evaluating, figure, unwrap
 from .data import decode_images
 from .metrics import _check_loader, _module, confusion, group_weights, predict
-from .intervals import _check_runs, _runs
+from .intervals import _check_runs
 from .models import pooled_features, stage_names
 from .scores import _check_classes, _check_probs, _check_targets, _ratio
 
