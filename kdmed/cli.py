@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/cli.html.md"""
 __all__ = ['RUN_FILES', 'READERS', 'AUGMENTS', 'DEMO', 'main']
 
 # %% ../nbs/80_cli.ipynb #d237293b
-import argparse, json, os, platform, shutil, sys, tempfile, time, warnings
+import argparse, ast, json, os, platform, shutil, sys, tempfile, time, warnings
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -163,7 +163,9 @@ def _yes(text):
     if text.lower() not in ('true', 'false'): raise ValueError('expected true or false')
     return text.lower()=='true'
 
-def _several(text): return tuple(json.loads(f'[{text}]') if text[:1].isdigit() or text[:1]=='.' else text.split(','))
+def _several(text):
+    try: return ast.literal_eval(f'({text},)') # numbers
+    except (ValueError, SyntaxError): return tuple(text.split(','))
 
 _SETTING_TYPES = {bool: _yes, tuple: _several}
 

@@ -12,6 +12,7 @@ __all__ = ['HEADLINE', 'FEWEST_GROUPS', 'SMALLEST_SUBGROUP', 'MOST_SUBGROUPS', '
 import re
 from collections import Counter
 from datetime import date
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,6 @@ import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 
-from . import __version__
 from .core import check_in, count_macs, count_parameters, measure_latency, measure_memory, weights_size
 from .intervals import _check_runs, _check_whole
 from .metrics import _check_loader, _columns_for, _module, agreement, calibrate, default_metrics, evaluate, holm, more_is_better, paired_difference, predict, scores
@@ -78,7 +78,7 @@ def compare_predictions(
     if 'teacher' in probs and reference != 'teacher': pairs += [(name, 'teacher') for name in probs if name not in ('teacher', reference)]
     differences = {pair_name(a, b): paired_difference(probs[a], probs[b], metrics=_reported(classes, task), **given) for a,b in pairs}
     about = dict(images=len(targets), groups=frames[reference].attrs['groups'], classes=classes, task=task, reference=reference,
-                 seeds={name: len(p) for name,p in probs.items()}, n_boot=n_boot, level=level, seed=seed, date=date.today().isoformat(), kdmed=__version__)
+                 seeds={name: len(p) for name,p in probs.items()}, n_boot=n_boot, level=level, seed=seed, date=date.today().isoformat(), kdmed=version('kdmed'))
     students = [name for name in probs if name != 'teacher']
     said = dict(probs=probs, targets=np.asarray(targets), groups=groups)
     return Comparison(frames, differences, {}, about, harm_check(probs, [p for p in pairs if p[0] != 'teacher'], given),

@@ -433,7 +433,13 @@ class KeepBest(SaveModelCallback):
     "Keep the weights of the epoch with the lowest validation loss in a file, and load them at the end"
     def __init__(self,
         file, # Without suffix
-    ): super().__init__('valid_loss', fname=str(Path(file).resolve()))
+    ):
+        super().__init__('valid_loss', fname=Path(file).name)
+        self.folder = Path(file).parent
+
+    def before_fit(self): # fastai makes a folder `models` where it stands, unless told where to go
+        self.learn.path,self.learn.model_dir = self.folder,'.'
+        super().before_fit()
 
     def after_epoch(self):
         TrackerCallback.after_epoch(self)
