@@ -34,6 +34,7 @@ def group_weights(
 )->np.ndarray: # float32 `[n_boot, N]`: whole numbers
     "How often each image's group was drawn, when as many groups as there are were drawn with replacement"
     _check_whole(n_boot, 'n_boot')
+    _check_whole(seed, 'seed', 0)
     codes = _group_codes(groups)
     n = len(set(codes))
     if n < 2: raise ValueError(f'an interval needs 2 groups or more, got {n} for {len(codes)} images')
