@@ -86,6 +86,7 @@ def compare_predictions(
         calibration_scores(probs, valid, given) if valid is not None else None,
         {s: agreement(probs[s], probs['teacher'], **given) for s in students} if 'teacher' in probs else {}, said)
 
+# %% ../nbs/48_comparison.ipynb #b9bc5ea2
 _RESERVED = 'about','difference','differences','harm','subgroups','calibration','agreements'
 _ROLES = 'teacher','plain','distilled'
 
@@ -197,6 +198,7 @@ def _spelled(numbers):
         if len({*texts}) == len(texts) and not any('e' in t for t in texts): break
     return texts
 
+# %% ../nbs/48_comparison.ipynb #0619d922
 def _bands(numbers, name):
     "Few numbers as they are; ages in bands, others in quarters; where most of them are equal, these and what lies on either side"
     known = np.unique(numbers.dropna())
@@ -215,6 +217,7 @@ def _categories(values, column):
     order = [str(c).strip() for c in column.cat.categories] if isinstance(column.dtype, pd.CategoricalDtype) else sorted(spelling.values())
     return pd.Series(pd.Categorical([None if v is None else spelling[str(v).casefold()] for v in values], [c for c in dict.fromkeys(order) if c in spelling.values()]))
 
+# %% ../nbs/48_comparison.ipynb #86a241ba
 def subgroup_labels(
     column:pd.Series, # A column of an image table
 )->pd.Series: # Categories in their order; `unknown`, where it is missing, comes last
@@ -228,6 +231,7 @@ def subgroup_labels(
     if len(labels.cat.categories) < 2: raise ValueError(f'subgroup column {name!r} must tell images apart, got {labels.cat.categories[0]!r} for all {len(labels)}')
     return labels
 
+# %% ../nbs/48_comparison.ipynb #9017760f
 def subgroup_scores(
     probs:dict,    # Name: list of probabilities [N, C], one for each seed
     columns,       # Data frame [N, …] whose columns make subgroups
@@ -319,6 +323,7 @@ def compare(
     comparison.about.update(data=table.attrs['name'], split=table.split.iloc[0], size=dl.size, models={name: _architecture(group[0]) for name,group in models.items()})
     return comparison
 
+# %% ../nbs/48_comparison.ipynb #3ca10fe0
 def _check_fitted(models, dl):
     "Models as lists over seeds, when each can answer for the images of a loader"
     _check_names(models, 'models')
@@ -394,6 +399,7 @@ def _no_harm_said(judged, classes):
     if judged == classes: return 'No class lost sensitivity beyond chance'
     return 'The one class that could be judged lost no sensitivity beyond chance' if judged == 1 else f'None of the {judged} judged classes lost sensitivity beyond chance'
 
+# %% ../nbs/48_comparison.ipynb #a5c054fc
 def _gap_said(column, rows):
     "The widest gap between those subgroups, of two or more, in which the same classes are judged"
     if len(rows) < 2: return []

@@ -25,9 +25,9 @@ from .metrics import evaluate, paired_difference, predict
 from .store import _digest, _text
 
 # %% ../nbs/51_methods.ipynb #c8ae6099
-def _study_key(dls, student, epochs, lr):
+def _study_key(dls, student, epochs, lr, on):
     "What must be the same when a study goes on"
-    data = dict(data=dls.table.attrs['name'], classes=list(dls.classes), train=len(dls.train_ds), test=len(dls.test.table))
+    data = dict(data=dls.table.attrs['name'], classes=list(dls.classes), train=len(dls.train_ds), on=on, judged=len(getattr(dls, on).table))
     return data | dict(size=dls.size, bs=dls.train.bs, views=_views_of(dls.train), student=_about(student), epochs=epochs, lr=lr)
 
 def _views_of(dl):
@@ -77,24 +77,25 @@ def compare_methods(
     seeds=(0, 1, 2),  # One student of each method, and one plain one, for each
     folder=None,      # Where predictions are kept, so that an interrupted study goes on; not kept if left out
     progress:bool=True, # Print which student is trained
-)->dict: # Name: probabilities [N, C] for the test images, one for each seed; `teacher` and `plain` first
-    "Train students by many methods, with equal budget, and predict the test images"
-    if not hasattr(dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
+    on:str='test',    # Images by which they are judged: `valid` to choose a method, and `test` to report what it does
+)->dict: # Name: probabilities [N, C] for these images, one for each seed; `teacher` and `plain` first
+    "Train students by many methods, with equal budget, and predict images that none was trained on"
+    _check_on(dls, on)
     if isinstance(student, nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each one starts afresh')
     if isinstance(seeds, int) or not len(seeds): raise ValueError(f'seeds must be one or more integers, such as (0, 1, 2), got {seeds!r}')
     methods,teacher = _named(methods, dls),teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     taps,model = teacher.taps,_make(student, dls, 0)
     _rehearse(dls, model, teacher, methods, taps)
-    predictions = {'teacher': [predict_teacher(teacher, dls)], 'plain': []} | {name: [] for name in methods}
+    predictions = {'teacher': [predict_teacher(teacher, dls, on)], 'plain': []} | {name: [] for name in methods}
     folder = Path(folder) if folder is not None else None
-    if folder is not None: _check_study(folder, _study_key(dls, model, epochs, lr), {name: _identity(m) for name,m in methods.items()}, predictions['teacher'][0])
+    if folder is not None: _check_study(folder, _study_key(dls, model, epochs, lr, on), {name: _identity(m) for name,m in methods.items()}, predictions['teacher'][0])
     for seed in seeds:
         for name in ['plain', *methods]:
             def train():
                 if progress: print(f'seed {seed}: {name}', flush=True)
                 teacher.taps,teacher.capture = taps,None # not those of the method before
                 learn = _train(dls, student, teacher, methods.get(name), epochs, lr, seed)
-                return predict(learn, dls.test)[0]
+                return predict(learn, getattr(dls, on))[0]
             predictions[name].append(train().astype(np.float32) if folder is None else _remember(folder/f'{name}-{seed}.npy', train))
     return predictions
 
@@ -126,15 +127,24 @@ def _rehearse(dls, model, teacher, methods, taps):
         teacher.taps,teacher.capture = taps,None
         student = deepcopy(model)
         try: fit_classifier(dls, student, 1, cbs=[*_callbacks(method, student, teacher), _StopAtFirstBatch()], progress=False)
-        except Exception as e: raise ValueError(f'method {name!r}: {e}') from e
+        except Exception as e: raise ValueError(f'method {name!r}: {_reason(e)}') from e
 
+def _reason(e): return str(e).split(':\n\t', 1)[-1] # fastai says first in which callback it was
+
+def _check_on(dls, on):
+    check_in(on, ('valid', 'test'), 'on')
+    if not hasattr(dls, on): raise ValueError(f'dls has no {on} images: give split_groups three positive sizes')
+
+# %% ../nbs/51_methods.ipynb #8561e008
 def predict_teacher(
     teacher:Teacher, # Its classes may be in another order
-    dls,             # From `image_dls`, with test images
+    dls,             # From `image_dls`
+    on:str='test',   # Which images: `valid` or `test`
 )->np.ndarray: # Probabilities [N, C], in the order of `dls.classes`
     "What a teacher says of the test images"
+    _check_on(dls, on)
     teacher.meet(dls)
-    with torch.no_grad(): logits = torch.cat([teacher._answer((x.as_subclass(torch.Tensor),))[0].double().cpu() for x,_ in dls.test])
+    with torch.no_grad(): logits = torch.cat([teacher._answer((x.as_subclass(torch.Tensor),))[0].double().cpu() for x,_ in getattr(dls, on)])
     return (logits.softmax(1) if dls.task=='multiclass' else logits.sigmoid()).numpy()
 
 # %% ../nbs/51_methods.ipynb #efc2ccd9
@@ -143,11 +153,14 @@ def methods_comparison(
     dls,              # The same
     metric:str='balanced_accuracy', # Any that `kdmed.metrics.evaluate` gives
     n_boot:int=1000,  # Bootstrap draws of groups and seeds
+    on:str='test',    # As in `compare_methods`
 )->pd.DataFrame: # A row for each model: the metric with its 95 % interval, its difference to `plain` with its own
     "How each method did, and how far from the plain student"
-    table = dls.test.table
+    _check_on(dls, on)
+    table = getattr(dls, on).table
     given = dict(classes=table.attrs['classes'], groups=table.group.to_numpy(), task=table.attrs['task'], n_boot=n_boot)
-    targets = np.concatenate([y.cpu().numpy() for _,y in dls.test])
+    targets = np.concatenate([y.cpu().numpy() for _,y in getattr(dls, on)])
+    if wrong := [name for name,probs in predictions.items() if len(probs[0])!=len(targets)]: raise ValueError(f'predictions of {wrong[0]!r} are for {len(predictions[wrong[0]][0])} images, but dls has {len(targets)} {on} images: give `on` as it was given to compare_methods')
     rows = {}
     for name,probs in predictions.items():
         values = evaluate(list(probs), targets, **given)

@@ -61,6 +61,7 @@ def _in_order(probs, columns):
     if columns == sorted(columns): return probs
     return 1-probs if probs.ndim == 1 or probs.shape[1] == 1 else probs[:, columns]
 
+# %% ../nbs/44_metrics.ipynb #f8cd2c09
 def predict(
     model,   # Module or fitted Learner
     dl,      # A loader of `image_dls` that does not shuffle, such as `dls.test`

@@ -41,7 +41,7 @@ from .filters import SuperResolution
 from .images import check_table, name_of
 from .kd import fit_classifier
 from .losses import FEATURE_WEIGHTS, inverse_frequency_weights
-from .methods import _StopAtFirstBatch, _write
+from .methods import _reason, _StopAtFirstBatch, _write
 from .metrics import predict
 from .models import add_distillation_token, create_fused_teacher, create_student, load_student, save_student, stage_names, truncate_vit
 from .multidim import MultiDimKD
@@ -91,6 +91,7 @@ class Recipe:
     rows:ClassVar[dict] = {}                 # {name: Row}: what can be trained; `teacher` and `plain` are among them
     full:ClassVar[str] = ''                  # The row that is the system itself
     order:ClassVar[tuple] = ()               # Rows in the order in which the paper finds them, worst first
+    pairs:ClassVar[tuple] = ()               # Other rows that are compared: (row, the one it is compared with)
     backbones:ClassVar[dict] = {}            # {timm name: Row}: other models that the paper compares, without a teacher
 
     def __post_init__(self): _check_recipe(self)
@@ -231,6 +232,14 @@ def make_student(self:Recipe,
     return self.build(self.student, dls)
 
 @patch
+def architecture(self:Recipe,
+    row:str, # A name in `rows`
+)->str: # timm names; a narrow recipe may take a smaller member of a family
+    "What a row trains, by name"
+    names = self.teacher if row=='teacher' else self.student
+    return _member(names, self.width) if isinstance(names, str) else ' + '.join(names)
+
+@patch
 def label_callbacks(self:Recipe, dls)->list:
     "What changes the label loss, in every row and for the teacher"
     return []
@@ -265,14 +274,15 @@ class DeiTLung(Recipe):
     name:ClassVar[str] = 'deit_lung'
     paper:ClassVar[str] = 'Qu & Wang, Research on Early Prediction of Lung Cancer Based on Deep Learning, 2025; losses: Touvron et al., Training data-efficient image transformers & distillation through attention, 2021'
     rows:ClassVar[dict] = {
-        'teacher': Row('ResNet50', dict(accuracy=.9751, macro_precision=.9751, macro_recall=.9751, macro_f1=.9751), taught=False),
-        'plain': Row('DeiT and its token, labels alone', taught=False),
+        'teacher': Row('the teacher, labels alone', dict(accuracy=.9751, macro_precision=.9751, macro_recall=.9751, macro_f1=.9751), taught=False),
+        'plain': Row('student with its token, labels alone', taught=False),
         'logits': Row('softened logits, the token without a task'),
         'hard_token': Row("the token learns the teacher's decisions"),
         'soft_token': Row("the token learns the teacher's softened logits", dict(accuracy=.9996, macro_precision=.9996, macro_recall=.9996, macro_f1=.9996))}
     full:ClassVar[str] = 'soft_token'
     backbones:ClassVar[dict] = {name: Row(what, dict(accuracy=v)) for name,what,v in (('vgg16', 'VGG16', .9849), ('resnet50', 'ResNet50', .9751), ('deit_base_patch16_224', 'DeiT', .9996))}
 
+# %% ../nbs/70_recipes.ipynb #69e4fcd0
 @patch
 def make_student(self:DeiTLung, row, dls, teacher=None): return add_distillation_token(self.build(self.student, dls))
 
@@ -312,17 +322,18 @@ class KDConvNeXt(Recipe):
     name:ClassVar[str] = 'kd_convnext'
     paper:ClassVar[str] = 'Zheng et al., KD_ConvNeXt: knowledge distillation-based image classification of lung tumor surgical specimen sections, Front. Genet. 14:1254435, 2023'
     rows:ClassVar[dict] = {
-        'plain': Row('ConvNeXt', dict(accuracy=.8112, macro_precision=.6734, macro_recall=.6850, macro_f1=.6791), taught=False),
-        'teacher': Row('Swin', dict(accuracy=.8275, macro_precision=.7048, macro_recall=.7140, macro_f1=.7093), taught=False),
-        'logits': Row('ConvNeXt + logits', dict(accuracy=.8305, macro_precision=.7238, macro_recall=.7254, macro_f1=.7246)),
-        'features': Row('ConvNeXt + features', dict(accuracy=.8421, macro_precision=.7420, macro_recall=.7446, macro_f1=.7433)),
-        'kd_convnext': Row('both: KD_ConvNeXt', dict(accuracy=.8564, macro_precision=.7988, macro_recall=.7464, macro_f1=.7717)),
+        'plain': Row('student, labels alone', dict(accuracy=.8112, macro_precision=.6734, macro_recall=.6850, macro_f1=.6791), taught=False),
+        'teacher': Row('the teacher, labels alone', dict(accuracy=.8275, macro_precision=.7048, macro_recall=.7140, macro_f1=.7093), taught=False),
+        'logits': Row('student + logits', dict(accuracy=.8305, macro_precision=.7238, macro_recall=.7254, macro_f1=.7246)),
+        'features': Row('student + features', dict(accuracy=.8421, macro_precision=.7420, macro_recall=.7446, macro_f1=.7433)),
+        'kd_convnext': Row('student + features + logits', dict(accuracy=.8564, macro_precision=.7988, macro_recall=.7464, macro_f1=.7717)),
         'staged': Row('features, then logits, then labels')}
     full:ClassVar[str] = 'kd_convnext'
     order:ClassVar[tuple] = 'plain','teacher','logits','features','kd_convnext'
     backbones:ClassVar[dict] = {'convnext_tiny': Row('ConvNeXt', dict(accuracy=.8112)), 'swin_tiny_patch4_window7_224': Row('Swin', dict(accuracy=.8275)), 'tf_efficientnetv2_s': Row('EfficientNetV2'),
                                 'davit_tiny': Row('DaViT'), 'coatnet_0_rw_224': Row('CoAtNet', dict(accuracy=.7984))}
 
+# %% ../nbs/70_recipes.ipynb #79ac9406
 @patch
 def label_callbacks(self:KDConvNeXt, dls):
     weights = inverse_frequency_weights(dls.counts) if self.class_weights=='inverse' and dls.task=='multiclass' else None
@@ -358,20 +369,25 @@ class MultiDim(Recipe):
     name:ClassVar[str] = 'multi_dim_kd'
     paper:ClassVar[str] = 'High efficiency classification of thyroid cytopathological images based on knowledge distillation and vision transformer, 2025 (abstract)'
     rows:ClassVar[dict] = {
-        'teacher': Row('ViT, 12 blocks', dict(accuracy=.9542), taught=False),
+        'teacher': Row('the teacher, labels alone', dict(accuracy=.9542), taught=False),
         'plain_fresh': Row('3 blocks from random weights, labels alone', taught=False),
         'plain': Row("3 blocks of the teacher's, labels alone", taught=False),
         'response': Row('logits'), 'spatial': Row('where'), 'channel': Row('what, channel by channel'), 'class_token': Row('class token'),
         'no_spatial': Row('all but where'), 'no_channel': Row('all but channels'), 'no_class_token': Row('all but the class token'), 'no_response': Row('all but logits'),
         'multi_dim_kd': Row('all four', dict(accuracy=.9487))}
     full:ClassVar[str] = 'multi_dim_kd'
+    pairs:ClassVar[tuple] = tuple(('multi_dim_kd', f'no_{d}') for d in ('spatial', 'channel', 'class_token', 'response'))
 
+# %% ../nbs/70_recipes.ipynb #ea9c9cd4
 _DIMENSIONS = 'spatial','channel','class_token','response'
 
 @patch
 def make_student(self:MultiDim, row, dls, teacher=None):
     if teacher is None and row!='plain_fresh': raise ValueError(f'row {row!r} begins as a part of the trained teacher: pass it')
     return truncate_vit(self.make_teacher(dls) if row=='plain_fresh' else teacher, self.blocks)
+
+@patch
+def architecture(self:MultiDim, row): return self.teacher if row=='teacher' else f'{self.teacher}, {len(self.blocks)} blocks'
 
 @patch
 def callbacks(self:MultiDim, row, student, teacher):
@@ -402,7 +418,7 @@ class MultiStage(Recipe):
     name:ClassVar[str] = 'multi_stage_kd'
     paper:ClassVar[str] = "Multi-stage knowledge distillation with layer fusion-based deep learning approach for skin cancer classification, 2025 (abstract and public code)"
     rows:ClassVar[dict] = {
-        'teacher': Row('ViT + ConvNeXt, fused', taught=False),
+        'teacher': Row('the fused teacher, labels alone', taught=False),
         'backbone': Row('student without exits, labels alone', dict(accuracy=.874, weighted_f1=.875, macro_auroc=.985), taught=False),
         'plain': Row('exits and fusion, labels alone', taught=False),
         'single_stage': Row("student without exits, the teacher's logits", dict(accuracy=.901, weighted_f1=.900, macro_auroc=.986)),
@@ -411,6 +427,7 @@ class MultiStage(Recipe):
     full:ClassVar[str] = 'multi_stage_kd'
     order:ClassVar[tuple] = 'backbone','single_stage','multi_stage','multi_stage_kd'
 
+# %% ../nbs/70_recipes.ipynb #5e67e5ba
 @patch
 def make_student(self:MultiStage, row, dls, teacher=None):
     student = self.build(self.student, dls)
@@ -447,6 +464,7 @@ class KeepBest(SaveModelCallback):
 
     def after_fit(self): self.learn.load(self.fname, with_opt=False, weights_only=True)
 
+# %% ../nbs/70_recipes.ipynb #0b38e36c
 def train_row(
     recipe:Recipe, # Scaled as it is to be run
     row:str,       # A name in `recipe.rows`
@@ -480,6 +498,7 @@ def _folder_or_temporary(folder):
         home.mkdir(parents=True, exist_ok=True)
         yield home
 
+# %% ../nbs/70_recipes.ipynb #49ec137c
 @patch
 def loaders(self:Recipe,
     table,          # Image table with `split` filled
@@ -498,6 +517,7 @@ def _checksum(table):
     columns = [table.image.map(lambda i: zlib.crc32(np.ascontiguousarray(i)) if isinstance(i, np.ndarray) else name_of(i)), table.label, table.group, table.split]
     return zlib.crc32('\n'.join('|'.join(map(str, row)) for row in zip(*columns)).encode())
 
+# %% ../nbs/70_recipes.ipynb #e472d586
 def _plain_settings(recipe): return json.loads(json.dumps({f.name: getattr(recipe, f.name) for f in fields(recipe)}))
 
 def check_study(folder, facts):
@@ -510,6 +530,7 @@ def check_study(folder, facts):
     if wrong: raise ValueError(f'{folder} holds another study: {"; ".join(wrong)}. Choose another folder')
     _write(file, json.dumps(facts, indent=1, ensure_ascii=False).encode())
 
+# %% ../nbs/70_recipes.ipynb #b464817f
 class Cell(NamedTuple):
     "A finished row on one seed"
     folder:Path
@@ -558,6 +579,7 @@ def study_facts(recipe, table, **more):
     "What must be the same for a study to go on"
     return dict(recipe=recipe.name, settings=_plain_settings(recipe), data=table.attrs.get('name', 'images'), classes=list(table.attrs['classes']), images=len(table), checksum=_checksum(table), **more)
 
+# %% ../nbs/70_recipes.ipynb #2b9c4795
 def run(
     recipe:Recipe,   # One of `RECIPES`, or one like it with other settings
     table,           # Image table; where it has no split it is dealt by group, in the recipe's shares
@@ -588,6 +610,7 @@ def run(
     _write(out/'recipe.md', f'# {recipe.name}\n\n{recipe.paper}\n\n{recipe.note}\n\n{markdown_table(recipe.settings())}\n'.encode())
     return comparison
 
+# %% ../nbs/70_recipes.ipynb #66c7b896
 def told(todo, progress):
     "What is to be done, with a progress bar that says what, and how long it will take"
     bar = progress_bar(todo) if progress else todo
@@ -605,4 +628,4 @@ def rehearse(recipe, dls, rows):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', UserWarning) # this teacher is no better than chance, and is not meant to be
                 fit_classifier(dls, model, 1, cbs=[*recipe.label_callbacks(dls), *cbs, _StopAtFirstBatch()], progress=False)
-        except (ValueError, TypeError, RuntimeError) as e: raise ValueError(f'{recipe.name}, row {row!r}, cannot be trained on these images: {e}') from e
+        except (ValueError, TypeError, RuntimeError) as e: raise ValueError(f'{recipe.name}, row {row!r}, cannot be trained on these images: {_reason(e)}') from e

@@ -93,6 +93,7 @@ def plot_harm(self:Comparison):
     fig.suptitle(_folded(_where(self.about), 84), fontsize=10)
     return fig
 
+# %% ../nbs/49_report.ipynb #e75b0386
 @patch
 def plot_subgroups(self:Comparison):
     "The metric of each subgroup and model, with intervals"
@@ -214,6 +215,7 @@ def _left_out_frame(scores):
 _COSTS = dict(parameters='parameters', macs='MACs', file_mb='weights, MB', latency_ms='latency of one image, ms', throughput='images/s, one by one', memory_mb='peak memory of one image, MB',
               latency_batch_ms='latency of a batch, ms', throughput_batch='images/s in batches', memory_batch_mb='peak memory of a batch, MB', batch='images in a batch')
 
+# %% ../nbs/49_report.ipynb #c7e24a4f
 @patch
 def sections(self:Comparison)->list:
     "The report as a list of `Section`"
@@ -290,6 +292,7 @@ _STYLE = """
  .kdmed .scroll {overflow: visible;} .kdmed table {font-size: 7.5pt;} .kdmed th, .kdmed td {padding: .15em .4em;}}
 """
 
+# %% ../nbs/49_report.ipynb #5a393846
 def _not_drawn(error):
     fig,ax = figure(height=.8)
     ax.axis('off')
@@ -320,6 +323,7 @@ def _html_section(s, drawn):
         parts.append(f'<figure><img alt="{html.escape(name)} of the models compared; the numbers are in the tables" src="data:image/svg+xml;base64,{data}"></figure>')
     return '\n'.join(parts) + '</section>'
 
+# %% ../nbs/49_report.ipynb #e319feaa
 @patch
 def to_html(self:Comparison,
     pictures=None, # Names of pictures to draw; all if left out
@@ -363,6 +367,7 @@ def to_dict(self:Comparison)->dict:
     agreements = {name: {m: {k: _number(v) for k,v in row.items()} for m,row in frame.iterrows()} for name,frame in self.agreements.items()}
     return result | dict(agreements=agreements, about=self.about | dict(notes={name: {m: n for m,n in frame.note.items() if n} for name,frame in self.scores.items()}))
 
+# %% ../nbs/49_report.ipynb #763e61e1
 REPORT_FILES = 'metrics.json','report.md','report.html','report.png','figures'
 
 @patch
