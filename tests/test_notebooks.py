@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
+from IPython.core.inputtransformer2 import TransformerManager
 from nbdev.config import get_config
 from nbdev.process import NBProcessor
 from nbdev.test import nb_test_cells
@@ -91,3 +92,15 @@ def test_lessons_hold_for_the_package(path, monkeypatch):
         with working_directory(path.parent):
             shell.run_all(nb, exc_stop=True, preproc=lambda c: c.id not in runs, cell_timeout=config.cell_timeout)
     finally: shell.close()
+
+PAGES = sorted([*(ROOT/'nbs').glob('papers/*.ipynb'), *(ROOT/'nbs').glob('tutorials/*.ipynb')])
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
+def test_page_runs_where_its_badges_lead(path):
+    "Colab and Kaggle open the notebook itself: every cell is Python, and one of the first installs kdmed"
+    nb,translate = read(path),TransformerManager().transform_cell
+    for cell in nb.cells:
+        if cell.cell_type == 'code': ast.parse(translate(cell.source))
+    badges = nb.cells[1].source
+    assert all(site in badges and f'nbs/{path.parent.name}/{path.name}' in badges for site in ('colab.research.google.com/github/', 'kaggle.com/kernels/welcome?src='))
+    assert any(re.search(r'^\s+%pip install -q kdmed$', c.source, re.M) for c in nb.cells[:4]), 'no cell installs kdmed'
