@@ -176,7 +176,7 @@ def _recipe_command(args):
     if args.out is None: return print(f'{recipe.name}: {recipe.paper}\n{recipe.note}\n{markdown_table(recipe.settings())}')
     table = _read_data(args)
     if args.ablate:
-        study = ablate(recipe, table, args.out, repeats=args.repeats, resplit=not args.one_split, store=args.store)
+        study = ablate(recipe, table, args.out, args.rows, args.repeats, resplit=not args.one_split, store=args.store)
         study.save(args.out, overwrite=True)
         print('\n' + '\n'.join(f'- {s}' for s in study.findings()) + f'\n\n{markdown_table(study.table())}')
     else:
@@ -269,6 +269,7 @@ def _recipe_arguments(command):
     add('--set', nargs='+', default=[], metavar='NAME=VALUE', help='settings of the card to give a value of their own, such as epochs=20 pretrained=false')
     add('--repeats', type=_positive(int), default=1, metavar='N', help='seeds; with --ablate, repetitions')
     add('--ablate', action='store_true', help="train all rows of the paper's table, and compare them")
+    add('--rows', nargs='+', metavar='ROW', help='with --ablate: rows to train beside teacher and plain; all if left out')
     add('--one-split', action='store_true', help='with --ablate: one split and several seeds, instead of a new split each time')
     add('--subgroups', nargs='+', default=[], metavar='COLUMN', help='columns of the image table by which the models are also compared')
     _data_arguments(add)

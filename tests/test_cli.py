@@ -127,6 +127,9 @@ def test_recipe_from_the_shell_writes_its_table_and_goes_on(tmp_path, capsys):
         Image.fromarray(row.image).save(tmp_path/'images'/row.label/f'{row.group.split()[1]}_{i}.png')
     command = ['recipe', 'deit_lung', '--data', str(tmp_path/'images'), '--group-pattern', r'(\d+)_', '--scale', '.05', '--ablate', '--repeats', '2', '--out', str(tmp_path/'run'),
                '--set', 'size=32', 'epochs=1', 'teacher_epochs=1', 'batch_size=16', 'shares=.5,.2,.3']
+    assert cli.main([*command, '--rows', 'soft_token']) == 0
+    assert set(pd.read_csv(tmp_path/'run'/'cells.csv').row) == {'teacher', 'plain', 'soft_token'}
+    assert cli.main([*command, '--rows', 'soft_tokens']) == 2 and "unknown row 'soft_tokens'; did you mean 'soft_token'" in capsys.readouterr().err
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert 'Scaled to 0.05' in printed and 'soft_token − plain' in printed
