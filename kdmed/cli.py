@@ -112,7 +112,7 @@ def _read_data(
     "The image table of a command"
     if args.data is None and args.dataset in ('folder', 'csv', 'dicom'): raise ValueError(f'--dataset {args.dataset} needs --data')
     read = dict(folder=lambda: read_folder(args.data, args.group_pattern, unlabeled=args.unlabeled),
-                csv=lambda: read_csv(args.data, label=args.label, group=args.group, task=args.task, empty=args.empty),
+                csv=lambda: read_csv(args.data, args.images, args.image, args.label, args.group, task=args.task, empty=args.empty, separator=args.separator),
                 dicom=lambda: read_dicom_folder(args.data), ham10000=lambda: read_ham10000(args.data),
                 lc25000=lambda: read_lc25000(args.data, args.tissue), chestxray14=lambda: read_chestxray14(args.data),
                 breakhis=lambda: read_breakhis(args.data, 'multiclass' if args.task=='multiclass' else 'binary', args.magnification),
@@ -226,6 +226,9 @@ def _data_arguments(add):
     add('--group-pattern', default='', metavar='REGEX', help='folder: first bracket is the group in a file name; else each image is its own group')
     add('--unlabeled', nargs='+', default=[], metavar='FOLDER', help='folder: folders whose images have no label; students learn from what the teacher says of them')
     add('--empty', choices=['auto', 'none', 'unlabeled'], default='auto', help='csv: what an empty label means; auto: no finding if the task is given as multilabel, else no label')
+    add('--images', default='', metavar='DIR', help="csv: folder the image names are relative to; the list's own folder if left out")
+    add('--image', default='image', metavar='COLUMN', help='csv: column of image file names')
+    add('--separator', default='|', metavar='SIGN', help='csv: what joins several findings in a label')
     add('--label', default='label', metavar='COLUMN', help='csv: column of labels')
     add('--group', default='group', metavar='COLUMN', help='csv: column of groups')
     add('--task', choices=['auto', 'binary', 'multiclass', 'multilabel'], default='auto', help='csv, breakhis: the task; auto: by the labels')

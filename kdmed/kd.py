@@ -6,10 +6,10 @@ Docs: https://kdmed.github.io/kdmed/kd.html.md"""
 
 # %% auto #0
 __all__ = ['ALL', 'SEVERAL', 'METHODS', 'TEACHERLESS', 'fit_classifier', 'Method', 'distill_callbacks', 'methods_table',
-           'distill', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds', 'DecoupledKD',
-           'DistillCallback', 'DistillTokenKD', 'DistKD', 'FocalKD', 'LogitKD', 'LossTerms', 'NormalizedKD',
-           'AttentionKD', 'ChannelKD', 'FeatureKD', 'RelationalKD', 'SimilarityKD', 'MultiDimKD', 'ViTKD',
-           'MultiStageKD', 'during', 'staged', 'FEATURE_WEIGHTS', 'attention_map', 'attention_transfer_loss',
+           'distill', 'check_fit', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds',
+           'DecoupledKD', 'DistillCallback', 'DistillTokenKD', 'DistKD', 'FocalKD', 'LogitKD', 'LossTerms',
+           'NormalizedKD', 'AttentionKD', 'ChannelKD', 'FeatureKD', 'RelationalKD', 'SimilarityKD', 'MultiDimKD',
+           'ViTKD', 'MultiStageKD', 'during', 'staged', 'FEATURE_WEIGHTS', 'attention_map', 'attention_transfer_loss',
            'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss', 'channel_loss',
            'cosine_loss', 'decoupled_loss', 'dist_loss', 'focal_loss', 'hard_token_loss', 'hint_loss',
            'inverse_frequency_weights', 'logit_mse_loss', 'normalized_loss', 'relational_loss', 'similarity_loss',
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 import pandas as pd
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds, fit_one_cycle
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
@@ -240,3 +241,18 @@ def distill(
     teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
     student = _make(student, dls, seed)
     return fit_classifier(dls, student, epochs, lr, seed, [*distill_callbacks(method, student, teacher), *L(cbs)], progress, metrics, optimizer, weight_decay, schedule)
+
+# %% ../nbs/38_kd.ipynb #f5ab4933
+class _StopAtFirstBatch(Callback):
+    def before_batch(self): raise CancelFitException()
+
+def check_fit(
+    dls,    # As for `fit_classifier`
+    model,  # One to throw away
+    cbs=(), # Callbacks that would train it
+)->None:
+    "Raise the error that a fit would raise, before anything is trained"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # they come when it is meant
+        try: fit_classifier(dls, model, 1, cbs=[*L(cbs), _StopAtFirstBatch()], progress=False)
+        except Exception as e: raise ValueError(str(e).split(':\n\t', 1)[-1]) from e # fastai says first in which callback it was

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelFitException
 from fastcore.foundation import L
 from torch import nn
 
 from .core import COLORS, check_in, figure
-from .kd import METHODS, SEVERAL, Teacher, _make, distill_callbacks, fit_classifier
+from .kd import METHODS, SEVERAL, Teacher, _make, check_fit, distill_callbacks, fit_classifier
 from .metrics import evaluate, paired_difference, predict
 from .store import _digest, _text
 
@@ -118,18 +117,13 @@ def _train(dls, student, teacher, method, epochs, lr, seed):
 
 def _callbacks(method, student, teacher): return distill_callbacks(method, student, teacher) if isinstance(method, str) else L(method(student, teacher))
 
-class _StopAtFirstBatch(Callback):
-    def before_batch(self): raise CancelFitException()
-
 def _rehearse(dls, model, teacher, methods, taps):
     "Raise an error before the first hour for what would fail in the fifth"
     for name,method in methods.items():
         teacher.taps,teacher.capture = taps,None
         student = deepcopy(model)
-        try: fit_classifier(dls, student, 1, cbs=[*_callbacks(method, student, teacher), _StopAtFirstBatch()], progress=False)
-        except Exception as e: raise ValueError(f'method {name!r}: {_reason(e)}') from e
-
-def _reason(e): return str(e).split(':\n\t', 1)[-1] # fastai says first in which callback it was
+        try: check_fit(dls, student, _callbacks(method, student, teacher))
+        except (ValueError, TypeError) as e: raise ValueError(f'method {name!r}: {e}') from e
 
 def _check_on(dls, on):
     check_in(on, ('valid', 'test'), 'on')

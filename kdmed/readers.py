@@ -18,7 +18,7 @@ from fastai.data.transforms import get_image_files
 from fastcore.basics import listify
 
 from .core import check_in
-from .images import SPLITS, WindowedImage, card, check_table, image_table, is_dicom, parse_findings
+from .images import SPLITS, WindowedImage, card, check_table, image_table, is_dicom, parse_findings, rename_labels
 from .splits import _SPLIT_NAMES
 
 # %% ../nbs/12_readers.ipynb #0688d038
@@ -137,8 +137,12 @@ def _read_rows(path, text=()):
     return rows.assign(**{c: written[c] for c in written})
 
 def _need_columns(path, rows, needed):
-    "Raise an error that names the columns of `needed` that a CSV file lacks"
-    if missing := [c for c in needed if c not in rows]: raise ValueError(f'{path}: missing column {missing}; it has {list(rows.columns)}')
+    "Raise an error that names the columns of `needed` that a CSV file lacks; `needed` may say which argument names each"
+    missing = [c for c in (needed.values() if isinstance(needed, dict) else needed) if c and c not in rows]
+    if not missing: return
+    arguments = [f'{a}=' for a,c in needed.items() if c in missing] if isinstance(needed, dict) else []
+    hint = (f'; name yours with {", ".join(arguments)}' if arguments else '') + (" (group='' if every image is of another patient)" if 'group=' in arguments else '')
+    raise ValueError(f'{path}: missing column {missing}; it has {list(rows.columns)}{hint}')
 
 _NOBODY = '','na','n/a','nan','none','null','<na>' # as a group's name: nobody knows
 
@@ -187,41 +191,53 @@ def _fill_empty(labels, task, empty):
     if empty=='none' and task!='multilabel': raise ValueError(f"empty='none' (no finding) needs task='multilabel', got {task!r}; every image of another task has a class, or no label")
     return labels.fillna('') if task=='multilabel' and empty!='unlabeled' else labels,task
 
-def _checked_list(path, image, label, group, split, task, classes, empty):
-    "Rows of a CSV file by image name, once nothing is wrong with them, `split` in its own column; and the task"
+def _as_findings(labels, separator):
+    "Labels whose findings are joined by `|`, whole numbers without the `.0` that missing values give them; and a note where another sign may join findings"
+    known = labels.dropna()
+    if len(known) and known.str.fullmatch(r'-?\d+\.0+').all(): labels = labels.str.replace(r'\.0+$', '', regex=True)
+    if separator!='|': return labels.str.replace(separator, '|', regex=False),[]
+    odd = [] if known.str.contains('|', regex=False).any() else [s for s in ';,' if known.str.contains(s, regex=False).any()]
+    return labels,[f'labels hold {s!r}, such as {known[known.str.contains(s, regex=False)].iloc[0]!r}: if it joins several findings, pass separator={s!r}' for s in odd]
+
+def _checked_list(path, image, label, group, split, task, classes, empty, separator):
+    "Rows of a CSV file by image name, once nothing is wrong with them, `split` in its own column; the task, the classes, and notes"
     rows = _read_rows(path, (image, label, group))
-    _need_columns(path, rows, [c for c in (image, label, group, split if split!='split' else '') if c])
+    _need_columns(path, rows, dict(image=image, label=label, group=group, split=split if split!='split' else ''))
     _check_ids(path, rows, image, group)
+    rows[label],notes = _as_findings(rows[label], separator)
+    rows[label],classes = rename_labels(rows[label], classes)
     rows[label],task = _fill_empty(rows[label], task, empty)
     if classes: _check_labels(path, rows, label, classes, task)
     rows['split'] = _splits_of(path, rows[split]) if split in rows else None
-    return rows.set_index(image, drop=False),task
+    return rows.set_index(image, drop=False),task,classes,notes
 
 # %% ../nbs/12_readers.ipynb #35ed2d01
 def read_csv(
     path,                # CSV file, one row an image
     images='',           # Folder the image names are relative to; the CSV's own folder if empty
     image:str='image',   # Column of image file names
-    label:str='label',   # Column of labels; several findings joined by `|`, unknown ones after a `?`
+    label:str='label',   # Column of labels; several findings joined by `separator`, unknown ones after a `?`
     group:str='group',   # Column of groups; empty if every image is of another patient
     split:str='split',   # Column of `train`, `valid`, `test`; none if empty
     task:str='auto',     # `binary`, `multiclass`, `multilabel`, or `auto`: by the labels
-    classes=None,        # Class names in order; a label outside of them is an error; found in the labels, sorted, if left out
+    classes=None,        # Class names in order, or a dict from what is written to the names, such as {0: 'benign', 1: 'malignant'}; a label outside of them is an error; found in the labels, sorted, if left out
     suffix:str='',       # What to add to the image names, such as `.jpg`
     missing:str='error', # What to do about a listed image that is not there: `error`, or `note` it and go on
     print_card:bool=True, # Print the card of the set
     empty:str='auto',    # What an empty label means: `unlabeled`, `none` (no finding; several findings only), or `auto`: `none` if the task is given as `multilabel`
+    separator:str='|',   # What joins several findings in a label
 )->pd.DataFrame: # Image table; further columns of the CSV are kept
     "Image table from a CSV file"
     check_in(missing, ('error', 'note'), 'missing')
     path = _existing(path, 'CSV file')
-    rows,task = _checked_list(path, image, label, group, split, task, classes, empty)
+    if not separator: raise ValueError("separator must not be empty; findings are joined by something, such as '|'")
+    rows,task,classes,hints = _checked_list(path, image, label, group, split, task, classes, empty, separator)
     folder = _existing(images or path.parent, 'image folder')
     files = [folder/f'{n}{suffix}' for n in rows.index]
     rows,files,notes = _keep_found(rows, [f if f.is_file() else None for f in files], missing, folder)
     table = image_table(files, rows[label], rows[group] if group else None, classes, task, name=path.stem)
     more = rows.drop(columns={image, label, group, split} & set(rows) - {'split'})
-    return _finish(table, more, notes if group else [*notes, _NO_GROUPS], print_card)
+    return _finish(table, more, [*hints, *notes, *([] if group else [_NO_GROUPS])], print_card)
 
 # %% ../nbs/12_readers.ipynb #13d26b39
 _DICOM_TAGS = dict(sex='PatientSex', view='ViewPosition', modality='Modality', body_part='BodyPartExamined', uid='SOPInstanceUID')

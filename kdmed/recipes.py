@@ -11,7 +11,7 @@ __all__ = ['ORIGINS', 'stated', 'in_code', 'ours', 'AUGMENTATIONS', 'OPTIMIZERS'
            'run', 'told', 'rehearse']
 
 # %% ../nbs/70_recipes.ipynb #20e96d7c
-import io, json, shutil, tempfile, warnings, zlib
+import io, json, shutil, tempfile, zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -40,9 +40,9 @@ from .exits import add_exits
 from .features import FeatureKD
 from .filters import SuperResolution
 from .images import check_table, name_of
-from .kd import fit_classifier
+from .kd import check_fit, fit_classifier
 from .losses import FEATURE_WEIGHTS, bernoulli_focal_loss, focal_loss, inverse_frequency_weights, is_known
-from .methods import _reason, _StopAtFirstBatch, _write
+from .methods import _write
 from .metrics import predict
 from .models import add_distillation_token, create_fused_teacher, create_student, load_student, save_student, stage_names, truncate_vit
 from .multidim import MultiDimKD
@@ -646,8 +646,5 @@ def rehearse(recipe, dls, rows):
     for row in rows:
         if row=='teacher': continue
         model,cbs = _model_and_callbacks(recipe, row, dls, teacher, 0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore', UserWarning) # this teacher is no better than chance, and is not meant to be
-                fit_classifier(dls, model, 1, cbs=[*recipe.label_callbacks(dls), *cbs, _StopAtFirstBatch()], progress=False)
-        except (ValueError, TypeError, RuntimeError) as e: raise ValueError(f'{recipe.name}, row {row!r}, cannot be trained on these images: {_reason(e)}') from e
+        try: check_fit(dls, model, [*recipe.label_callbacks(dls), *cbs])
+        except ValueError as e: raise ValueError(f'{recipe.name}, row {row!r}, cannot be trained on these images: {e}') from e

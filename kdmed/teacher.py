@@ -256,6 +256,24 @@ def begin(self:Teacher, learn): # A Learner, about to fit
     self.forget()
     self.meet(learn.dls)
 
+# %% ../nbs/31_teacher.ipynb #561cfa79
+class _AsModule(nn.Module):
+    "A teacher's answers, as those of one model"
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher,self.models = teacher,nn.ModuleList(teacher.models)
+    def forward(self, x): return self.teacher._answer((x,))[0]
+
+@patch
+def as_module(self:Teacher,
+    dls, # From `image_dls`: its classes and normalization
+)->nn.Module: # Gives logits [B, C]; for several models their mean
+    "A teacher, or several, as one model that can be compared with others"
+    alone = Teacher(self, weights=self.weights if isinstance(self.weights, str) else list(self.weights))
+    alone.meet(dls)
+    alone.check_classes()
+    return _AsModule(alone).eval()
+
 # %% ../nbs/31_teacher.ipynb #369ce046
 @patch
 def attend(self:Teacher, x): # A batch of images, before the student sees it
