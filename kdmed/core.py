@@ -52,7 +52,7 @@ def check_in(
     options = [str(o) for o in options]
     if str(value) in options: return
     near = difflib.get_close_matches(str(value), options, n=3, cutoff=.4)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f'; expected one of {options[:12]}'
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f'; expected one of {options[:12]}' + ' or others'*(len(options) > 12)
     raise ValueError(f'unknown {name} {str(value)!r}{hint}')
 
 # %% ../nbs/00_core.ipynb #4387f850

@@ -15,6 +15,7 @@ __all__ = ['UNLABELED', 'ImageRow', 'ImageDL', 'ClassLossFlat', 'FindingsLossFla
 import os, zlib
 from collections import namedtuple
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -338,7 +339,8 @@ def image_dls(
     allow_leakage:bool=False, # Accept groups that are in more than one split
 )->DataLoaders: # `train` and `valid`, and `test` where the table has test images; with `task`, `classes`, `counts` (training images of each class), `unlabeled` (those without a label), `size`, `table`, `quarantine`
     "fastai `DataLoaders` of an image table"
-    if size<1 or bs<1: raise ValueError(f'size and bs must be positive, got size={size}, bs={bs}')
+    for name,value in (('size', size), ('bs', bs)):
+        if not isinstance(value, Integral) or value < 1: raise ValueError(f'{name} must be a positive whole number, got {value!r}')
     _check_loading(store, unreadable, augment, preprocess, views, stats)
     _check_trainable(table, allow_leakage)
     weights = _sampling_weights(sampling, table[table.split=='train'])

@@ -89,6 +89,7 @@ def check_table(
     table:pd.DataFrame, # An image table
 )->pd.DataFrame: # The same table
     "Raise an error that names what is missing or wrong in an image table; give back the table if nothing is"
+    if not isinstance(table, pd.DataFrame): raise TypeError(f'expected an image table, a DataFrame, got {type(table).__name__}')
     missing = [c for c in ('image', 'label', 'group', 'split') if c not in table]
     if missing: raise ValueError(f'image table: missing column {missing}; it has {list(table.columns)}')
     if not len(table): raise ValueError('image table: no images')

@@ -165,6 +165,7 @@ def _made_said(about):
     "With what, how and when the numbers were made, as far as that is known"
     said = [f"Images of {about['size']} pixels."] if 'size' in about else []
     if about.get('models'): said.append(f"Models: {', '.join(f'{name} {m}' for name,m in about['models'].items())}.")
+    if about.get('left_out'): said.append(f"Images left out: {', '.join(f'{n} ({why})' for why,n in about['left_out'].items())}.")
     return said + ([f"Bootstrap seed {about['seed']}; made on {about['date']} with kdmed {about['kdmed']}."] if 'date' in about else [])
 
 def _about_section(c):
@@ -460,6 +461,7 @@ def distillation_study(
         models['distilled'].append(distill(dls, student, teacher, method, epochs, lr, seed, progress=progress))
     comparison = compare(models, dls.test, valid=dls.valid, subgroups=subgroups)
     comparison.history = training_history(models)
+    if len(dls.quarantine): comparison.about['left_out'] = dls.quarantine.reason.str.split(" '").str[0].value_counts().to_dict()
     return comparison,models
 
 # %% ../nbs/49_report.ipynb #6ed12691
