@@ -461,7 +461,7 @@ def distillation_study(
         models['distilled'].append(distill(dls, student, teacher, method, epochs, lr, seed, progress=progress))
     comparison = compare(models, dls.test, valid=dls.valid, subgroups=subgroups)
     comparison.history = training_history(models)
-    if len(dls.quarantine): comparison.about['left_out'] = dls.quarantine.reason.str.split(" '").str[0].value_counts().to_dict()
+    if len(dls.quarantine): comparison.about['left_out'] = dls.quarantine.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
     return comparison,models
 
 # %% ../nbs/49_report.ipynb #6ed12691
