@@ -23,7 +23,8 @@ from .cache import TeacherCache
 from .core import COLORS, check_in, figure
 from .metrics import default_metrics, holm, mean_interval, paired_difference, scores
 from .methods import _write
-from .recipes import Recipe, Row, check_study, deal, rehearse, run_cell, study_facts, told, train_row
+from .images import check_table
+from .recipes import Recipe, Row, check_study, deal, note_study, rehearse, run_cell, study_facts, told, train_row
 from .report import DISCLAIMER, markdown_table
 from .splits import repeat_splits
 from .teacher import Teacher
@@ -62,7 +63,7 @@ class _Split:
         shutil.rmtree(self.folder/'answers', ignore_errors=True)
 
 # %% ../nbs/71_ablation.ipynb #b31f1d23
-def _anew(table, resplit): return bool(resplit and table.split.isna().all())
+def _anew(table, resplit): return bool(resplit and check_table(table).split.isna().all())
 
 def _make_splits(recipe, table, out, repeats, resplit, store, keep_models):
     "The splits of a study, and [(split, seed), …] of its repetitions"
@@ -97,13 +98,15 @@ def ablate(
     "Train the rows of a paper's table, and compare them"
     if not isinstance(recipe, Recipe): raise TypeError(f'recipe must be one of kdmed.recipes.RECIPES, or like them, got {recipe!r}')
     recipe,out = recipe.scaled(scale),Path(out)
+    rows = [rows] if isinstance(rows, str) else rows
     for row in rows or (): check_in(row, recipe.rows, 'row')
     rows = [r for r in recipe.rows if rows is None or r in (*rows, 'teacher', 'plain')]
     splits,repetitions = _make_splits(recipe, table, out, repeats, resplit, store, keep_models)
-    check_study(out, study_facts(recipe, table, kind='ablation', resplit=_anew(table, resplit)))
+    check_study(out, facts := study_facts(recipe, table, kind='ablation', resplit=_anew(table, resplit)))
     students = [row for row in rows if row!='teacher']
     todo = [c for i in range(len(splits)) for c in [(i, 'teacher', i, 0)] + [(i, row, r, seed) for r,(j,seed) in enumerate(repetitions) if j==i for row in students]]
     if not all((splits[i].folder/f'{row}-{seed}'/'test.npy').is_file() for i,row,_,seed in todo): rehearse(recipe, splits[0].dls, students)
+    note_study(out, facts)
     def train(split, row, seed, home): return train_row(recipe, row, split.dls, None if row=='teacher' else split.teacher(cache), seed + 1000*splits.index(split)*(row=='teacher'), home)
     cells = _run_cells(splits, todo, train, progress)
     order = [r for r in recipe.order if r in rows]
@@ -126,11 +129,13 @@ def compare_backbones(
     "Train several architectures under one budget: the other table of a paper"
     recipe,out,known = recipe.scaled(scale),Path(out),dict(recipe.backbones)
     names = list(names or known)
+    if not names: raise ValueError(f'the paper of {recipe.name} compares no architectures: pass names, timm models such as [\'resnet50\', \'davit_tiny\']')
     if len(names) < 2 or len(set(names)) < len(names): raise ValueError(f'names must be two different timm models or more, got {names}')
     splits,repetitions = _make_splits(recipe, table, out, repeats, resplit, store, keep_models)
-    check_study(out, study_facts(recipe, table, kind='backbones', resplit=_anew(table, resplit)))
+    check_study(out, facts := study_facts(recipe, table, kind='backbones', resplit=_anew(table, resplit)))
     recipes = {n: replace(recipe, teacher=n, teacher_epochs=recipe.epochs) for n in names}
     for r in recipes.values(): r.make_teacher(splits[0].dls) # or an error, before the first hour
+    note_study(out, facts)
     todo = [(i, n, r, seed) for r,(i,seed) in enumerate(repetitions) for n in names]
     cells = _run_cells(splits, todo, lambda split, n, seed, home: train_row(recipes[n], 'teacher', split.dls, None, seed, home), progress)
     rows = {n: (known.get(n, Row(n))._replace(taught=False), recipes[n].architecture('teacher')) for n in names}
@@ -147,7 +152,7 @@ def _collect(recipe, rows, cells, splits, repetitions, table, pairs, order):
     metrics,given = _metrics_of(classes, task),dict(classes=classes, task=task)
     truths = [splits[i].truth for i,_ in repetitions]
     frame = pd.DataFrame([dict(row=name, repetition=r, split=repetitions[r][0], **scores(c.test, truths[r]['targets'], metrics=metrics, **given)) for (name,r),c in cells.items()])
-    images = dict(train=int(truths[0]['train']), test=len(truths[0]['targets']), groups=len(set(truths[0]['groups'])))
+    images = dict(absent=sorted({c for t in truths for c in _absent(t['targets'], given)}), train=int(truths[0]['train']), test=len(truths[0]['targets']), groups=len(set(truths[0]['groups'])))
     about = dict(recipe=recipe.name, paper=recipe.paper, note=recipe.note, data=table.attrs.get('name', 'images'), task=task, classes=classes, metrics=metrics, control=pairs[0][1], order=order,
                  repetitions=len(repetitions), splits=len(splits), **images, rows={name: row._asdict() | dict(model=model) for name,(row,model) in rows.items()}, card=recipe.settings().reset_index().to_dict('records'))
     between = _between_seeds(cells, pairs, truths[0], metrics, given) if len(splits)==1 else _between_splits(frame, pairs, metrics, images['test']/images['train'])
@@ -161,7 +166,7 @@ def _between_seeds(cells, pairs, truth, metrics, given):
     frames = []
     for a,b in pairs:
         d = paired_difference(_runs_of(cells, a), _runs_of(cells, b), truth['targets'], groups=truth['groups'], metrics=metrics, **given)
-        frames.append(d.rename(columns={'value': 'difference'}).drop(columns='note').reset_index().assign(row=a, against=b))
+        frames.append(d.rename(columns={'value': 'difference'}).reset_index().assign(row=a, against=b))
     return _corrected(pd.concat(frames, ignore_index=True))
 
 def _between_splits(frame, pairs, metrics, test_share):
@@ -171,13 +176,13 @@ def _between_splits(frame, pairs, metrics, test_share):
         for m in metrics:
             d = (wide[m, a] - wide[m, b]).dropna()
             i = mean_interval(d, test_share) if len(d) > 1 else dict(mean=d.mean(), low=np.nan, high=np.nan, p=np.nan)
-            rows.append(dict(row=a, against=b, metric=m, difference=i['mean'], low=i['low'], high=i['high'], p=i['p']))
+            rows.append(dict(row=a, against=b, metric=m, difference=i['mean'], low=i['low'], high=i['high'], p=i['p'], note=''))
     return _corrected(pd.DataFrame(rows))
 
 def _corrected(differences):
     "With Holm's correction over the rows that are compared with the same one, metric by metric"
     for _,part in differences.groupby(['against', 'metric']): differences.loc[part.index, 'holm'] = holm(part.p)
-    return differences[['row', 'against', 'metric', 'difference', 'low', 'high', 'p', 'holm']]
+    return differences[['row', 'against', 'metric', 'difference', 'low', 'high', 'p', 'holm', 'note']]
 
 # %% ../nbs/71_ablation.ipynb #fcd68adc
 class Ablation:
@@ -194,7 +199,7 @@ def table(self:Ablation,
     metrics=None, # Names; balanced accuracy, macro AUROC and what the paper reports if left out
 )->pd.DataFrame: # Texts: mean ± standard deviation over repetitions; `paper:` what it reports
     "The table, beside the paper's"
-    published = list(dict.fromkeys(m for r in self.about['rows'].values() for m in r['published']))
+    published = [m for m in dict.fromkeys(m for r in self.about['rows'].values() for m in r['published']) if m in self.about['metrics']] # others are not of this task
     metrics = list(dict.fromkeys(['balanced_accuracy', *published, 'macro_auroc'])) if metrics is None else list(metrics)
     for m in metrics: check_in(m, self.about['metrics'], 'metric')
     rows = {}
@@ -208,23 +213,28 @@ def _mean_sd(values): return f'{values.mean():.3f}' + (f' ± {values.std():.3f}'
 @patch
 def order(self:Ablation,
     metric:str='balanced_accuracy', # What the rows are ordered by
-)->pd.Series: # order: rows as the paper has them; means; holds: whether the means rise along it; statistic and p of Page's trend test, NaN with fewer than two repetitions or three rows
+)->pd.Series: # order: rows as the paper has them; means; holds: whether the means rise along it, each above the one before; statistic and p of Page's trend test, NaN with fewer than two repetitions or three rows
     "Whether the paper's order holds here"
     check_in(metric, self.about['metrics'], 'metric')
     names = self.about['order']
     wide = self.cells.pivot(index='repetition', columns='row', values=metric).reindex(columns=names).ffill() # one teacher may stand for all seeds
     test = page_trend_test(wide.to_numpy()) if len(names) >= 3 and len(wide) >= 2 and wide.notna().all(axis=None) else None
-    return pd.Series(dict(order=' < '.join(names), means=', '.join(f'{m:.3f}' for m in wide.mean()), holds=bool(len(names) > 1 and wide.mean().is_monotonic_increasing),
+    return pd.Series(dict(order=' < '.join(names), means=', '.join(f'{m:.3f}' for m in wide.mean()), holds=bool(len(names) > 1 and (wide.mean().diff().iloc[1:] > 0).all()),
                           statistic=test.statistic if test else np.nan, p=test.pvalue if test else np.nan, repetitions=len(wide)), name=metric)
 
 # %% ../nbs/71_ablation.ipynb #05136f75
+def _absent(targets, a):
+    "Classes that no test image shows"
+    shown = np.nansum(targets, 0) if a['task']=='multilabel' else np.bincount(targets.astype(int).ravel(), minlength=len(a['classes']))
+    return [c for c,n in zip(a['classes'], shown) if not n]
+
 FEW_GROUPS = 20 # of so few patients, 95 % bootstrap intervals held the truth in 86 to 90 % of simulated studies
 
 def _repetitions(a): return f"{a['repetitions']} {'split' if a['splits'] > 1 else 'seed'}{'s'*(a['repetitions']!=1)}"
 
 def _difference_said(r):
     if np.isnan(r.low): return f'{r.row} − {r.against}: {r.difference:+.3f}, one repetition, no interval'
-    return f'{r.row} − {r.against}: {r.difference:+.3f} ({r.low:+.3f} to {r.high:+.3f})' + (f', Holm p {r.holm:.3f}' if np.isfinite(r.holm) else ', without spread')
+    return f'{r.row} − {r.against}: {r.difference:+.3f} ({r.low:+.3f} to {r.high:+.3f})' + (f', Holm p {r.holm:.3f}' if np.isfinite(r.holm) else ', without spread') + (f' ({r.note})' if r.note else '')
 
 @patch
 def findings(self:Ablation,
@@ -238,6 +248,7 @@ def findings(self:Ablation,
     if a['splits']==1 and a['groups'] < FEW_GROUPS: said.append(f"{a['groups']} test groups are few: the intervals are too narrow.")
     mine = self.differences[(self.differences.metric==metric) & (self.differences.against==a['control'])]
     said += [_difference_said(r) + '.' for r in mine.itertuples()]
+    if a['absent']: said.append(f"No test image shows {', '.join(a['absent'])}: means over classes leave it out.")
     return said + (self._order_said(metric) if len(a['order']) > 1 else [])
 
 @patch
@@ -255,8 +266,8 @@ def plot(self:Ablation,
 ): # Figure
     "Every trained model as a dot, the means, and beside them the paper's numbers"
     rows = self.about['rows']
-    reported = list(dict.fromkeys(m for r in rows.values() for m in r['published']))
-    metric = metric or next(iter(reported), 'balanced_accuracy')
+    reported = [m for m in dict.fromkeys(m for r in rows.values() for m in r['published']) if m in self.about['metrics']]
+    metric = metric or next(iter(reported), 'balanced_accuracy' if 'balanced_accuracy' in self.about['metrics'] else 'macro_auroc')
     check_in(metric, self.about['metrics'], 'metric')
     fig,axes = figure(1, 1 + (metric in reported), height=1.1 + .27*len(rows), sharey=True, squeeze=False)
     _draw_rows(axes[0, 0], self.cells, rows, metric)
@@ -329,4 +340,4 @@ def load_ablation(
     "A study out of its folder"
     folder = Path(folder)
     if missing := [f for f in ABLATION_FILES[:3] if not (folder/f).is_file()]: raise FileNotFoundError(f'no study in {folder}: {", ".join(missing)} not found')
-    return Ablation(pd.read_csv(folder/'cells.csv'), pd.read_csv(folder/'differences.csv'), json.loads((folder/'about.json').read_text(encoding='utf-8')))
+    return Ablation(pd.read_csv(folder/'cells.csv'), pd.read_csv(folder/'differences.csv', keep_default_na=True).fillna({'note': ''}), json.loads((folder/'about.json').read_text(encoding='utf-8')))

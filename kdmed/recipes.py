@@ -7,14 +7,15 @@ Docs: https://kdmed.github.io/kdmed/recipes.html.md"""
 # %% auto #0
 __all__ = ['ORIGINS', 'stated', 'in_code', 'ours', 'AUGMENTATIONS', 'OPTIMIZERS', 'deit_lung', 'kd_convnext', 'multi_dim_kd',
            'multi_stage_kd', 'RECIPES', 'Row', 'Recipe', 'narrow_options', 'DeiTLung', 'KDConvNeXt', 'MultiDim',
-           'MultiStage', 'LabelLoss', 'KeepBest', 'train_row', 'check_study', 'Cell', 'run_cell', 'deal', 'study_facts',
-           'run', 'told', 'rehearse']
+           'MultiStage', 'LabelLoss', 'KeepBest', 'train_row', 'check_study', 'note_study', 'Cell', 'run_cell', 'deal',
+           'study_facts', 'run', 'told', 'rehearse']
 
 # %% ../nbs/70_recipes.ipynb #20e96d7c
 import io, json, shutil, tempfile, zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -104,7 +105,9 @@ OPTIMIZERS = dict(adam=Adam, adamw=Adam) # fastai's decouples its decay; without
 def _check_recipe(r):
     "Raise an error that names the setting that cannot be"
     for name,allowed in dict(optimizer=OPTIMIZERS, schedule=('one_cycle', 'constant'), augment=AUGMENTATIONS, sampling=('natural', 'balanced'), keep=('best', 'last')).items(): check_in(getattr(r, name), allowed, name)
-    for name in ('size', 'epochs', 'teacher_epochs', 'batch_size', 'views', 'lr', 'lr_from_scratch', 'width'):
+    for name in ('size', 'epochs', 'teacher_epochs', 'batch_size', 'views'):
+        if not isinstance(getattr(r, name), Integral) or getattr(r, name) < 1: raise ValueError(f'{name} must be a positive whole number, got {getattr(r, name)!r}')
+    for name in ('lr', 'lr_from_scratch', 'width'):
         if not getattr(r, name) > 0: raise ValueError(f'{name} must be positive, got {getattr(r, name)}')
     if r.weight_decay < 0: raise ValueError(f'weight_decay must not be negative, got {r.weight_decay}')
 
@@ -241,6 +244,13 @@ def architecture(self:Recipe,
     return _member(names, self.width) if isinstance(names, str) else ' + '.join(names)
 
 @patch
+def judged_from(self:Recipe,
+    row:str, # A name in `rows`
+)->float: # Share of the fit that is over before an epoch can be the best one
+    "Since when a row's validation loss says how good it is"
+    return 0.
+
+@patch
 def label_callbacks(self:Recipe, dls)->list:
     "What changes the label loss, in every row and for the teacher"
     return []
@@ -299,8 +309,8 @@ def callbacks(self:DeiTLung, row, student, teacher):
 @dataclass(frozen=True)
 class KDConvNeXt(Recipe):
     "KD_ConvNeXt (Zheng et al. 2023)"
-    teacher:str = stated('swin_tiny_patch4_window7_224', 'a Swin in 4 stages; its size is ours')
-    student:str = stated('convnext_tiny', 'a ConvNeXt in 4 stages; its size is ours')
+    teacher:str = ours('swin_tiny_patch4_window7_224', 'stated: a Swin in 4 stages; its size is ours')
+    student:str = ours('convnext_tiny', 'stated: a ConvNeXt in 4 stages; its size is ours')
     pretrained:bool = stated(True, 'and trained in full: frozen layers, as one sentence has it, could not learn features')
     size:int = stated(224)
     epochs:int = stated(100)
@@ -331,14 +341,23 @@ class KDConvNeXt(Recipe):
         'staged': Row('features, then logits, then labels')}
     full:ClassVar[str] = 'kd_convnext'
     order:ClassVar[tuple] = 'plain','teacher','logits','features','kd_convnext'
+    pairs:ClassVar[tuple] = (('kd_convnext', 'logits'), ('staged', 'kd_convnext')) # what features add to logits; one after the other, or at once
     backbones:ClassVar[dict] = {'convnext_tiny': Row('ConvNeXt', dict(accuracy=.8112)), 'swin_tiny_patch4_window7_224': Row('Swin', dict(accuracy=.8275)), 'tf_efficientnetv2_s': Row('EfficientNetV2'),
                                 'davit_tiny': Row('DaViT'), 'coatnet_0_rw_224': Row('CoAtNet', dict(accuracy=.7984))}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_in(self.class_weights, ('inverse', 'none'), 'class_weights')
+        if not 0 <= self.feature_share <= 1: raise ValueError(f'feature_share must be in [0, 1], got {self.feature_share}')
 
 # %% ../nbs/70_recipes.ipynb #79ac9406
 @patch
 def label_callbacks(self:KDConvNeXt, dls):
     weights = inverse_frequency_weights(dls.counts) if self.class_weights=='inverse' and dls.task=='multiclass' else None
     return [FocalKD(self.gamma, weights, self.label_weight)]
+
+@patch
+def judged_from(self:KDConvNeXt, row): return 2/3 if row=='staged' else 0. # before, it has not seen a label
 
 @patch
 def callbacks(self:KDConvNeXt, row, student, teacher):
@@ -401,7 +420,7 @@ def callbacks(self:MultiDim, row, student, teacher):
 # %% ../nbs/70_recipes.ipynb #d4f36aac
 @dataclass(frozen=True)
 class MultiStage(Recipe):
-    "Multi-stage knowledge distillation with layer fusion (2024)"
+    "Multi-stage knowledge distillation with layer fusion (2025)"
     teacher:tuple = ours(('vit_small_patch16_224', 'convnext_tiny'), 'stated: ViT and ConvNeXt, integrated; sizes and the fusion of pooled features are ours')
     student:str = ours('efficientnet_b0', 'stated: CNN and EfficientNet with exits; ours is one EfficientNet, smaller than its teacher')
     size:int = in_code(64)
@@ -469,15 +488,17 @@ class KeepBest(SaveModelCallback):
     def __init__(self,
         file,                 # Without suffix
         monitor='valid_loss', # Column of the training log
+        start:float=0.,       # Share of the fit after which epochs count
     ):
         super().__init__(monitor, fname=Path(file).name)
-        self.folder = Path(file).parent
+        self.folder,self.start = Path(file).parent,start
 
     def before_fit(self): # fastai makes a folder `models` where it stands, unless told where to go
         self.learn.path,self.learn.model_dir = self.folder,'.'
         super().before_fit()
 
     def after_epoch(self):
+        if (self.epoch+1)/self.n_epoch <= self.start: return
         TrackerCallback.after_epoch(self)
         if self.new_best or self.last_saved_path is None: self._save(self.fname)
 
@@ -499,7 +520,7 @@ def train_row(
         model,cbs = _model_and_callbacks(recipe, row, dls, teacher, seed)
         labels = recipe.label_callbacks(dls)
         metrics = [LabelLoss(cb, dls.task) for cb in labels if isinstance(cb, FocalKD)]
-        best = [KeepBest(home/'best', *[m.name for m in metrics])] if recipe.keep=='best' else []
+        best = [KeepBest(home/'best', *[m.name for m in metrics] or ['valid_loss'], start=recipe.judged_from(row))] if recipe.keep=='best' else []
         cbs = [*labels, *cbs, Resume(home, minutes=10), *best]
         if torch.device(dls.device).type=='cuda': cbs.append(MixedPrecision())
         epochs = recipe.teacher_epochs if row=='teacher' else recipe.epochs
@@ -543,14 +564,18 @@ def _checksum(table):
 def _plain_settings(recipe): return json.loads(json.dumps({f.name: getattr(recipe, f.name) for f in fields(recipe)}))
 
 def check_study(folder, facts):
-    "Raise an error if a folder holds another study; else note what this one is"
-    folder.mkdir(parents=True, exist_ok=True)
+    "Raise an error if a folder holds another study"
     file = folder/'study.json'
     if not file.is_file() and (there := [f for f in REPORT_FILES if (folder/f).exists()]): raise FileExistsError(f'{folder} holds {there}, but of no study of this kind; choose another folder')
-    held = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else facts
-    wrong = [f'{k} was {held.get(k)}, is {facts.get(k)}' for k in {**held, **facts} if held.get(k) != facts.get(k)]
-    if wrong: raise ValueError(f'{folder} holds another study: {"; ".join(wrong)}. Choose another folder')
-    _write(file, json.dumps(facts, indent=1, ensure_ascii=False).encode())
+    held = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else dict(facts)
+    if wrong := _changes(held.pop('settings', {}), facts.get('settings', {})) + _changes(held, {k: v for k,v in facts.items() if k!='settings'}): raise ValueError(f'{folder} holds another study: {"; ".join(wrong)}. Choose another folder')
+
+def _changes(held, now): return [f'{k} was {held.get(k)}, is {now.get(k)}' for k in {**held, **now} if held.get(k) != now.get(k)]
+
+def note_study(folder, facts):
+    "Write down what a folder's study is"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder/'study.json', json.dumps(facts, indent=1, ensure_ascii=False).encode())
 
 # %% ../nbs/70_recipes.ipynb #b464817f
 class Cell(NamedTuple):
@@ -617,9 +642,10 @@ def run(
     if not isinstance(repeats, int) or repeats < 1: raise ValueError(f'repeats must be a number of 1 or more, got {repeats!r}')
     recipe,table,out = recipe.scaled(scale),deal(table, recipe.shares),Path(out)
     if missing := [c for c in ([subgroups] if isinstance(subgroups, str) else subgroups) if c not in table]: raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
-    check_study(out, study_facts(recipe, table))
+    check_study(out, facts := study_facts(recipe, table, kind='run'))
     dls = recipe.loaders(table, store, progress=progress)
     rehearse(recipe, dls, ('plain', recipe.full))
+    note_study(out, facts)
     cells = {'teacher': [], 'plain': [], 'distilled': []}
     todo = [('teacher', 'teacher', 0)] + [(name, row, seed) for seed in range(repeats) for name,row in (('plain', 'plain'), ('distilled', recipe.full))]
     for name,row,seed in told(todo, progress):
