@@ -100,6 +100,8 @@ def _run_study(
     return out
 
 # %% ../nbs/80_cli.ipynb #9c452690
+_SIGNS = {'ham10000': 'HAM10000_metadata*', 'chestxray14': 'Data_Entry_2017*', 'lc25000': '*lung_image_sets*'} # files that only such a set has
+
 READERS = {
     'folder': 'one folder for each class, perhaps below train, valid, test', 'csv': 'a CSV file with columns image, label, group',
     'dicom': 'DICOM files, one folder for each class', 'ham10000': 'skin, 7 diagnoses', 'lc25000': 'lung and colon tissue',
@@ -111,6 +113,7 @@ def _read_data(
 ): # Image table; `split` is filled if the data has one, or the official one is wanted
     "The image table of a command"
     if args.data is None and args.dataset in ('folder', 'csv', 'dicom'): raise ValueError(f'--dataset {args.dataset} needs --data')
+    if args.dataset=='folder' and (known := next((k for k,sign in _SIGNS.items() if list(Path(args.data).glob(sign))), None)): raise ValueError(f'{args.data} looks like {known}, not like a folder for each class: give --dataset {known}')
     read = dict(folder=lambda: read_folder(args.data, args.group_pattern, unlabeled=args.unlabeled),
                 csv=lambda: read_csv(args.data, args.images, args.image, args.label, args.group, task=args.task, empty=args.empty, separator=args.separator),
                 dicom=lambda: read_dicom_folder(args.data), ham10000=lambda: read_ham10000(args.data),

@@ -141,3 +141,12 @@ def test_recipe_from_the_shell_writes_its_table_and_goes_on(tmp_path, capsys):
     assert len(times) == 10
     assert cli.main(command) == 0
     assert {f: f.stat().st_mtime_ns for f in tmp_path.glob('run/split-*/*/test.npy')} == times
+
+def test_known_set_is_not_read_as_class_folders(tmp_path, capsys):
+    for name in ('HAM10000_images_part_1/a.jpg', 'HAM10000_images_part_2/b.jpg'):
+        (tmp_path/name).parent.mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path/name)
+    (tmp_path/'HAM10000_metadata.csv').write_text('lesion_id,image_id,dx\n')
+    assert cli.main(['recipe', 'kd_convnext', '--data', str(tmp_path), '--out', str(tmp_path/'out')]) == 2
+    assert 'looks like ham10000, not like a folder for each class: give --dataset ham10000' in capsys.readouterr().err
+    assert not (tmp_path/'out').exists()
