@@ -340,4 +340,4 @@ def load_ablation(
     "A study out of its folder"
     folder = Path(folder)
     if missing := [f for f in ABLATION_FILES[:3] if not (folder/f).is_file()]: raise FileNotFoundError(f'no study in {folder}: {", ".join(missing)} not found')
-    return Ablation(pd.read_csv(folder/'cells.csv'), pd.read_csv(folder/'differences.csv', keep_default_na=True).fillna({'note': ''}), json.loads((folder/'about.json').read_text(encoding='utf-8')))
+    return Ablation(pd.read_csv(folder/'cells.csv'), pd.read_csv(folder/'differences.csv', dtype={'note': str}).fillna({'note': ''}), json.loads((folder/'about.json').read_text(encoding='utf-8')))
