@@ -21,9 +21,9 @@ from scipy.stats import page_trend_test
 
 from .cache import TeacherCache
 from .core import COLORS, check_in, figure
+from .images import check_table
 from .metrics import default_metrics, holm, mean_interval, paired_difference, scores
 from .methods import _write
-from .images import check_table
 from .recipes import Recipe, Row, check_study, deal, note_study, rehearse, run_cell, study_facts, told, train_row
 from .report import DISCLAIMER, markdown_table
 from .splits import repeat_splits

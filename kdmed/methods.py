@@ -135,7 +135,7 @@ def predict_teacher(
     dls,             # From `image_dls`
     on:str='test',   # Which images: `valid` or `test`
 )->np.ndarray: # Probabilities [N, C], in the order of `dls.classes`
-    "What a teacher says of the test images"
+    "What a teacher says of images it was not trained on"
     _check_on(dls, on)
     teacher.meet(dls)
     with torch.no_grad(): logits = torch.cat([teacher._answer((x.as_subclass(torch.Tensor),))[0].double().cpu() for x,_ in getattr(dls, on)])
