@@ -92,8 +92,8 @@ def main():
     for option in ('--version', '--help'):
         try: command([option])
         except SystemExit as e: assert not e.code, e.code
-    wheel_uses.distilled()
-    print('distilled: one epoch')
+    wheel_uses.kept(*wheel_uses.distilled())
+    print('distilled: one epoch, exported, resumed')
     print('imported:', *sorted({m.partition('.')[0] for m in sys.modules} & HIDDEN))
     for extra,text in hints(): print(f'{extra}: {text}')
     print('hidden:', *sorted(HIDDEN))
