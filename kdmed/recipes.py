@@ -600,7 +600,7 @@ def run_cell(
     if not (folder/'test.npy').is_file():
         learn = train(folder/'fit')
         learn.history.to_csv(folder/'history.csv', index=False)
-        if keep_model: save_student(learn.model, folder)
+        if keep_model: save_student(learn, folder, force=True) # a row that was stopped may have left one
         for name in ('valid', 'test'): _save_array(folder/f'{name}.npy', predict(learn, getattr(dls() if callable(dls) else dls, name))[0]) # the test's come last: with them a cell is finished
         shutil.rmtree(folder/'fit')
     return Cell(folder, *(np.load(folder/f'{name}.npy').astype(float) for name in ('valid', 'test')))
