@@ -12,13 +12,13 @@ __all__ = ['NUMBERS', 'READERS', 'AUGMENTS', 'FILTERS', 'OPTIMIZERS', 'RUN_FILES
            'about_data', 'distill', 'demo', 'set_values', 'recipe', 'recipe_kept_in_words', 'free_memory',
            'seconds_per_step', 'estimate_run', 'check', 'unreadable_images']
 
-# %% ../nbs/79_commands.ipynb #7da921a9
+# %% ../nbs/79_commands.ipynb #841e1b6f
 import os, warnings
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
 
-# %% ../nbs/79_commands.ipynb #0d60e115
+# %% ../nbs/79_commands.ipynb #817eb3ae
 import ast, io, json, math, platform, re, shutil, sys, time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, replace
@@ -52,7 +52,7 @@ from .report import REPORT_FILES, load_comparison, markdown_table
 from .study import LineProgress, Study, StudyProgress, TellEpochs, distillation_study, in_words, is_finished, read_study, study_changes
 from .transforms import chest_augment, deit_lung_augment, kd_convnext_augment, mskd_augment, skin_augment, tissue_augment
 
-# %% ../nbs/79_commands.ipynb #d455e6a5
+# %% ../nbs/79_commands.ipynb #ab067af4
 def option(name): return '--' + name.replace('_', '-')
 
 NUMBERS = dict(size=(check_integer, dict(least=8)), bs=(check_integer, dict(least=1)), epochs=(check_integer, dict(least=1)), teacher_epochs=(check_integer, dict(least=1)),
@@ -80,10 +80,12 @@ def check_concerns(
     if o['data'] is None and o['dataset'] in ('folder', 'csv', 'dicom'): raise ValueError(f"--dataset {o['dataset']} needs --data")
     if o['data'] is not None and not o['data'].strip(): raise ValueError('--data must be a folder or a file, got an empty text')
     if o['resplit'] and o['official'] is not None: raise ValueError('--resplit ignores the split that --official asks for: give one of them')
+    for name in ('store', 'official'):
+        if len(o[name] or ()) > 1: raise ValueError(f"{option(name)} takes one value at most, got {' '.join(o[name])}")
     for name in ('separator', 'group_pattern', 'groups'):
         if o.get(name)=='': raise ValueError(f'{option(name)} must not be empty')
 
-# %% ../nbs/79_commands.ipynb #85c45e48
+# %% ../nbs/79_commands.ipynb #46595690
 _WORDS = {"give split_groups three positive sizes": '--resplit splits the images anew', 'table.attrs[\'classes\']': '--classes', 'image table': 'data', 'dls': 'the data',
           'go on': 'continue', 'pass ': 'give ', 'try another split seed': 'try another --split-seed'}
 
@@ -103,7 +105,7 @@ def in_shell_words(
     for theirs,ours in _WORDS.items(): message = message.replace(theirs, ours)
     return message
 
-# %% ../nbs/79_commands.ipynb #1608805d
+# %% ../nbs/79_commands.ipynb #2ba1c219
 _SIGNS = {'ham10000': 'HAM10000_metadata*', 'chestxray14': 'Data_Entry_2017*', 'lc25000': '*lung_image_sets*'} # files that only such a set has
 
 READERS = { # function, and the options that it takes, by the names of its arguments
@@ -132,7 +134,7 @@ def read_table(
     table = READERS[o['dataset']][0](data, **given)
     return apply_groups(table, o['groups']) if o.get('groups') else table
 
-# %% ../nbs/79_commands.ipynb #bbd04620
+# %% ../nbs/79_commands.ipynb #c9daaeb3
 def apply_groups(
     table, # Image table; not changed
     file,  # CSV file with columns `image` (path, file name with or without its ending, or row number of an array) and `group`
@@ -168,7 +170,7 @@ def _groups_by_name(table, rows, file):
         if name is not None and used.setdefault(name, row)!=row: raise ValueError(f'{file}: {name} means several images, such as {name_of(table.image.iloc[used[name]])} and {name_of(image)}; list them by path')
     return pd.Series(found, index=table.index, dtype=object)
 
-# %% ../nbs/79_commands.ipynb #181b3729
+# %% ../nbs/79_commands.ipynb #fd854b29
 def deal_out(
     table,  # Image table
     o:dict, # Options by name
@@ -193,7 +195,7 @@ def _check_own_split(table):
         raise ValueError(f"the split of the data has no {' and no '.join(absent)} images: {'; '.join(cures)}")
     return table
 
-# %% ../nbs/79_commands.ipynb #1086800b
+# %% ../nbs/79_commands.ipynb #d1077db3
 AUGMENTS = {'none': None, 'flip': Flip, 'dihedral': Dihedral, 'tissue': tissue_augment, 'skin': skin_augment, 'chest': chest_augment,
             'deit_lung': deit_lung_augment, 'kd_convnext': kd_convnext_augment, 'mskd': mskd_augment}
 FILTERS = dict(median=MedianFilter, gaussian=GaussianFilter, clahe=CLAHE)
@@ -230,7 +232,7 @@ def _loading(o):
     return dict(store=_store(o), sampling=o['sampling'], unreadable=o['unreadable'], allow_leakage=o['allow_leakage'], num_workers=o['workers'],
                 preprocess=[FILTERS[name]() for name in o['preprocess'] or ()], device=choose_device(o['device']), **_augmentation(o))
 
-# %% ../nbs/79_commands.ipynb #ae25b115
+# %% ../nbs/79_commands.ipynb #7e8f39f4
 RUN_FILES = 'student.safetensors','student.json',*REPORT_FILES,'history.csv','config.toml','study.json','cells','settings.json'
 NOT_SETTINGS = 'out','force','config','device','quiet','verbose','workers','store','metric','copies','command' # may differ when a run resumes
 
@@ -263,7 +265,7 @@ def run_state(
     if 'study.json' not in there: return 'foreign'
     return 'finished' if 'settings.json' in there else 'unfinished'
 
-# %% ../nbs/79_commands.ipynb #39c6d18c
+# %% ../nbs/79_commands.ipynb #97f77949
 NEW,COMPLETE = '.new','complete' # folder of a run that will replace another; the file in it that says it is whole
 
 def swap_in(
@@ -312,7 +314,7 @@ def open_run(
     if run_state(out/NEW)=='foreign': _remove(out/NEW)
     return out/NEW
 
-# %% ../nbs/79_commands.ipynb #69a9b5b5
+# %% ../nbs/79_commands.ipynb #19fcb648
 def config_text(
     command:str, # Such as `distill`
     o:dict,      # Options by name
@@ -331,7 +333,7 @@ def _toml(value):
     if isinstance(value, float): return repr(value) if not value.is_integer() or abs(value) > 1e15 else f'{value:.1f}'
     return json.dumps(value, ensure_ascii=False).replace('\x7f', '\\u007f')
 
-# %% ../nbs/79_commands.ipynb #85dbce83
+# %% ../nbs/79_commands.ipynb #f3282f4b
 def _environment():
     "Versions and hardware a run depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -348,7 +350,7 @@ def kept_in_words(
     if not done and not begun: return f'nothing was trained yet in {out}; the same command starts again'
     return f'{len(done)} of {total} models are kept in {out}' + ', and the checkpoint of the next'*begun + '; the same command resumes'
 
-# %% ../nbs/79_commands.ipynb #30dc8fdc
+# %% ../nbs/79_commands.ipynb #c14d790b
 class BarsProgress(StudyProgress):
     "Bars on a terminal: one for each fit, and the time left"
     def __init__(self):
@@ -373,7 +375,7 @@ def choose_progress(o):
     if o['quiet']: return StudyProgress()
     return BarsProgress() if sys.stderr.isatty() and not o['verbose'] else LineProgress()
 
-# %% ../nbs/79_commands.ipynb #52371af7
+# %% ../nbs/79_commands.ipynb #d1a4dea5
 def _makers(o, classes, task):
     "Functions that make a teacher and a student"
     def make(create, name, weights, **more):
@@ -425,7 +427,7 @@ def about_data(
     lines = [line for line in held.getvalue().splitlines() if line.strip()]
     return dict(card=lines, copies=copies.sentences() if copies is not None else [], guessed_groups=table.attrs.get('guessed_groups', False))
 
-# %% ../nbs/79_commands.ipynb #7a50867f
+# %% ../nbs/79_commands.ipynb #94277322
 def _study(o, command, read, asked=None):
     "A run of `distill` or `demo`, from its options to its folder"
     work = open_run(o)
@@ -458,7 +460,7 @@ def _train(o, work, dls, command, asked):
                               settings_of(o), OPTIMIZERS[o['optimizer']], o['weight_decay'], callbacks=amp, metrics=metrics, cache=o['cache'],
                               files={'config.toml': config_text(command, asked)})
 
-# %% ../nbs/79_commands.ipynb #de7a7362
+# %% ../nbs/79_commands.ipynb #5a8b1029
 def _save_run(work, comparison, models, o, dls, seconds):
     "Write what is made from the cells; `settings.json`, with which a run is finished, comes last"
     best = models['distilled'][0].folder
@@ -486,7 +488,7 @@ def _tell_finished(o):
     print(f"\n{o['out']} holds this run already, finished: nothing was trained. --force trains it anew")
     return 0
 
-# %% ../nbs/79_commands.ipynb #f90111f7
+# %% ../nbs/79_commands.ipynb #a889067c
 def distill(
     o:dict, # Options by name
 )->int: # Exit status
@@ -513,7 +515,7 @@ def demo(
     def read(): return split_groups(synthetic_table(DEMO_IMAGES, classes=4, size=o['size'], seed=2026), sizes=(.5, .1, .4), seed=0),dict(batch_tfms=[Dihedral()], device=choose_device(o['device']))
     return _study(o, 'demo', read, asked)
 
-# %% ../nbs/79_commands.ipynb #97af2d0e
+# %% ../nbs/79_commands.ipynb #3484f112
 def set_values(
     recipe, # From `RECIPES`
     given,  # Texts NAME=VALUE
@@ -575,7 +577,7 @@ def recipe_kept_in_words(folder, out):
     done = [f for f in [*folder.glob('cells/*'), *folder.glob('split-*/*')] if is_finished(f)]
     return f'{len(done)} finished models are kept in {out}; the same command resumes' if done else f'nothing was finished yet in {out}; the same command resumes'
 
-# %% ../nbs/79_commands.ipynb #c5d49609
+# %% ../nbs/79_commands.ipynb #c501491a
 def free_memory()->int: # Bytes; None where the system does not say
     "Memory that programs can still have"
     try:

@@ -10,7 +10,7 @@ __all__ = ['CELL_FILES', 'STUDY_FORMAT', 'Cell', 'is_finished', 'save_cell', 'ru
            'TimeLeft', 'in_words', 'TellEpochs', 'StudyProgress', 'BarProgress', 'LineProgress', 'Study', 'new_model',
            'targets_of', 'distillation_study']
 
-# %% ../nbs/50_study.ipynb #c8e69d02
+# %% ../nbs/50_study.ipynb #49d1e445
 import io, json, shutil, sys, tempfile, time, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from .report import REPORT_FILES
 from .resume import Resume, read_checkpoint, write_checkpoint
 from .teacher import Teacher
 
-# %% ../nbs/50_study.ipynb #649d646e
+# %% ../nbs/50_study.ipynb #d3f2d2b0
 CELL_FILES = 'student.json','student.safetensors','weights.pt','history.csv','valid.npy','test.npy'
 
 class Cell(NamedTuple):
@@ -84,7 +84,7 @@ def _load_array(file):
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f'{file} cannot be read ({e}); delete {file.parent}, and this fit is trained again') from e
 
-# %% ../nbs/50_study.ipynb #632db163
+# %% ../nbs/50_study.ipynb #931f2230
 def save_cell(
     learn,           # Fitted Learner; or a Module, which has no training log
     folder:Path,     # Of the cell
@@ -112,7 +112,7 @@ def run_cell(
     if (folder/'fit').exists(): shutil.rmtree(folder/'fit', ignore_errors=True)
     return Cell(folder, *(_load_array(folder/f'{name}.npy') for name in ('valid', 'test')), make)
 
-# %% ../nbs/50_study.ipynb #b1eb68b8
+# %% ../nbs/50_study.ipynb #afbb252e
 STUDY_FORMAT = 1
 _NOTED = 'format','versions' # told, not compared
 
@@ -151,7 +151,7 @@ def model_facts(model)->dict:
     name = getattr(model, 'spec', {}).get('model', type(model).__name__)
     return dict(model=name if isinstance(name, str) else ' + '.join(name), parameters=count_parameters(model))
 
-# %% ../nbs/50_study.ipynb #1f3aba07
+# %% ../nbs/50_study.ipynb #df58007c
 def read_study(
     folder, # Of a study
 )->dict: # Empty where there is none
@@ -195,7 +195,7 @@ def note_study(
     versions = {name: version(name) for name in ('kdmed', 'torch', 'timm', 'fastai')}
     write_atomic(Path(folder)/'study.json', json.dumps(dict(format=STUDY_FORMAT, versions=versions) | facts, indent=1, ensure_ascii=False))
 
-# %% ../nbs/50_study.ipynb #57cf54a6
+# %% ../nbs/50_study.ipynb #749d2000
 class Fit(NamedTuple):
     "One fit of a study"
     kind:str   # `teacher`, `plain`, or `distilled`
@@ -234,7 +234,7 @@ def in_words(
     if seconds < 5400: return f'{seconds/60:.0f} min'
     return f'{seconds/3600:.1f} h'
 
-# %% ../nbs/50_study.ipynb #e8fbbe49
+# %% ../nbs/50_study.ipynb #d66352fa
 class TellEpochs(ProgressCallback):
     "Report each epoch that is trained; as a kind of progress bar, it is no part of what `Resume` compares"
     def __init__(self, tell): self.tell = tell # Function of epoch, epochs, seconds, and the log as a dict
@@ -286,7 +286,7 @@ def _progress(progress):
     if isinstance(progress, bool): return BarProgress() if progress else StudyProgress()
     raise TypeError(f'progress must be True, False or a StudyProgress, got {progress!r}')
 
-# %% ../nbs/50_study.ipynb #a55e157c
+# %% ../nbs/50_study.ipynb #c4ff2e0d
 @dataclass
 class Study:
     "Teacher, plain students and distilled students, and how they are trained; see `distillation_study`"
@@ -321,7 +321,7 @@ class Study:
         first = [] if self.trained else [Fit('teacher', self.seeds[0], self.teacher_epochs)]
         return first + [Fit(kind, seed, self.epochs) for seed in self.seeds for kind in ('plain', 'distilled')]
 
-# %% ../nbs/50_study.ipynb #33e44b9b
+# %% ../nbs/50_study.ipynb #1939d490
 @patch
 def check(self:Study)->None:
     "Raise an error for settings or data that a study cannot be made with"
@@ -355,7 +355,7 @@ def check_models(self:Study)->tuple: # A teacher and a student, to look at
     except ValueError as e: raise ValueError(f'method {self.method!r}: {e}') from e
     return teacher,student
 
-# %% ../nbs/50_study.ipynb #ed74f25f
+# %% ../nbs/50_study.ipynb #08ed214e
 @patch
 def facts(self:Study,
     teacher,      # From `check_models`
@@ -375,7 +375,7 @@ def _modules(teacher):
 
 def _name_of_function(f): return getattr(f, '__qualname__', None) or getattr(getattr(f, 'func', None), '__qualname__', str(type(f)))
 
-# %% ../nbs/50_study.ipynb #43caf5f3
+# %% ../nbs/50_study.ipynb #aad5cb86
 _FITS_ON_DISK = 9 # weights and two moments, in a checkpoint, the one before it, and the one that is being written
 
 @patch
@@ -418,7 +418,7 @@ def rehearse_report(self:Study)->None:
     try: self._judge({n: random(self.dls.test) for n in names}, {n: random(self.dls.valid) for n in names}, n_boot=1, strict=True)
     except ValueError as e: raise ValueError(f'a report of these images cannot be made, so nothing is trained: {e}') from e
 
-# %% ../nbs/50_study.ipynb #2f0acddc
+# %% ../nbs/50_study.ipynb #5e6ba87d
 def targets_of(
     dl, # A loader of `image_dls` that does not shuffle
 )->np.ndarray:
@@ -458,7 +458,7 @@ def _with_parts(make, parts, strict=False):
         return made,[f'{_PARTS[name]} is left out, because it failed: {first}' for name in left_out]
     raise first
 
-# %% ../nbs/50_study.ipynb #097453cc
+# %% ../nbs/50_study.ipynb #b7640186
 @patch
 def train(self:Study,
     progress:StudyProgress, # Whom to report to
@@ -497,7 +497,7 @@ def fit_one(self:Study, fit, teacher, progress, home):
     if fit.kind=='distilled': return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how)
     return fit_classifier(self.dls, self.teacher if fit.kind=='teacher' else self.student, fit.epochs, **how)
 
-# %% ../nbs/50_study.ipynb #de8215c1
+# %% ../nbs/50_study.ipynb #b4320fd8
 @patch
 def compare(self:Study,
     models:dict, # From `train`
@@ -531,7 +531,7 @@ def _module_of(model, study):
     if isinstance(model, Cell) and study.trained and model.folder.name=='teacher': return Teacher(study.teacher).as_module(study.dls)
     return (model.model.to(study.dls.device) if isinstance(model, (Cell, Learner)) else model)
 
-# %% ../nbs/50_study.ipynb #58facaec
+# %% ../nbs/50_study.ipynb #6e298d3d
 def distillation_study(
     dls,                  # From `image_dls`, with test images
     teacher,              # timm name or function that makes a model, trained here; or trained: a Module, a Learner, a `Teacher`, or several in a list

@@ -1,5 +1,6 @@
 "The command line from outside: installed entry point, a small demo, folders and CSV files as users have them."
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdmed import cli
+from kdmed import cli, commands
 from kdmed.data import split_groups, synthetic_table
 
 SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teacher_epochs=1, epochs=1)
@@ -17,17 +18,17 @@ SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teache
 
 def test_installed_command_explains_itself():
     kdmed = Path(sys.executable).with_name('kdmed')
-    for command,words in {'demo': ['--out', 'replace a run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model that learns'], 'recipe': ['deit_lung, kd_convnext, multi_dim_kd, multi_stage_kd', '--scale', '--ablate', 'NAME=VALUE']}.items():
-        printed = subprocess.run([kdmed, command, '--help'], capture_output=True, text=True, check=True).stdout
+    for command,words in {'demo': ['--out', 'replace the run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model that learns', '--resplit', '--config'], 'recipe': ['deit_lung', 'multi_stage_kd', '--scale', '--ablate', 'NAME=VALUE']}.items():
+        printed = subprocess.run([kdmed, command, '--help'], capture_output=True, text=True, check=True, env=dict(os.environ, COLUMNS='200')).stdout
         assert all(w in printed for w in words)
 
 
 def test_demo_writes_a_whole_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, 'DEMO', cli.DEMO | SMALL)
-    monkeypatch.setattr(cli, 'synthetic_table', lambda n, **kwargs: synthetic_table(240, **kwargs))
+    monkeypatch.setattr(commands, 'DEMO', commands.DEMO | SMALL)
+    monkeypatch.setattr(commands, 'DEMO_IMAGES', 240)
     assert cli.main(['demo', '--out', str(tmp_path/'run')]) == 0
     run = tmp_path/'run'
-    assert sorted(f.name for f in run.iterdir()) == sorted(cli.RUN_FILES)
+    assert sorted(f.name for f in run.iterdir() if not f.name.startswith('.lock')) == sorted(commands.RUN_FILES)
     metrics = json.loads((run/'metrics.json').read_text())
     for name in ('teacher', 'plain', 'distilled'):
         assert {'parameters', 'macs', 'latency_ms'} <= metrics[name].keys()
