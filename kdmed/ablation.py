@@ -21,13 +21,13 @@ from scipy.stats import page_trend_test
 
 from .cache import TeacherCache
 from .core import COLORS, check_in, check_integer, figure
-from .files import claim, write_atomic
+from .files import write_atomic
 from .images import check_table
 from .metrics import default_metrics, holm, mean_interval, paired_difference, scores
 from .recipes import Recipe, Row, deal, rehearse, study_facts, told, train_row
 from .report import DISCLAIMER, markdown_table
 from .splits import repeat_splits
-from .study import check_study, is_finished, note_study, run_cell
+from .study import check_study, claimed_folder, is_finished, note_study, run_cell
 from .teacher import Teacher
 
 # %% ../nbs/71_ablation.ipynb #42fce949
@@ -109,7 +109,7 @@ def ablate(
     todo = [c for i in range(len(splits)) for c in [(i, 'teacher', i, 0)] + [(i, row, r, seed) for r,(j,seed) in enumerate(repetitions) if j==i for row in students]]
     if not all(is_finished(splits[i].folder/f'{row}-{seed}') for i,row,_,seed in todo): rehearse(recipe, splits[0].dls, students)
     def train(split, row, seed, home): return train_row(recipe, row, split.dls, None if row=='teacher' else split.teacher(cache), seed + 1000*splits.index(split)*(row=='teacher'), home)
-    with claim(out, 'study'):
+    with claimed_folder(out, 'study'):
         note_study(out, facts)
         cells = _run_cells(splits, todo, train, progress)
     order = [r for r in recipe.order if r in rows]
@@ -140,7 +140,7 @@ def compare_backbones(
     recipes = {n: replace(recipe, teacher=n, teacher_epochs=recipe.epochs) for n in names}
     for r in recipes.values(): r.make_teacher(splits[0].dls) # or an error, before the first hour
     todo = [(i, n, r, seed) for r,(i,seed) in enumerate(repetitions) for n in names]
-    with claim(out, 'study'):
+    with claimed_folder(out, 'study'):
         note_study(out, facts)
         cells = _run_cells(splits, todo, lambda split, n, seed, home: train_row(recipes[n], 'teacher', split.dls, None, seed, home), progress)
     rows = {n: (known.get(n, Row(n))._replace(taught=False), recipes[n].architecture('teacher')) for n in names}

@@ -11,7 +11,7 @@ __all__ = ['DATASETS', 'Dataset', 'Augmentation', 'Preprocessing', 'MethodName',
            'TrainingOptions', 'RunOptions', 'RecipeOptions', 'make_app', 'read_config', 'Stopped', 'main',
            'option_names']
 
-# %% ../nbs/80_cli.ipynb #2837b8e0
+# %% ../nbs/80_cli.ipynb #d886efc9
 import os, signal, sys, threading, traceback, warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +25,7 @@ from . import __version__
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 
-# %% ../nbs/80_cli.ipynb #83b14038
+# %% ../nbs/80_cli.ipynb #edc462b6
 DATASETS = {
     'folder': 'one folder for each class, perhaps below train, valid, test', 'csv': 'a CSV file with columns image, label, group',
     'dicom': 'DICOM files, one folder for each class, or a list', 'ham10000': 'skin, 7 diagnoses', 'lc25000': 'lung and colon tissue',
@@ -47,7 +47,7 @@ OPTION_DATASETS = { # options that concern some data sets only
     'tissue': ('lc25000',), 'magnification': ('breakhis',),
 }
 
-# %% ../nbs/80_cli.ipynb #3c848c7b
+# %% ../nbs/80_cli.ipynb #b739235b
 def whole_number(type_, tokens):
     "An integer from the command line or a configuration; cyclopts would round 1.5"
     text = tokens[0].value.strip()
@@ -67,7 +67,7 @@ MODELS = Group.create_ordered('Models')
 TRAINING = Group.create_ordered('Training')
 RUNNING = Group.create_ordered('The run')
 
-# %% ../nbs/80_cli.ipynb #480329e0
+# %% ../nbs/80_cli.ipynb #17581b00
 @Parameter(name='*')
 @dataclass(kw_only=True)
 class DataOptions:
@@ -93,7 +93,7 @@ class DataOptions:
     tissue:Annotated[Optional[Literal['lung', 'colon', 'both']], _option('lc25000: which part [default: lung]', IMAGES)] = None
     magnification:Annotated[OptionalWhole, _option('breakhis: 40, 100, 200 or 400; all by default', IMAGES)] = None
 
-# %% ../nbs/80_cli.ipynb #527c7236
+# %% ../nbs/80_cli.ipynb #7b140173
 @Parameter(name='*')
 @dataclass(kw_only=True)
 class LoadingOptions:
@@ -117,7 +117,7 @@ class PixelOptions:
     views:Annotated[OptionalWhole, _option('with a policy of kdmed.transforms: different views of each image, which then repeat; always new ones by default', SPLITTING)] = None
     sampling:Annotated[Literal['natural', 'balanced'], _option('draw training images as they are, or all classes equally often', SPLITTING)] = 'natural'
 
-# %% ../nbs/80_cli.ipynb #589ec480
+# %% ../nbs/80_cli.ipynb #2daa9fb3
 @Parameter(name='*')
 @dataclass(kw_only=True)
 class ModelOptions:
@@ -157,7 +157,7 @@ class RunOptions:
     quiet:Annotated[bool, _option('print conclusions and errors alone', RUNNING)] = False
     verbose:Annotated[bool, _option('print more: the card of the data, and tracebacks', RUNNING)] = False
 
-# %% ../nbs/80_cli.ipynb #4a840aab
+# %% ../nbs/80_cli.ipynb #00029a1c
 @Parameter(name='*')
 @dataclass(kw_only=True)
 class RecipeOptions:
@@ -173,7 +173,7 @@ class RecipeOptions:
 OUT = Parameter(name='--out', help='folder of the run: student, report, metrics, log, settings', group=RUNNING)
 FORCE = Parameter(name='--force', help='replace the run that is there, once the new one is finished', group=RUNNING, negative=())
 
-# %% ../nbs/80_cli.ipynb #f2bfc3ce
+# %% ../nbs/80_cli.ipynb #cd46dc9d
 def _run(command, *options, **more):
     "Import what a command does, and do it"
     with warnings.catch_warnings():
@@ -213,7 +213,7 @@ def make_app(
 
     return app
 
-# %% ../nbs/80_cli.ipynb #ce6d70de
+# %% ../nbs/80_cli.ipynb #76b12960
 def read_config(
     path,         # TOML file
     command:str,  # The command it is used for
@@ -243,7 +243,7 @@ def _take_config(
         else: rest.append(token)
     return rest,path
 
-# %% ../nbs/80_cli.ipynb #ba5c1d2a
+# %% ../nbs/80_cli.ipynb #d333a114
 class Stopped(KeyboardInterrupt):
     "A signal that ends a run"
     def __init__(self, signum):
@@ -290,7 +290,7 @@ class _Signals:
     def __exit__(self, *error):
         for s,handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/80_cli.ipynb #bd1ac1a8
+# %% ../nbs/80_cli.ipynb #3008dd82
 def main(
     argv=None, # Arguments; those of the process by default
 )->int: # Exit status: 0; 2 after an error; 130 or 143 after an interruption
@@ -326,6 +326,7 @@ def _explain(error, argv):
     known = OSError,ValueError,TypeError,ImportError,MemoryError,RuntimeError,FloatingPointError
     if not isinstance(error, known): said = f'{type(error).__name__}: {said}'
     kept = STATE['kept']() if 'kept' in STATE and STATE.get('begun') else ''
+    if kept.startswith('nothing'): kept = ''
     return _refuse('; '.join(part for part in (' '.join(said.split()), hint, kept) if part))
 
 def option_names()->set:

@@ -12,13 +12,13 @@ __all__ = ['NUMBERS', 'READERS', 'AUGMENTS', 'FILTERS', 'OPTIMIZERS', 'RUN_FILES
            'about_data', 'distill', 'demo', 'set_values', 'recipe', 'recipe_kept_in_words', 'free_memory',
            'seconds_per_step', 'estimate_run', 'check', 'unreadable_images']
 
-# %% ../nbs/79_commands.ipynb #841e1b6f
+# %% ../nbs/79_commands.ipynb #983abe90
 import os, warnings
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
 
-# %% ../nbs/79_commands.ipynb #817eb3ae
+# %% ../nbs/79_commands.ipynb #465d4def
 import ast, io, json, math, platform, re, shutil, sys, time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, replace
@@ -49,10 +49,10 @@ from .metrics import MetricByName
 from .models import create_student, create_teacher
 from .recipes import RECIPES, run as run_recipe
 from .report import REPORT_FILES, load_comparison, markdown_table
-from .study import LineProgress, Study, StudyProgress, TellEpochs, distillation_study, in_words, is_finished, read_study, study_changes
+from .study import LineProgress, StudyProgress, TellEpochs, claimed_folder, distillation_study, in_words, is_finished, read_study, study_changes
 from .transforms import chest_augment, deit_lung_augment, kd_convnext_augment, mskd_augment, skin_augment, tissue_augment
 
-# %% ../nbs/79_commands.ipynb #ab067af4
+# %% ../nbs/79_commands.ipynb #4eb0e46f
 def option(name): return '--' + name.replace('_', '-')
 
 NUMBERS = dict(size=(check_integer, dict(least=8)), bs=(check_integer, dict(least=1)), epochs=(check_integer, dict(least=1)), teacher_epochs=(check_integer, dict(least=1)),
@@ -85,9 +85,11 @@ def check_concerns(
     for name in ('separator', 'group_pattern', 'groups'):
         if o.get(name)=='': raise ValueError(f'{option(name)} must not be empty')
 
-# %% ../nbs/79_commands.ipynb #46595690
-_WORDS = {"give split_groups three positive sizes": '--resplit splits the images anew', 'table.attrs[\'classes\']': '--classes', 'image table': 'data', 'dls': 'the data',
-          'go on': 'continue', 'pass ': 'give ', 'try another split seed': 'try another --split-seed'}
+# %% ../nbs/79_commands.ipynb #845193a4
+_WORDS = { # pattern in a message of Python: what it is on the command line
+    r'give split_groups three positive sizes': '--resplit splits the images anew', r"table\.attrs\['classes'\]": '--classes', r'(?<![\w/.])dls(?![\w/.])': 'the data', r'\bpass (?=--)': 'give ',
+    r'\buse split_groups\b': 'use --resplit to split by groups', r'try another split seed': 'try another --split-seed', r'\bto go on\b': 'to continue', r'images are in more than one split(?!.*--resplit)': r'\g<0> (--resplit splits the images by groups)',
+}
 
 def in_shell_words(
     message:str, # Of a Python error
@@ -95,17 +97,16 @@ def in_shell_words(
 )->str:
     "A message with arguments as options"
     def as_option(found):
-        name,value = found[1],found[2]
+        name,value = found[1],found[2].strip('"\'')
         if name not in options: return found[0]
-        value = value.strip('"\'')
-        return option(name) if value=='True' else f'{option(name)} {value}'
-    message = re.sub(r"\b([a-z]\w*)=('[^']*'|\"[^\"]*\"|True|False|[\w.]+|(?=\W|$))", as_option, message)
+        return option(name) if value=='True' else f'{option(name)} {value}'.rstrip()
+    message = re.sub(r"(?<![\w/.-])([a-z]\w*)=('[^']*'|\"[^\"]*\"|True|False|[\w.]*)", as_option, message)
     start = re.match(r'(\w+) (must|needs|is|has)\b', message)
     if start and start[1] in options: message = option(start[1]) + message[len(start[1]):]
-    for theirs,ours in _WORDS.items(): message = message.replace(theirs, ours)
+    for theirs,ours in _WORDS.items(): message = re.sub(theirs, ours, message)
     return message
 
-# %% ../nbs/79_commands.ipynb #2ba1c219
+# %% ../nbs/79_commands.ipynb #69c1626c
 _SIGNS = {'ham10000': 'HAM10000_metadata*', 'chestxray14': 'Data_Entry_2017*', 'lc25000': '*lung_image_sets*'} # files that only such a set has
 
 READERS = { # function, and the options that it takes, by the names of its arguments
@@ -134,7 +135,7 @@ def read_table(
     table = READERS[o['dataset']][0](data, **given)
     return apply_groups(table, o['groups']) if o.get('groups') else table
 
-# %% ../nbs/79_commands.ipynb #c9daaeb3
+# %% ../nbs/79_commands.ipynb #60ae496f
 def apply_groups(
     table, # Image table; not changed
     file,  # CSV file with columns `image` (path, file name with or without its ending, or row number of an array) and `group`
@@ -170,7 +171,7 @@ def _groups_by_name(table, rows, file):
         if name is not None and used.setdefault(name, row)!=row: raise ValueError(f'{file}: {name} means several images, such as {name_of(table.image.iloc[used[name]])} and {name_of(image)}; list them by path')
     return pd.Series(found, index=table.index, dtype=object)
 
-# %% ../nbs/79_commands.ipynb #fd854b29
+# %% ../nbs/79_commands.ipynb #49889058
 def deal_out(
     table,  # Image table
     o:dict, # Options by name
@@ -195,7 +196,7 @@ def _check_own_split(table):
         raise ValueError(f"the split of the data has no {' and no '.join(absent)} images: {'; '.join(cures)}")
     return table
 
-# %% ../nbs/79_commands.ipynb #d1077db3
+# %% ../nbs/79_commands.ipynb #8d982ac9
 AUGMENTS = {'none': None, 'flip': Flip, 'dihedral': Dihedral, 'tissue': tissue_augment, 'skin': skin_augment, 'chest': chest_augment,
             'deit_lung': deit_lung_augment, 'kd_convnext': kd_convnext_augment, 'mskd': mskd_augment}
 FILTERS = dict(median=MedianFilter, gaussian=GaussianFilter, clahe=CLAHE)
@@ -232,7 +233,7 @@ def _loading(o):
     return dict(store=_store(o), sampling=o['sampling'], unreadable=o['unreadable'], allow_leakage=o['allow_leakage'], num_workers=o['workers'],
                 preprocess=[FILTERS[name]() for name in o['preprocess'] or ()], device=choose_device(o['device']), **_augmentation(o))
 
-# %% ../nbs/79_commands.ipynb #7e8f39f4
+# %% ../nbs/79_commands.ipynb #66922f82
 RUN_FILES = 'student.safetensors','student.json',*REPORT_FILES,'history.csv','config.toml','study.json','cells','settings.json'
 NOT_SETTINGS = 'out','force','config','device','quiet','verbose','workers','store','metric','copies','command' # may differ when a run resumes
 
@@ -265,7 +266,7 @@ def run_state(
     if 'study.json' not in there: return 'foreign'
     return 'finished' if 'settings.json' in there else 'unfinished'
 
-# %% ../nbs/79_commands.ipynb #97f77949
+# %% ../nbs/79_commands.ipynb #76762233
 NEW,COMPLETE = '.new','complete' # folder of a run that will replace another; the file in it that says it is whole
 
 def swap_in(
@@ -303,18 +304,18 @@ def open_run(
     if (out/NEW/COMPLETE).is_file():
         with claim(out, 'run'): swap_in(out)
     state = run_state(out)
-    held = read_study(out).get('settings', {}) if state in ('finished', 'unfinished') else None
+    held = read_study(out).get('options', {}) if state in ('finished', 'unfinished') else None
     changed = differences(held, settings) if held is not None else ''
     if not o.get('force'):
         if state=='foreign': raise FileExistsError(f"--out {o['out']} already holds a run ({', '.join(f for f in RUN_FILES if (out/f).exists())}) that does not say what it is; choose another folder, or give --force to replace it")
         if changed: raise FileExistsError(f"--out {o['out']} already holds a run of other settings: {changed}; choose another folder, or give --force to replace it")
         return None if state=='finished' else out
     if state=='empty' or (state=='unfinished' and not changed): return out
-    if run_state(out/NEW)=='unfinished' and differences(read_study(out/NEW).get('settings', {}), settings): _remove(out/NEW)
+    if run_state(out/NEW)=='unfinished' and differences(read_study(out/NEW).get('options', {}), settings): _remove(out/NEW)
     if run_state(out/NEW)=='foreign': _remove(out/NEW)
     return out/NEW
 
-# %% ../nbs/79_commands.ipynb #19fcb648
+# %% ../nbs/79_commands.ipynb #e20b56ab
 def config_text(
     command:str, # Such as `distill`
     o:dict,      # Options by name
@@ -333,7 +334,7 @@ def _toml(value):
     if isinstance(value, float): return repr(value) if not value.is_integer() or abs(value) > 1e15 else f'{value:.1f}'
     return json.dumps(value, ensure_ascii=False).replace('\x7f', '\\u007f')
 
-# %% ../nbs/79_commands.ipynb #f3282f4b
+# %% ../nbs/79_commands.ipynb #7ab2d69a
 def _environment():
     "Versions and hardware a run depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -350,7 +351,7 @@ def kept_in_words(
     if not done and not begun: return f'nothing was trained yet in {out}; the same command starts again'
     return f'{len(done)} of {total} models are kept in {out}' + ', and the checkpoint of the next'*begun + '; the same command resumes'
 
-# %% ../nbs/79_commands.ipynb #c14d790b
+# %% ../nbs/79_commands.ipynb #8cb1b67d
 class BarsProgress(StudyProgress):
     "Bars on a terminal: one for each fit, and the time left"
     def __init__(self):
@@ -375,15 +376,16 @@ def choose_progress(o):
     if o['quiet']: return StudyProgress()
     return BarsProgress() if sys.stderr.isatty() and not o['verbose'] else LineProgress()
 
-# %% ../nbs/79_commands.ipynb #d1a4dea5
+# %% ../nbs/79_commands.ipynb #bc40d322
 def _makers(o, classes, task):
     "Functions that make a teacher and a student"
     def make(create, name, weights, **more):
-        start = dict(pretrained=True) if weights=='timm' or (weights is None and o['pretrained']) else {} if weights is None else dict(weights=weights)
-        if start.get('weights') and start['weights']!='pip': start = dict(checkpoint=start['weights'], trusted=o['trusted'])
+        start = dict(trusted=o['trusted'])
+        if not more and (weights=='timm' or (weights is None and o['pretrained'])): start['weights'] = True
+        elif weights: start['weights'] = weights if weights=='pip' else str(Path(weights).expanduser())
         return lambda: create(name, classes, o['size'], task, **start, **more)
-    given = dict(checkpoint=o['teacher_checkpoint'], trusted=o['trusted']) if o['teacher_checkpoint'] else {}
-    return make(create_teacher, o['teacher'], None if given else o['teacher_weights'], **given),make(create_student, o['student'], o['student_weights'])
+    given = dict(checkpoint=o['teacher_checkpoint']) if o['teacher_checkpoint'] else {}
+    return make(create_teacher, o['teacher'], o['teacher_weights'], **given),make(create_student, o['student'], o['student_weights'])
 
 def check_models(
     o:dict, # Options by name
@@ -427,7 +429,7 @@ def about_data(
     lines = [line for line in held.getvalue().splitlines() if line.strip()]
     return dict(card=lines, copies=copies.sentences() if copies is not None else [], guessed_groups=table.attrs.get('guessed_groups', False))
 
-# %% ../nbs/79_commands.ipynb #94277322
+# %% ../nbs/79_commands.ipynb #c438f83b
 def _study(o, command, read, asked=None):
     "A run of `distill` or `demo`, from its options to its folder"
     work = open_run(o)
@@ -437,12 +439,13 @@ def _study(o, command, read, asked=None):
     with _talk(o): table,loading = read()
     device = loading.get('device')
     if o['amp'] and torch.device(device or default_device()).type!='cuda': raise ValueError('--amp needs a GPU of NVIDIA; leave it out on this machine')
-    with claim(Path(o['out']).expanduser(), 'run'):
+    if missing := [c for c in o['subgroups'] or () if c not in table]: raise ValueError(f'--subgroups must be columns of the image table, but {missing} are not among {list(table.columns)}')
+    with claimed_folder(o['out']):
         with _talk(o):
             copies = look_for_copies(table, o)
             dls = image_dls(table, o['size'], o['bs'], progress=not o['quiet'] and sys.stderr.isatty(), **loading)
             comparison,models = _train(o, work, dls, command, asked or o)
-        comparison.about['data'] = comparison.about['data'] # see about_data
+        comparison.about['data_notes'] = about_data(dls.table, copies)
         _save_run(work, comparison, models, o, dls, round(time.time()-start, 1))
         if work.name==NEW: swap_in(work.parent)
     _tell(comparison, o)
@@ -455,24 +458,25 @@ def _train(o, work, dls, command, asked):
     progress = choose_progress(o)
     seeds = tuple(range(o['seed'], o['seed']+o['repeats']))
     amp = (lambda: [MixedPrecision()]) if o['amp'] else None
+    MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
+    cli.STATE['begun'] = True
     return distillation_study(dls, teacher() if o['teacher_checkpoint'] else teacher, student, o['method'], o['teacher_epochs'], o['epochs'], float(o['lr']), seeds, progress, o['subgroups'] or (), work,
                               settings_of(o), OPTIMIZERS[o['optimizer']], o['weight_decay'], callbacks=amp, metrics=metrics, cache=o['cache'],
                               files={'config.toml': config_text(command, asked)})
 
-# %% ../nbs/79_commands.ipynb #5a8b1029
+# %% ../nbs/79_commands.ipynb #f541676b
 def _save_run(work, comparison, models, o, dls, seconds):
     "Write what is made from the cells; `settings.json`, with which a run is finished, comes last"
     best = models['distilled'][0].folder
     for name in ('student.safetensors', 'student.json'): write_atomic(work/name, (best/name).read_bytes())
     write_atomic(work/'history.csv', comparison.history.to_csv(index=False))
-    comparison.save(work, overwrite=True)
+    try: comparison.save(work, overwrite=True)
+    except Exception as e: raise RuntimeError(f'the report could not be written: {e}') from e
     left_out = {name_of(r.image): r.reason for r in dls.quarantine.itertuples()} if len(dls.quarantine) else {}
     settings = {k: v for k,v in o.items() if k not in ('force', 'config')} | dict(left_out=left_out, seconds=seconds, environment=_environment())
-    if work.name==NEW:
-        write_atomic(work/'settings.json', json.dumps(settings, indent=1, default=str))
-        write_atomic(work/COMPLETE, json.dumps([f for f in RUN_FILES if (work/f).exists()]))
-    else: write_atomic(work/'settings.json', json.dumps(settings, indent=1, default=str))
+    write_atomic(work/'settings.json', json.dumps(settings, indent=1, default=str))
+    if work.name==NEW: write_atomic(work/COMPLETE, json.dumps([f for f in RUN_FILES if (work/f).exists()]))
 
 def _tell(comparison, o):
     "Conclusions and the table, on stdout"
@@ -488,7 +492,7 @@ def _tell_finished(o):
     print(f"\n{o['out']} holds this run already, finished: nothing was trained. --force trains it anew")
     return 0
 
-# %% ../nbs/79_commands.ipynb #a889067c
+# %% ../nbs/79_commands.ipynb #4a1f0f15
 def distill(
     o:dict, # Options by name
 )->int: # Exit status
@@ -515,7 +519,7 @@ def demo(
     def read(): return split_groups(synthetic_table(DEMO_IMAGES, classes=4, size=o['size'], seed=2026), sizes=(.5, .1, .4), seed=0),dict(batch_tfms=[Dihedral()], device=choose_device(o['device']))
     return _study(o, 'demo', read, asked)
 
-# %% ../nbs/79_commands.ipynb #3484f112
+# %% ../nbs/79_commands.ipynb #36e9dc2f
 def set_values(
     recipe, # From `RECIPES`
     given,  # Texts NAME=VALUE
@@ -552,6 +556,7 @@ def recipe(
     if o['ablate'] and o['subgroups']: raise ValueError('--subgroups compares models of a run; it does not concern --ablate')
     chosen = set_values(RECIPES[o['name']].scaled(o['scale']), o['set'])
     for row in o['rows'] or (): check_in(row, chosen.rows, 'row')
+    if o['out'] is None and o['data'] is not None: raise ValueError('--data is given, but no --out: give a folder for the run, or leave --data out to see the card')
     if o['out'] is None: return print(f'{chosen.name}: {chosen.paper}\n{chosen.note}\n{markdown_table(chosen.settings())}') or 0
     check_concerns(o)
     out = check_out(o)
@@ -562,7 +567,7 @@ def recipe(
         elif table.split.notna().any(): _check_own_split(table)
         copies = look_for_copies(table, o) if table.split.notna().all() else None
         how = dict(store=_store(o), progress=not o['quiet'], loading=dict(allow_leakage=o['allow_leakage'], unreadable=o['unreadable'], num_workers=o['workers'], device=choose_device(o['device'])))
-        with claim(out, 'recipe'):
+        with claimed_folder(out, 'recipe'):
             if o['ablate']:
                 study = ablate(chosen, table, out, o['rows'], o['repeats'], resplit=not o['one_split'], **how)
                 study.save(out, overwrite=True)
@@ -577,7 +582,7 @@ def recipe_kept_in_words(folder, out):
     done = [f for f in [*folder.glob('cells/*'), *folder.glob('split-*/*')] if is_finished(f)]
     return f'{len(done)} finished models are kept in {out}; the same command resumes' if done else f'nothing was finished yet in {out}; the same command resumes'
 
-# %% ../nbs/79_commands.ipynb #c501491a
+# %% ../nbs/79_commands.ipynb #a4872755
 def free_memory()->int: # Bytes; None where the system does not say
     "Memory that programs can still have"
     try:

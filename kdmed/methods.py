@@ -19,12 +19,11 @@ from fastcore.foundation import L
 from torch import nn
 
 from .core import COLORS, check_in, check_integer, check_number, check_seed, figure
-from .files import claim
 from .kd import METHODS, SEVERAL, Teacher, check_fit, distill_callbacks, fit_classifier
 from .metrics import evaluate, paired_difference, predict
 from .resume import Resume
 from .store import _digest, _text
-from .study import check_study, data_facts, model_facts, new_model, note_study, read_study, run_cell, weights_checksum
+from .study import check_study, claimed_folder, data_facts, model_facts, new_model, note_study, read_study, run_cell, weights_checksum
 
 # %% ../nbs/51_methods.ipynb #c8ae6099
 def _study_facts(dls, student, teacher, epochs, lr):
@@ -68,7 +67,7 @@ def compare_methods(
     _rehearse(dls, model, teacher, methods, taps)
     predictions = {'teacher': [predict_teacher(teacher, dls, on)], 'plain': []} | {name: [] for name in methods}
     folder = Path(folder) if folder is not None else None
-    with nullcontext() if folder is None else claim(folder, 'study'):
+    with nullcontext() if folder is None else claimed_folder(folder, 'study'):
         if folder is not None: _open_study(folder, _study_facts(dls, model, teacher, epochs, lr), {name: _identity(m) for name,m in methods.items()})
         for seed in seeds:
             for name in ['plain', *methods]:

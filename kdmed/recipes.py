@@ -37,7 +37,7 @@ from .data import image_dls, split_groups
 from .exits import add_exits
 from .features import FeatureKD
 from .filters import SuperResolution
-from .files import claim, write_atomic
+from .files import write_atomic
 from .images import check_table
 from .kd import check_fit, fit_classifier
 from .losses import FEATURE_WEIGHTS, bernoulli_focal_loss, focal_loss, inverse_frequency_weights, is_known
@@ -46,7 +46,7 @@ from .multidim import MultiDimKD
 from .multistage import MultiStageKD, during
 from .report import Comparison, compare, markdown_table
 from .resume import Resume
-from .study import Cell, check_study, note_study, run_cell, table_checksum
+from .study import Cell, check_study, claimed_folder, note_study, run_cell, table_checksum
 from .teacher import Teacher
 from .transforms import deit_lung_augment, kd_convnext_augment, mskd_augment, tissue_augment
 
@@ -103,7 +103,8 @@ def _check_recipe(r):
     "Raise an error that names the setting that cannot be"
     for name,allowed in dict(optimizer=OPTIMIZERS, schedule=('one_cycle', 'constant'), augment=AUGMENTATIONS, sampling=('natural', 'balanced'), keep=('best', 'last')).items(): check_in(getattr(r, name), allowed, name)
     for f in fields(r): _check_kind(f.name, getattr(r, f.name), type(f.default))
-    for name in ('lr', 'lr_from_scratch', 'width', 'scale', *(n for n in ('temperature',) if hasattr(r, n))): check_number(getattr(r, name), name, above=0)
+    check_number(r.scale, 'scale', above=0, most=1)
+    for name in ('lr', 'lr_from_scratch', 'width', *(n for n in ('temperature',) if hasattr(r, n))): check_number(getattr(r, name), name, above=0)
     for name in ('teacher_weight', 'feature_share', 'response_weight'):
         if hasattr(r, name): check_number(getattr(r, name), name, least=0, most=1)
     for name in ('teacher', 'student'): _check_models(name, getattr(r, name))
@@ -632,7 +633,7 @@ def run(
     check_study(out, facts := study_facts(recipe, table, kind='run'))
     dls = recipe.loaders(table, store, progress=progress, loading=loading)
     rehearse(recipe, dls, ('plain', recipe.full))
-    with claim(out, 'recipe'):
+    with claimed_folder(out, 'recipe'):
         note_study(out, facts)
         cells = _run_rows(recipe, dls, out, repeats, progress)
         comparison = compare({name: [c.model.to(dls.device) for c in group] for name,group in cells.items()}, dls.test, valid=dls.valid, subgroups=subgroups)

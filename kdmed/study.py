@@ -8,9 +8,9 @@ Docs: https://kdmed.github.io/kdmed/study.html.md"""
 __all__ = ['CELL_FILES', 'STUDY_FORMAT', 'Cell', 'is_finished', 'save_cell', 'run_cell', 'table_checksum', 'data_facts',
            'weights_checksum', 'model_facts', 'read_study', 'study_changes', 'check_study', 'note_study', 'Fit',
            'TimeLeft', 'in_words', 'TellEpochs', 'StudyProgress', 'BarProgress', 'LineProgress', 'Study', 'new_model',
-           'targets_of', 'distillation_study']
+           'targets_of', 'claimed_folder', 'clear_stale', 'distillation_study']
 
-# %% ../nbs/50_study.ipynb #49d1e445
+# %% ../nbs/50_study.ipynb #260134b6
 import io, json, shutil, sys, tempfile, time, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from .report import REPORT_FILES
 from .resume import Resume, read_checkpoint, write_checkpoint
 from .teacher import Teacher
 
-# %% ../nbs/50_study.ipynb #d3f2d2b0
+# %% ../nbs/50_study.ipynb #c9f4f10f
 CELL_FILES = 'student.json','student.safetensors','weights.pt','history.csv','valid.npy','test.npy'
 
 class Cell(NamedTuple):
@@ -61,10 +61,11 @@ def is_finished(
     "Whether a cell needs no training"
     return (Path(folder)/'test.npy').is_file()
 
-def _save_model(model, folder):
-    "Write a model: with its spec where it has one, else its tensors alone"
-    if hasattr(unwrap(model), 'spec'): return save_student(model, folder)
-    write_checkpoint(dict(weights=unwrap(model).state_dict()), folder/'weights.pt')
+def _save_model(learn, folder):
+    "Write a model, or that of a Learner with its normalization: with its spec where it has one, else its tensors alone"
+    model = unwrap(learn.model if isinstance(learn, Learner) else learn)
+    if hasattr(model, 'spec'): return save_student(learn, folder)
+    write_checkpoint(dict(weights=model.state_dict()), folder/'weights.pt')
 
 def _load_model(folder, make):
     "The model in a cell, in eval mode"
@@ -84,7 +85,7 @@ def _load_array(file):
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f'{file} cannot be read ({e}); delete {file.parent}, and this fit is trained again') from e
 
-# %% ../nbs/50_study.ipynb #931f2230
+# %% ../nbs/50_study.ipynb #ce374ad7
 def save_cell(
     learn,           # Fitted Learner; or a Module, which has no training log
     folder:Path,     # Of the cell
@@ -95,7 +96,7 @@ def save_cell(
     folder.mkdir(parents=True, exist_ok=True)
     for name in CELL_FILES:
         for stale in (folder/name, folder/f'{name}.part'): stale.unlink(missing_ok=True)
-    if keep_model: _save_model(learn.model if isinstance(learn, Learner) else learn, folder)
+    if keep_model: _save_model(learn, folder)
     if isinstance(learn, Learner): write_atomic(folder/'history.csv', learn.history.to_csv(index=False))
     for name in ('valid', 'test'): _save_array(folder/f'{name}.npy', predict(learn, getattr(dls, name))[0])
 
@@ -112,7 +113,7 @@ def run_cell(
     if (folder/'fit').exists(): shutil.rmtree(folder/'fit', ignore_errors=True)
     return Cell(folder, *(_load_array(folder/f'{name}.npy') for name in ('valid', 'test')), make)
 
-# %% ../nbs/50_study.ipynb #afbb252e
+# %% ../nbs/50_study.ipynb #04934666
 STUDY_FORMAT = 1
 _NOTED = 'format','versions' # told, not compared
 
@@ -151,7 +152,7 @@ def model_facts(model)->dict:
     name = getattr(model, 'spec', {}).get('model', type(model).__name__)
     return dict(model=name if isinstance(name, str) else ' + '.join(name), parameters=count_parameters(model))
 
-# %% ../nbs/50_study.ipynb #df58007c
+# %% ../nbs/50_study.ipynb #d1c2880f
 def read_study(
     folder, # Of a study
 )->dict: # Empty where there is none
@@ -167,9 +168,9 @@ def read_study(
 def study_changes(
     held:dict, # Facts of a study that is there
     now:dict,  # Facts of the one that is to be
-)->dict: # {name: (was, is)}, settings by their own names
+)->dict: # {name: (was, is)}, settings and options by their own names
     "What two studies differ in"
-    def flat(facts): return {k: v for k,v in facts.items() if k!='settings'} | dict(facts.get('settings', {}))
+    def flat(facts): return {k: v for k,v in facts.items() if k not in ('settings', 'options')} | dict(facts.get('settings', {})) | dict(facts.get('options', {}))
     held,now = flat(json.loads(json.dumps(held))),flat(json.loads(json.dumps(now)))
     return {k: (held.get(k), now.get(k)) for k in {**held, **now} if k not in _NOTED and held.get(k)!=now.get(k)}
 
@@ -195,7 +196,7 @@ def note_study(
     versions = {name: version(name) for name in ('kdmed', 'torch', 'timm', 'fastai')}
     write_atomic(Path(folder)/'study.json', json.dumps(dict(format=STUDY_FORMAT, versions=versions) | facts, indent=1, ensure_ascii=False))
 
-# %% ../nbs/50_study.ipynb #749d2000
+# %% ../nbs/50_study.ipynb #606b9553
 class Fit(NamedTuple):
     "One fit of a study"
     kind:str   # `teacher`, `plain`, or `distilled`
@@ -234,7 +235,7 @@ def in_words(
     if seconds < 5400: return f'{seconds/60:.0f} min'
     return f'{seconds/3600:.1f} h'
 
-# %% ../nbs/50_study.ipynb #d66352fa
+# %% ../nbs/50_study.ipynb #55d58cc6
 class TellEpochs(ProgressCallback):
     "Report each epoch that is trained; as a kind of progress bar, it is no part of what `Resume` compares"
     def __init__(self, tell): self.tell = tell # Function of epoch, epochs, seconds, and the log as a dict
@@ -286,7 +287,7 @@ def _progress(progress):
     if isinstance(progress, bool): return BarProgress() if progress else StudyProgress()
     raise TypeError(f'progress must be True, False or a StudyProgress, got {progress!r}')
 
-# %% ../nbs/50_study.ipynb #c4ff2e0d
+# %% ../nbs/50_study.ipynb #5c57de10
 @dataclass
 class Study:
     "Teacher, plain students and distilled students, and how they are trained; see `distillation_study`"
@@ -321,7 +322,7 @@ class Study:
         first = [] if self.trained else [Fit('teacher', self.seeds[0], self.teacher_epochs)]
         return first + [Fit(kind, seed, self.epochs) for seed in self.seeds for kind in ('plain', 'distilled')]
 
-# %% ../nbs/50_study.ipynb #1939d490
+# %% ../nbs/50_study.ipynb #e760ccde
 @patch
 def check(self:Study)->None:
     "Raise an error for settings or data that a study cannot be made with"
@@ -355,7 +356,7 @@ def check_models(self:Study)->tuple: # A teacher and a student, to look at
     except ValueError as e: raise ValueError(f'method {self.method!r}: {e}') from e
     return teacher,student
 
-# %% ../nbs/50_study.ipynb #08ed214e
+# %% ../nbs/50_study.ipynb #13bee97b
 @patch
 def facts(self:Study,
     teacher,      # From `check_models`
@@ -367,7 +368,7 @@ def facts(self:Study,
     if self.trained: models['teacher'] = dict(weights=[weights_checksum(m) for m in _modules(self.teacher)])
     else: models['teacher'] = model_facts(teacher) | dict(epochs=self.teacher_epochs, seed=int(self.seeds[0]))
     how = dict(method=self.method, epochs=self.epochs, lr=self.lr, optimizer=_name_of_function(self.optimizer), weight_decay=self.weight_decay, schedule=self.schedule)
-    return dict(kind='distillation', **data_facts(self.dls), **models, settings=how | dict(settings or {}))
+    return dict(kind='distillation', **data_facts(self.dls), **models, settings=how) | (dict(options=dict(settings)) if settings else {})
 
 def _modules(teacher):
     if isinstance(teacher, Teacher): return teacher.models
@@ -375,7 +376,7 @@ def _modules(teacher):
 
 def _name_of_function(f): return getattr(f, '__qualname__', None) or getattr(getattr(f, 'func', None), '__qualname__', str(type(f)))
 
-# %% ../nbs/50_study.ipynb #aad5cb86
+# %% ../nbs/50_study.ipynb #b88b6ae3
 _FITS_ON_DISK = 9 # weights and two moments, in a checkpoint, the one before it, and the one that is being written
 
 @patch
@@ -418,7 +419,7 @@ def rehearse_report(self:Study)->None:
     try: self._judge({n: random(self.dls.test) for n in names}, {n: random(self.dls.valid) for n in names}, n_boot=1, strict=True)
     except ValueError as e: raise ValueError(f'a report of these images cannot be made, so nothing is trained: {e}') from e
 
-# %% ../nbs/50_study.ipynb #5e6ba87d
+# %% ../nbs/50_study.ipynb #98dc84f5
 def targets_of(
     dl, # A loader of `image_dls` that does not shuffle
 )->np.ndarray:
@@ -458,7 +459,7 @@ def _with_parts(make, parts, strict=False):
         return made,[f'{_PARTS[name]} is left out, because it failed: {first}' for name in left_out]
     raise first
 
-# %% ../nbs/50_study.ipynb #b7640186
+# %% ../nbs/50_study.ipynb #4ccfd58f
 @patch
 def train(self:Study,
     progress:StudyProgress, # Whom to report to
@@ -476,6 +477,7 @@ def train(self:Study,
         progress.end(fit)
         if fit.kind=='teacher': models['teacher'] = result
         else: models[fit.kind].append(result)
+    if folder is not None and (folder/'answers').exists(): shutil.rmtree(folder/'answers', ignore_errors=True)
     if folder is not None and self.trained: models['teacher'] = run_cell(folder/'teacher', self.dls, lambda home: Teacher(self.teacher).as_module(self.dls), keep_model=False)
     return models
 
@@ -497,7 +499,7 @@ def fit_one(self:Study, fit, teacher, progress, home):
     if fit.kind=='distilled': return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how)
     return fit_classifier(self.dls, self.teacher if fit.kind=='teacher' else self.student, fit.epochs, **how)
 
-# %% ../nbs/50_study.ipynb #b4320fd8
+# %% ../nbs/50_study.ipynb #4e15d6db
 @patch
 def compare(self:Study,
     models:dict, # From `train`
@@ -531,7 +533,27 @@ def _module_of(model, study):
     if isinstance(model, Cell) and study.trained and model.folder.name=='teacher': return Teacher(study.teacher).as_module(study.dls)
     return (model.model.to(study.dls.device) if isinstance(model, (Cell, Learner)) else model)
 
-# %% ../nbs/50_study.ipynb #6e298d3d
+# %% ../nbs/50_study.ipynb #4474aca5
+@contextmanager
+def claimed_folder(
+    folder,         # Made if missing
+    what:str='run', # What it holds, for the message
+):
+    "Hold a folder for this process; one that was made for something that did not begin is removed again"
+    folder = Path(folder).expanduser()
+    try:
+        with claim(folder, what): yield folder
+    finally:
+        if folder.is_dir() and all(f.name in ('.lock', '.lock.json') for f in folder.iterdir()): shutil.rmtree(folder, ignore_errors=True)
+
+def clear_stale(
+    folder:Path, # Of a study
+)->None:
+    "Remove what a killed process was about to write"
+    for pattern in ('.rehearsal-*', '.part-*', '.*.part', 'cells/*/.*.part'):
+        for left in folder.glob(pattern): shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+# %% ../nbs/50_study.ipynb #5c59b9ca
 def distillation_study(
     dls,                  # From `image_dls`, with test images
     teacher,              # timm name or function that makes a model, trained here; or trained: a Module, a Learner, a `Teacher`, or several in a list
@@ -565,18 +587,11 @@ def distillation_study(
         return study.compare(models),models
     facts = study.facts(*looked_at, settings)
     check_study(folder, facts)
-    with _claimed(Path(folder)):
-        check_study(folder, facts) # another process may have begun one meanwhile
+    with claimed_folder(folder, 'study') as home:
+        check_study(home, facts) # another process may have begun one meanwhile
+        clear_stale(home)
         study.rehearse(folder, *looked_at)
         for name,text in (files or {}).items(): write_atomic(Path(folder)/name, text)
         note_study(folder, facts)
         models = study.train(progress, Path(folder)/'cells')
         return study.compare(models),models
-
-@contextmanager
-def _claimed(folder):
-    "Hold a folder; one that was made for a study that did not begin is removed again"
-    try:
-        with claim(folder, 'study'): yield
-    finally:
-        if not (folder/'study.json').is_file() and folder.is_dir() and all(f.name.startswith('.lock') for f in folder.iterdir()): shutil.rmtree(folder, ignore_errors=True)
