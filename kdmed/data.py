@@ -6,17 +6,21 @@ Docs: https://kdmed.github.io/kdmed/data.html.md"""
 
 # %% auto #0
 __all__ = ['UNLABELED', 'ImageRow', 'ImageDL', 'ClassLossFlat', 'FindingsLossFlat', 'BinaryLossFlat', 'FindingsAccuracy',
-           'TableLoaders', 'available_memory', 'decoded_bytes', 'image_dls', 'ReplayMixUp', 'ReplayCutMix', 'SPLITS',
-           'TASKS', 'WindowedImage', 'card', 'check_table', 'describe', 'image_table', 'is_unlabeled', 'open_image',
-           'show_images', 'synthetic_table', 'check_leakage', 'kfold_groups', 'leakage_report', 'official_split',
-           'repeat_splits', 'split_groups', 'decode_images', 'pack_images']
+           'TableLoaders', 'available_memory', 'decoded_bytes', 'load_distributed', 'image_dls', 'own_loader',
+           'ReplayMixUp', 'ReplayCutMix', 'SPLITS', 'TASKS', 'WindowedImage', 'card', 'check_table', 'describe',
+           'image_table', 'is_unlabeled', 'open_image', 'show_images', 'synthetic_table', 'check_leakage',
+           'kfold_groups', 'leakage_report', 'official_split', 'repeat_splits', 'split_groups', 'decode_images',
+           'pack_images']
 
 # %% ../nbs/11_data.ipynb #a4f6e4c6
-import ctypes, os, zlib
+import ctypes, os, sys, zlib
 from collections import namedtuple
 from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
+import fastai.callback.progress # Learner.no_bar
 import numpy as np
 import pandas as pd
 import torch
@@ -25,9 +29,8 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, Category, IntToFloatTensor, MultiCategorize, MultiCategory, Normalize, ToTensor
 from fastai.learner import Metric
-from fastai.distributed import DistributedDL
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
-from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory, default_device, to_device
+from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory, default_device, num_distrib, to_device
 from fastai.vision.core import imagenet_stats
 from fastcore.basics import chunked, listify, patch
 from fasttransform import Transform
@@ -410,6 +413,15 @@ def _read_table(table, *how):
     images = None if images is None else _Part(images, np.searchsorted(rows, kept))
     return images,table.iloc[kept],table.iloc[sorted(bad)].assign(reason=[bad[i] for i in sorted(bad)]),kept
 
+# %% ../nbs/11_data.ipynb #c41d07a6
+def load_distributed()->None:
+    "Import `fastai.distributed` where several processes train (`WORLD_SIZE`): it gives `Learner` its `distrib_ctx`, and needs accelerate"
+    if num_distrib()<=1: return
+    if find_spec('accelerate') is None:
+        raise ImportError(f"several processes (WORLD_SIZE={num_distrib()}) train together through accelerate, which is not installed: "
+                          "pip install 'kdmed[distributed]'")
+    import_module('fastai.distributed')
+
 # %% ../nbs/11_data.ipynb #8bcbafa1
 def image_dls(
     table:pd.DataFrame,  # Image table with `split` filled; images without a label are trained on, and left out elsewhere
@@ -429,6 +441,7 @@ def image_dls(
     allow_leakage:bool=False, # Accept groups that are in more than one split
 )->DataLoaders: # `train` and `valid`, and `test` where the table has test images; with `task`, `classes`, `counts` (training images of each class), `unlabeled` (those without a label), `size`, `table`, `quarantine`
     "fastai `DataLoaders` of an image table"
+    load_distributed()
     size,bs,num_workers = check_integer(size, 'size', 1),check_integer(bs, 'bs', 1),check_integer(num_workers, 'num_workers', 0)
     _check_batch(size, bs)
     _check_loading(store, unreadable, augment, preprocess, views, stats)
@@ -517,9 +530,13 @@ def _pixels_text(tfm):
                      'use augment=Augment(…) for random changes, and preprocess= for fixed ones')
 
 # %% ../nbs/11_data.ipynb #6fcc7ea0
-def _own_loader(dl):
-    "The loader inside fastai's for several processes"
-    return dl.dl if isinstance(dl, DistributedDL) else dl
+def own_loader(
+    dl, # A loader, or fastai's `DistributedDL` around one
+): # The loader itself
+    "The loader that fastai's loader for several processes wraps"
+    distributed = sys.modules.get('fastai.distributed') # needs accelerate; where nobody has imported it, no loader comes from it
+    if distributed is None: return dl
+    return dl.dl if isinstance(dl, distributed.DistributedDL) else dl
 
 # %% ../nbs/11_data.ipynb #0f6158cb
 class ReplayMixUp(MixHandler):
@@ -534,7 +551,7 @@ class ReplayMixUp(MixHandler):
     def before_batch(self):
         "Mix images, and the targets or their losses"
         if not hasattr(self.x, 'replay'): raise TypeError(f'{self.name} needs the numbers of its images: use the loaders of image_dls')
-        (ids,views),dl = self.x.replay,_own_loader(self.dl)
+        (ids,views),dl = self.x.replay,own_loader(self.dl)
         x,y = dl.views_of(mix_partners(ids, views, len(dl.ids), self.seed), views)
         mixed,kept = self.mix(x, mix_weights(ids, views, self.alpha, self.seed).to(x.device), ids, views)
         mixed.replay = ids,views
@@ -553,7 +570,7 @@ class ReplayMixUp(MixHandler):
     @property
     def policy(self):
         "What decides pairs and shares, beside image and view: kind, alpha, seed, and how many images there are to choose from"
-        return type(self).__name__,float(self.alpha),int(self.seed),len(_own_loader(self.learn.dls.train).ids)
+        return type(self).__name__,float(self.alpha),int(self.seed),len(own_loader(self.learn.dls.train).ids)
 
 # %% ../nbs/11_data.ipynb #0bfc8809
 class ReplayCutMix(ReplayMixUp):

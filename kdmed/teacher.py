@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.transforms import Normalize
-from fastai.distributed import DistributedDL
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch
@@ -24,6 +23,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from .core import capture_activations, check_in, evaluating, get_layer, unwrap
+from .data import own_loader
 from .models import create_teacher, feature_map, load_student
 
 # %% ../nbs/31_teacher.ipynb #a612f455
@@ -41,8 +41,7 @@ def find_normalization(
     dls, # fastai `DataLoaders`, or anything else that makes batches
 ): # Means and standard deviations, one of each a channel; None where there is no `Normalize`
     "The statistics that batches are normalized with"
-    dl = getattr(dls, 'train', dls)
-    if isinstance(dl, DistributedDL): dl = dl.dl
+    dl = own_loader(getattr(dls, 'train', dls))
     for t in getattr(getattr(dl, 'after_batch', None), 'fs', []):
         if isinstance(t, Normalize): return tuple(tuple(v.flatten().tolist()) for v in (t.mean, t.std))
 
