@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, distributed, nn
 
-from .core import COLORS, capture_activations, check_in, count_macs, evaluating, figure, get_layer, unwrap
+from .core import COLORS, capture_activations, check_in, check_integer, check_number, count_macs, evaluating, figure, get_layer, input_channels, model_spec, unwrap
 from .data import TASKS
 from .models import WRAPPERS, _staged, _thawed, pooled_features, stage_names
 
@@ -119,11 +119,11 @@ def add_exits(
     dropout:float=0., # Share of features dropped before each new head, in training
 )->ExitModel: # A copy of the model in the same mode, weights included, with exits that must be trained; a frozen model's copy is not
     "A model with classifiers on the way"
-    model,spec = unwrap(model),getattr(model, 'spec', {})
+    spec,model = model_spec(model),unwrap(model)
     layers,size = _default_layers(model) if layers is None else layers,size or spec.get('size')
     _check_source(model, layers, size)
     backbone,p = _thawed(deepcopy(model)),next(model.parameters())
-    images = torch.randn(len(layers)+1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(p)
+    images = torch.randn(len(layers)+1, input_channels(model), size, size, generator=torch.Generator().manual_seed(0)).to(p)
     widths,out = _trace(backbone, layers, images)
     if not isinstance(out, Tensor) or out.ndim!=2: raise ValueError(f'model must turn images into logits [B, C], got {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}')
     task,n_out = _check_task(task, spec, out.shape[1]),out.shape[1]
@@ -228,7 +228,7 @@ def exit_macs(
 )->list: # Multiply–accumulates for one image: to each exit, first exit first, and to the network's end
     "Multiply–accumulates that an image costs when it leaves at each exit"
     model = unwrap(model)
-    size = size or getattr(model, 'spec', {}).get('size')
+    size = size or model_spec(model).get('size')
     if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
     return [count_macs(_UntilExit(model, k), size) for k in range(len(model.exits)+1)]
 
