@@ -12,13 +12,13 @@ __all__ = ['NUMBERS', 'READERS', 'AUGMENTS', 'FILTERS', 'OPTIMIZERS', 'RUN_FILES
            'about_data', 'distill', 'demo', 'set_values', 'recipe', 'recipe_kept_in_words', 'free_memory',
            'seconds_per_step', 'estimate_run', 'check', 'unreadable_images']
 
-# %% ../nbs/79_commands.ipynb #23ef6e51
+# %% ../nbs/79_commands.ipynb #983abe90
 import os, warnings
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
 
-# %% ../nbs/79_commands.ipynb #253d4ff4
+# %% ../nbs/79_commands.ipynb #465d4def
 import ast, io, json, math, platform, re, shutil, sys, time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, replace
@@ -52,7 +52,7 @@ from .report import REPORT_FILES, load_comparison, markdown_table
 from .study import LineProgress, StudyProgress, TellEpochs, claimed_folder, distillation_study, in_words, is_finished, read_study, study_changes
 from .transforms import chest_augment, deit_lung_augment, kd_convnext_augment, mskd_augment, skin_augment, tissue_augment
 
-# %% ../nbs/79_commands.ipynb #1282e605
+# %% ../nbs/79_commands.ipynb #4eb0e46f
 def option(name): return '--' + name.replace('_', '-')
 
 NUMBERS = dict(size=(check_integer, dict(least=8)), bs=(check_integer, dict(least=1)), epochs=(check_integer, dict(least=1)), teacher_epochs=(check_integer, dict(least=1)),
@@ -85,7 +85,7 @@ def check_concerns(
     for name in ('separator', 'group_pattern', 'groups'):
         if o.get(name)=='': raise ValueError(f'{option(name)} must not be empty')
 
-# %% ../nbs/79_commands.ipynb #b92ba304
+# %% ../nbs/79_commands.ipynb #845193a4
 _WORDS = { # pattern in a message of Python: what it is on the command line
     r'give split_groups three positive sizes': '--resplit splits the images anew', r"table\.attrs\['classes'\]": '--classes', r'(?<![\w/.])dls(?![\w/.])': 'the data', r'\bpass (?=--)': 'give ',
     r'\buse split_groups\b': 'use --resplit to split by groups', r'try another split seed': 'try another --split-seed', r'\bto go on\b': 'to continue', r'images are in more than one split(?!.*--resplit)': r'\g<0> (--resplit splits the images by groups)',
@@ -106,7 +106,7 @@ def in_shell_words(
     for theirs,ours in _WORDS.items(): message = re.sub(theirs, ours, message)
     return message
 
-# %% ../nbs/79_commands.ipynb #738f77f7
+# %% ../nbs/79_commands.ipynb #69c1626c
 _SIGNS = {'ham10000': 'HAM10000_metadata*', 'chestxray14': 'Data_Entry_2017*', 'lc25000': '*lung_image_sets*'} # files that only such a set has
 
 READERS = { # function, and the options that it takes, by the names of its arguments
@@ -135,7 +135,7 @@ def read_table(
     table = READERS[o['dataset']][0](data, **given)
     return apply_groups(table, o['groups']) if o.get('groups') else table
 
-# %% ../nbs/79_commands.ipynb #a84121bb
+# %% ../nbs/79_commands.ipynb #60ae496f
 def apply_groups(
     table, # Image table; not changed
     file,  # CSV file with columns `image` (path, file name with or without its ending, or row number of an array) and `group`
@@ -171,7 +171,7 @@ def _groups_by_name(table, rows, file):
         if name is not None and used.setdefault(name, row)!=row: raise ValueError(f'{file}: {name} means several images, such as {name_of(table.image.iloc[used[name]])} and {name_of(image)}; list them by path')
     return pd.Series(found, index=table.index, dtype=object)
 
-# %% ../nbs/79_commands.ipynb #781051d1
+# %% ../nbs/79_commands.ipynb #49889058
 def deal_out(
     table,  # Image table
     o:dict, # Options by name
@@ -196,7 +196,7 @@ def _check_own_split(table):
         raise ValueError(f"the split of the data has no {' and no '.join(absent)} images: {'; '.join(cures)}")
     return table
 
-# %% ../nbs/79_commands.ipynb #bd1e4a8a
+# %% ../nbs/79_commands.ipynb #8d982ac9
 AUGMENTS = {'none': None, 'flip': Flip, 'dihedral': Dihedral, 'tissue': tissue_augment, 'skin': skin_augment, 'chest': chest_augment,
             'deit_lung': deit_lung_augment, 'kd_convnext': kd_convnext_augment, 'mskd': mskd_augment}
 FILTERS = dict(median=MedianFilter, gaussian=GaussianFilter, clahe=CLAHE)
@@ -233,7 +233,7 @@ def _loading(o):
     return dict(store=_store(o), sampling=o['sampling'], unreadable=o['unreadable'], allow_leakage=o['allow_leakage'], num_workers=o['workers'],
                 preprocess=[FILTERS[name]() for name in o['preprocess'] or ()], device=choose_device(o['device']), **_augmentation(o))
 
-# %% ../nbs/79_commands.ipynb #da46163f
+# %% ../nbs/79_commands.ipynb #66922f82
 RUN_FILES = 'student.safetensors','student.json',*REPORT_FILES,'history.csv','config.toml','study.json','cells','settings.json'
 NOT_SETTINGS = 'out','force','config','device','quiet','verbose','workers','store','metric','copies','command' # may differ when a run resumes
 
@@ -266,7 +266,7 @@ def run_state(
     if 'study.json' not in there: return 'foreign'
     return 'finished' if 'settings.json' in there else 'unfinished'
 
-# %% ../nbs/79_commands.ipynb #69788c35
+# %% ../nbs/79_commands.ipynb #76762233
 NEW,COMPLETE = '.new','complete' # folder of a run that will replace another; the file in it that says it is whole
 
 def swap_in(
@@ -315,7 +315,7 @@ def open_run(
     if run_state(out/NEW)=='foreign': _remove(out/NEW)
     return out/NEW
 
-# %% ../nbs/79_commands.ipynb #b7f6b4a5
+# %% ../nbs/79_commands.ipynb #e20b56ab
 def config_text(
     command:str, # Such as `distill`
     o:dict,      # Options by name
@@ -335,7 +335,7 @@ def _toml(value):
     if isinstance(value, float): return repr(value) if not value.is_integer() or abs(value) > 1e15 else f'{value:.1f}'
     return json.dumps(value, ensure_ascii=False).replace('\x7f', '\\u007f')
 
-# %% ../nbs/79_commands.ipynb #4afcc324
+# %% ../nbs/79_commands.ipynb #7ab2d69a
 def _environment():
     "Versions and hardware a run depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -352,7 +352,7 @@ def kept_in_words(
     if not done and not begun: return f'nothing was trained yet in {out}; the same command starts again'
     return f'{len(done)} of {total} models are kept in {out}' + ', and the checkpoint of the next'*begun + '; the same command resumes'
 
-# %% ../nbs/79_commands.ipynb #e5d7d0be
+# %% ../nbs/79_commands.ipynb #8cb1b67d
 class BarsProgress(StudyProgress):
     "Bars on a terminal: one for each fit, and the time left"
     def __init__(self):
@@ -377,7 +377,7 @@ def choose_progress(o):
     if o['quiet']: return StudyProgress()
     return BarsProgress() if sys.stderr.isatty() and not o['verbose'] else LineProgress()
 
-# %% ../nbs/79_commands.ipynb #a86d0437
+# %% ../nbs/79_commands.ipynb #bc40d322
 def _makers(o, classes, task):
     "Functions that make a teacher and a student"
     def make(create, name, weights, **more):
@@ -430,7 +430,7 @@ def about_data(
     lines = [line for line in held.getvalue().splitlines() if line.strip()]
     return dict(card=lines, copies=copies.sentences() if copies is not None else [], guessed_groups=table.attrs.get('guessed_groups', False))
 
-# %% ../nbs/79_commands.ipynb #ad3046a0
+# %% ../nbs/79_commands.ipynb #c438f83b
 def _study(o, command, read, asked=None):
     "A run of `distill` or `demo`, from its options to its folder"
     work = open_run(o)
@@ -466,7 +466,7 @@ def _train(o, work, dls, command, asked):
                               settings_of(o), OPTIMIZERS[o['optimizer']], o['weight_decay'], callbacks=amp, metrics=metrics, cache=o['cache'],
                               files={'config.toml': config_text(command, asked)})
 
-# %% ../nbs/79_commands.ipynb #0288d432
+# %% ../nbs/79_commands.ipynb #f541676b
 def _save_run(work, comparison, models, o, dls, seconds):
     "Write what is made from the cells; `settings.json`, with which a run is finished, comes last"
     best = models['distilled'][0].folder
@@ -493,7 +493,7 @@ def _tell_finished(o):
     print(f"\n{o['out']} holds this run already, finished: nothing was trained. --force trains it anew")
     return 0
 
-# %% ../nbs/79_commands.ipynb #7b0c8ddf
+# %% ../nbs/79_commands.ipynb #4a1f0f15
 def distill(
     o:dict, # Options by name
 )->int: # Exit status
@@ -520,7 +520,7 @@ def demo(
     def read(): return split_groups(synthetic_table(DEMO_IMAGES, classes=4, size=o['size'], seed=2026), sizes=(.5, .1, .4), seed=0),dict(batch_tfms=[Dihedral()], device=choose_device(o['device']))
     return _study(o, 'demo', read, asked)
 
-# %% ../nbs/79_commands.ipynb #fc5c41f8
+# %% ../nbs/79_commands.ipynb #36e9dc2f
 def set_values(
     recipe, # From `RECIPES`
     given,  # Texts NAME=VALUE
@@ -583,7 +583,7 @@ def recipe_kept_in_words(folder, out):
     done = [f for f in [*folder.glob('cells/*'), *folder.glob('split-*/*')] if is_finished(f)]
     return f'{len(done)} finished models are kept in {out}; the same command resumes' if done else f'nothing was finished yet in {out}; the same command resumes'
 
-# %% ../nbs/79_commands.ipynb #cfacbc3d
+# %% ../nbs/79_commands.ipynb #a4872755
 def free_memory()->int: # Bytes; None where the system does not say
     "Memory that programs can still have"
     try:

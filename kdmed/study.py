@@ -10,7 +10,7 @@ __all__ = ['CELL_FILES', 'STUDY_FORMAT', 'Cell', 'is_finished', 'save_cell', 'ru
            'TimeLeft', 'in_words', 'TellEpochs', 'StudyProgress', 'BarProgress', 'LineProgress', 'Study', 'new_model',
            'targets_of', 'claimed_folder', 'clear_stale', 'distillation_study']
 
-# %% ../nbs/50_study.ipynb #b33cd270
+# %% ../nbs/50_study.ipynb #260134b6
 import io, json, shutil, sys, tempfile, time, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from .report import REPORT_FILES
 from .resume import Resume, read_checkpoint, write_checkpoint
 from .teacher import Teacher
 
-# %% ../nbs/50_study.ipynb #cf991d33
+# %% ../nbs/50_study.ipynb #c9f4f10f
 CELL_FILES = 'student.json','student.safetensors','weights.pt','history.csv','valid.npy','test.npy'
 
 class Cell(NamedTuple):
@@ -85,7 +85,7 @@ def _load_array(file):
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f'{file} cannot be read ({e}); delete {file.parent}, and this fit is trained again') from e
 
-# %% ../nbs/50_study.ipynb #a4b84de1
+# %% ../nbs/50_study.ipynb #ce374ad7
 def save_cell(
     learn,           # Fitted Learner; or a Module, which has no training log
     folder:Path,     # Of the cell
@@ -113,7 +113,7 @@ def run_cell(
     if (folder/'fit').exists(): shutil.rmtree(folder/'fit', ignore_errors=True)
     return Cell(folder, *(_load_array(folder/f'{name}.npy') for name in ('valid', 'test')), make)
 
-# %% ../nbs/50_study.ipynb #cc8028c8
+# %% ../nbs/50_study.ipynb #04934666
 STUDY_FORMAT = 1
 _NOTED = 'format','versions' # told, not compared
 
@@ -152,7 +152,7 @@ def model_facts(model)->dict:
     name = getattr(model, 'spec', {}).get('model', type(model).__name__)
     return dict(model=name if isinstance(name, str) else ' + '.join(name), parameters=count_parameters(model))
 
-# %% ../nbs/50_study.ipynb #72ca1b1b
+# %% ../nbs/50_study.ipynb #d1c2880f
 def read_study(
     folder, # Of a study
 )->dict: # Empty where there is none
@@ -196,7 +196,7 @@ def note_study(
     versions = {name: version(name) for name in ('kdmed', 'torch', 'timm', 'fastai')}
     write_atomic(Path(folder)/'study.json', json.dumps(dict(format=STUDY_FORMAT, versions=versions) | facts, indent=1, ensure_ascii=False))
 
-# %% ../nbs/50_study.ipynb #dd0bd515
+# %% ../nbs/50_study.ipynb #606b9553
 class Fit(NamedTuple):
     "One fit of a study"
     kind:str   # `teacher`, `plain`, or `distilled`
@@ -235,7 +235,7 @@ def in_words(
     if seconds < 5400: return f'{seconds/60:.0f} min'
     return f'{seconds/3600:.1f} h'
 
-# %% ../nbs/50_study.ipynb #4e470588
+# %% ../nbs/50_study.ipynb #55d58cc6
 class TellEpochs(ProgressCallback):
     "Report each epoch that is trained; as a kind of progress bar, it is no part of what `Resume` compares"
     def __init__(self, tell): self.tell = tell # Function of epoch, epochs, seconds, and the log as a dict
@@ -287,7 +287,7 @@ def _progress(progress):
     if isinstance(progress, bool): return BarProgress() if progress else StudyProgress()
     raise TypeError(f'progress must be True, False or a StudyProgress, got {progress!r}')
 
-# %% ../nbs/50_study.ipynb #91ba575a
+# %% ../nbs/50_study.ipynb #5c57de10
 @dataclass
 class Study:
     "Teacher, plain students and distilled students, and how they are trained; see `distillation_study`"
@@ -322,7 +322,7 @@ class Study:
         first = [] if self.trained else [Fit('teacher', self.seeds[0], self.teacher_epochs)]
         return first + [Fit(kind, seed, self.epochs) for seed in self.seeds for kind in ('plain', 'distilled')]
 
-# %% ../nbs/50_study.ipynb #c6835483
+# %% ../nbs/50_study.ipynb #e760ccde
 @patch
 def check(self:Study)->None:
     "Raise an error for settings or data that a study cannot be made with"
@@ -356,7 +356,7 @@ def check_models(self:Study)->tuple: # A teacher and a student, to look at
     except ValueError as e: raise ValueError(f'method {self.method!r}: {e}') from e
     return teacher,student
 
-# %% ../nbs/50_study.ipynb #efbbe5a1
+# %% ../nbs/50_study.ipynb #13bee97b
 @patch
 def facts(self:Study,
     teacher,      # From `check_models`
@@ -376,7 +376,7 @@ def _modules(teacher):
 
 def _name_of_function(f): return getattr(f, '__qualname__', None) or getattr(getattr(f, 'func', None), '__qualname__', str(type(f)))
 
-# %% ../nbs/50_study.ipynb #09304dfa
+# %% ../nbs/50_study.ipynb #b88b6ae3
 _FITS_ON_DISK = 9 # weights and two moments, in a checkpoint, the one before it, and the one that is being written
 
 @patch
@@ -419,7 +419,7 @@ def rehearse_report(self:Study)->None:
     try: self._judge({n: random(self.dls.test) for n in names}, {n: random(self.dls.valid) for n in names}, n_boot=1, strict=True)
     except ValueError as e: raise ValueError(f'a report of these images cannot be made, so nothing is trained: {e}') from e
 
-# %% ../nbs/50_study.ipynb #372d7d04
+# %% ../nbs/50_study.ipynb #98dc84f5
 def targets_of(
     dl, # A loader of `image_dls` that does not shuffle
 )->np.ndarray:
@@ -459,7 +459,7 @@ def _with_parts(make, parts, strict=False):
         return made,[f'{_PARTS[name]} is left out, because it failed: {first}' for name in left_out]
     raise first
 
-# %% ../nbs/50_study.ipynb #d9ce47c6
+# %% ../nbs/50_study.ipynb #4ccfd58f
 @patch
 def train(self:Study,
     progress:StudyProgress, # Whom to report to
@@ -499,7 +499,7 @@ def fit_one(self:Study, fit, teacher, progress, home):
     if fit.kind=='distilled': return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how)
     return fit_classifier(self.dls, self.teacher if fit.kind=='teacher' else self.student, fit.epochs, **how)
 
-# %% ../nbs/50_study.ipynb #54e676ba
+# %% ../nbs/50_study.ipynb #4e15d6db
 @patch
 def compare(self:Study,
     models:dict, # From `train`
@@ -533,7 +533,7 @@ def _module_of(model, study):
     if isinstance(model, Cell) and study.trained and model.folder.name=='teacher': return Teacher(study.teacher).as_module(study.dls)
     return (model.model.to(study.dls.device) if isinstance(model, (Cell, Learner)) else model)
 
-# %% ../nbs/50_study.ipynb #bbaa358d
+# %% ../nbs/50_study.ipynb #4474aca5
 @contextmanager
 def claimed_folder(
     folder,         # Made if missing
@@ -553,7 +553,7 @@ def clear_stale(
     for pattern in ('.rehearsal-*', '.part-*', '.*.part', 'cells/*/.*.part'):
         for left in folder.glob(pattern): shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
-# %% ../nbs/50_study.ipynb #8f4ff53c
+# %% ../nbs/50_study.ipynb #5c59b9ca
 def distillation_study(
     dls,                  # From `image_dls`, with test images
     teacher,              # timm name or function that makes a model, trained here; or trained: a Module, a Learner, a `Teacher`, or several in a list
