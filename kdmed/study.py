@@ -591,7 +591,7 @@ def distillation_study(
         check_study(home, facts) # another process may have begun one meanwhile
         clear_stale(home)
         study.rehearse(folder, *looked_at)
-        for name,text in (files or {}).items(): write_atomic(Path(folder)/name, text)
         note_study(folder, facts)
+        for name,text in (files or {}).items(): write_atomic(Path(folder)/name, text)
         models = study.train(progress, Path(folder)/'cells')
         return study.compare(models),models

@@ -1,9 +1,8 @@
 "The command line as its users meet it: options, messages in its own words, runs that resume, configuration, check"
-import json, sys
+import json
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -11,7 +10,7 @@ from PIL import Image
 from kdmed import cli, commands
 from kdmed.data import image_dls, split_groups, synthetic_table
 from kdmed.kd import METHODS
-from kdmed.recipes import RECIPES, kd_convnext
+from kdmed.recipes import RECIPES
 from kdmed.study import distillation_study
 
 SMALL = ['--teacher', 'test_resnet', '--student', 'test_efficientnet', '--size', '32', '--epochs', '1', '--teacher-epochs', '1', '--bs', '16', '--repeats', '1', '--no-copies']
