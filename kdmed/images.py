@@ -170,7 +170,7 @@ def choose_positive(
     check_in(positive, table.attrs['classes'], 'positive class')
     table,positive = table.copy(),str(positive)
     table.attrs['classes'] = [c for c in table.attrs['classes'] if c!=positive] + [positive]
-    table.attrs.pop('class_order', None)
+    table.attrs['class_order'] = 'chosen'
     return table
 
 # %% ../nbs/05_images.ipynb #6984f6b5
@@ -567,7 +567,7 @@ def find_anomalies(
 
 def _doubt_positive(attrs):
     "A note on a positive class that nobody chose, or that is called as an absence"
-    if attrs['task']!='binary': return []
+    if attrs['task']!='binary' or attrs.get('class_order')=='chosen': return []
     negative,positive = attrs['classes']
     if attrs.get('class_order')=='absence first': return [f'the positive class is {positive!r}, since {negative!r} sounds like its absence; positive= chooses another']
     if attrs.get('class_order')=='alphabet':
