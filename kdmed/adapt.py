@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
-from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from torch import Tensor, nn
 
 from .core import check_in, evaluating, input_channels, unwrap
+from .data import own_loader
 from .models import model_stats, same_stats
 
 # %% ../nbs/24_adapt.ipynb #cc87514c
@@ -41,7 +41,7 @@ def find_normalization(
 ): # Means and standard deviations, one of each a channel; None where there is no `Normalize`
     "The statistics that batches are normalized with"
     dl = dls if isinstance(dls, DataLoader) else getattr(dls, 'train', dls)
-    if isinstance(dl, DistributedDL): dl = dl.dl
+    dl = own_loader(dl)
     for t in getattr(getattr(dl, 'after_batch', None), 'fs', []):
         if isinstance(t, Normalize): return tuple(tuple(v.flatten().tolist()) for v in (t.mean, t.std))
 

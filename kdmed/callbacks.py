@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
-from fastai.distributed import DistributedDL
 from fastai.learner import Metric
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.torch_core import get_random_states, rank_distrib, set_random_states, to_device
@@ -26,6 +25,7 @@ from fastcore.basics import noop, patch
 from torch import nn
 
 from .core import check_in, check_number, evaluating, unwrap
+from .data import own_loader
 from .losses import (bernoulli_focal_loss, bernoulli_hard_token_loss, bernoulli_soft_target_loss, decoupled_loss, dist_loss, distillation_mask, focal_loss,
                           hard_token_loss, is_known, logit_mse_loss, normalized_loss, soft_cross_entropy_loss, soft_target_loss, soft_token_loss, standardize_logits)
 from .teacher import MeanTeacher, Teacher, match_outputs
@@ -245,7 +245,7 @@ def few_images(
     n:int=2, # Images
 )->tuple: # Inputs and targets, as `Learner` splits them
     "The first images of the training data, or of the validation data where the loader cannot be asked for images by number"
-    train = dls.train.dl if isinstance(dls.train, DistributedDL) else dls.train
+    train = own_loader(dls.train)
     if hasattr(train, 'views_of'): batch = train.views_of(range(min(n, train.n)), [0]*min(n, train.n))
     else: batch = next(iter(dls.valid if len(getattr(dls, 'valid', [])) else dls.train))
     batch = tuple(t[:n].as_subclass(torch.Tensor) for t in batch)
@@ -279,8 +279,7 @@ def _can_sit_exam(self:DistillCallback, teacher, outputs, xb):
 @patch
 def _introduce_teachers(self:DistillCallback):
     "Print how good each teacher is, once for a set of validation images, before it teaches"
-    valid,model = getattr(self.dls, 'valid', []),unwrap(self.learn.model)
-    if isinstance(valid, DistributedDL): valid = valid.dl
+    valid,model = own_loader(getattr(self.dls, 'valid', [])),unwrap(self.learn.model)
     tell = noop if self.learn.logger.__name__=='noop' or rank_distrib() else print
     new = [t for t in self.teachers if t.introduced_to is not valid and t in self.comparable]
     with same_random_numbers(), evaluating(model):

@@ -105,9 +105,11 @@ def _check_task(task, spec, n_out):
 def _check_source(model, layers, size):
     "Raise an error unless exits can be added to `model` at `layers`, tried with images of `size`"
     if isinstance(model, ExitModel) or not isinstance(model, nn.Module): raise TypeError(f'model must be a Module without exits, got {type(model).__name__}')
-    if isinstance(layers, str) or not layers: raise ValueError(f'layers must be a list of layer names, got {layers!r}')
+    if isinstance(layers, str) or not hasattr(layers, '__len__') or not len(layers):
+        raise ValueError(f'layers must be a list of layer names, got {layers!r}')
     if len(set(layers))<len(layers): raise ValueError(f'layers must differ, got {layers}')
-    if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
+    if size is None: raise ValueError('size must be given: the model has no spec that says which images it takes')
+    check_integer(size, 'size', least=1)
 
 # %% ../nbs/21_exits.ipynb #ee0451c1
 def add_exits(
@@ -120,8 +122,9 @@ def add_exits(
 )->ExitModel: # A copy of the model in the same mode, weights included, with exits that must be trained; a frozen model's copy is not
     "A model with classifiers on the way"
     spec,model = model_spec(model),unwrap(model)
-    layers,size = _default_layers(model) if layers is None else layers,size or spec.get('size')
+    layers,size = _default_layers(model) if layers is None else layers,size if size is not None else spec.get('size')
     _check_source(model, layers, size)
+    check_number(dropout, 'dropout', least=0, below=1)
     backbone,p = _thawed(deepcopy(model)),next(model.parameters())
     images = torch.randn(len(layers)+1, input_channels(model), size, size, generator=torch.Generator().manual_seed(0)).to(p)
     widths,out = _trace(backbone, layers, images)
@@ -207,7 +210,7 @@ def early_exit(
     model = unwrap(model)
     if not isinstance(model, ExitModel): raise TypeError(f'model must have exits, made by add_exits, got {type(model).__name__}')
     thresholds = _thresholds(threshold, len(model.exits))
-    if not len(images): raise ValueError('images must hold at least one image')
+    if not len(images): raise ValueError('images must contain at least one image')
     def sure(k, logits): return exit_confidence(logits, model.task) >= thresholds[k]
     with evaluating(model):
         batches = [images] if len(images)==1 or _can_shrink(model, images) else images.split(1)

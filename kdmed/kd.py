@@ -29,7 +29,6 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds, fit_one_cycle
-from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, accuracy, accuracy_multi
@@ -41,7 +40,7 @@ from .adapt import find_normalization, fixed_size, needed_channels
 from .callbacks import DecoupledKD, DistillCallback, DistillTokenKD, DistKD, FocalKD, LogitKD, LossTerms, NormalizedKD, check_token, few_images, same_random_numbers
 from .cache import TeacherCache
 from .core import check_in, check_integer, check_number, check_seed, evaluating, model_spec, seed_everything, unwrap
-from .data import FindingsAccuracy
+from .data import FindingsAccuracy, own_loader
 from .exits import ExitModel, add_exits, early_exit, exit_curve
 from .features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
 from .losses import (FEATURE_WEIGHTS, attention_map, attention_transfer_loss, bernoulli_focal_loss, bernoulli_hard_token_loss, bernoulli_soft_target_loss,
@@ -113,7 +112,7 @@ def _check_channels(dls, model):
 # %% ../nbs/38_kd.ipynb #d2171de9
 def _smallest_batch(dls):
     "Images in the smallest batch of an epoch; None where the loader does not tell"
-    train = dls.train.dl if isinstance(dls.train, DistributedDL) else dls.train
+    train = own_loader(dls.train)
     bs,n = getattr(train, 'bs', None) or getattr(train, 'batch_size', None),len(getattr(train, 'dataset', ()))
     if not bs or not n: return None
     drops = getattr(train, 'drop_last', False)

@@ -60,6 +60,11 @@ def _n_outputs(classes, task):
     if n < (1 if task=='multilabel' else 2) or (task=='binary' and n!=2): raise ValueError(f'a {task} task cannot have {n} classes: {classes}')
     return 1 if task=='binary' else n
 
+def _check_tag(name):
+    "Raise an error unless timm knows the weights that a name asks for after its dot"
+    try: timm.get_pretrained_cfg(name)
+    except RuntimeError as e: raise ValueError(f'{name} cannot be made: {e}') from e
+
 def _check_name(name):
     "Raise an error unless timm has a model of this name"
     how = "name must be the name of a timm model, such as 'resnet18'"
@@ -67,7 +72,7 @@ def _check_name(name):
     if not name.strip(): raise ValueError(f'{how}, got {name!r}')
     if Path(name).name!=name or ':' in name or name[0]=='.': raise ValueError(f'{how}, got {name!r}; weights from a file are loaded with checkpoint=, a saved student with load_student')
     known,base = timm.list_models(),name.split('.')[0]
-    if base in known: return
+    if base in known: return _check_tag(name)
     near = difflib.get_close_matches(base, known, n=3, cutoff=.6)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f'timm.list_models() lists all {len(known)}'
     raise ValueError(f'unknown timm model {name!r}; {hint}')
@@ -406,7 +411,8 @@ def luminance(
 # %% ../nbs/20_models.ipynb #83a27bda
 def _as_list(images):
     "Images as a list; one alone, or a batch in an array, too"
-    if isinstance(images, np.ndarray) and images.ndim==4: return list(images)
+    if isinstance(images, pd.DataFrame): raise TypeError('images must be paths or images, got a DataFrame: pass table.image')
+    if isinstance(images, np.ndarray) and (images.ndim==4 or images.dtype.kind in 'OU'): return list(images) # a batch, or paths
     if isinstance(images, (str, os.PathLike, np.ndarray)) or not hasattr(images, '__iter__') or hasattr(images, 'convert'): return [images]
     return list(images)
 

@@ -47,6 +47,11 @@ def _read_safetensors(path):
     state = load_file(path)
     return state | {name: state[kept] for name,kept in shared.items() if kept in state and name not in state}
 
+def _some(names, n=4):
+    "A few names, and how many there are"
+    names = list(names)
+    return ', '.join(names[:n]) + (f', … ({len(names)} in all)' if len(names)>n else '')
+
 _SUFFIXES = '.safetensors','.pth','.pt','.bin','.ckpt'
 
 def check_checkpoint(
@@ -130,7 +135,10 @@ _AVERAGED = {'ema', 'swa', 'averaged', 'average', 'avg', 'teacher'} # words in t
 
 def _is_averaged(place): return bool(_AVERAGED & set(place.lower().replace('.', '_').split('_')))
 
-def _same(a, b): return a.keys()==b.keys() and all(torch.equal(t, b[name]) for name,t in a.items())
+def _same(a, b):
+    "Whether two sets of tensors are the same"
+    def equal(t, u): return t.shape==u.shape and t.dtype==u.dtype and torch.equal(t, u)
+    return a.keys()==b.keys() and all(equal(t, b[name]) for name,t in a.items())
 
 def _tied(own):
     "{name: first name} of a model's tensors that are one and the same under several names"
@@ -196,11 +204,6 @@ def _what_was_read(place, different, unfit, beside):
     if unfit and not _is_averaged(place): return f'the weights under {place!r} were read; the averaged ones under {unfit} do not fit the model'
     if beside: return f'only what stands under {place!r} was read; left over: {_some(beside)}'
 
-def _some(names, n=4):
-    "A few names, and how many there are"
-    names = list(names)
-    return ', '.join(names[:n]) + (f', … ({len(names)} in all)' if len(names)>n else '')
-
 def _no_fit(path, found, own, misfits):
     "What an error says when no set of weights fits"
     (wrong,missing,surplus),tensors = min(misfits, key=lambda m: sum(map(len, m[0])))
@@ -240,6 +243,7 @@ def load_weights(
 )->nn.Module: # The same model
     "Load all weights of `model` from a file; raise an error that names what does not fit"
     inner,path = unwrap(model),check_checkpoint(checkpoint)
+    if not isinstance(inner, nn.Module): raise TypeError(f'model must be a Module, got {type(inner).__name__}')
     own,found = inner.state_dict(),read_weights(path, trusted)
     if new:
         own = {name: t for name,t in own.items() if not _belongs(name, new)}
@@ -342,6 +346,7 @@ def cached_weights(
     "timm's pretrained weights on this machine's disk, where they were downloaded before"
     from huggingface_hub import try_to_load_from_cache
     cfg = timm.get_pretrained_cfg(name)
+    if cfg is None: return None
     repo,_,revision = (cfg.hf_hub_id or '').partition('@')
     if repo:
         for file in (cfg.hf_hub_filename, 'model.safetensors', 'pytorch_model.bin'):
@@ -357,7 +362,7 @@ def check_hub(
     "Raise `OSError` within ten seconds if timm's pretrained weights are neither on the disk nor to be downloaded"
     from huggingface_hub import constants
     cfg = timm.get_pretrained_cfg(name)
-    if not (cfg.hf_hub_id or cfg.url): raise ValueError(f'timm has no pretrained weights for {name}')
+    if cfg is None or not (cfg.hf_hub_id or cfg.url): raise ValueError(f'timm has no pretrained weights for {name}')
     url = constants.ENDPOINT if cfg.hf_hub_id else cfg.url
     problem = hub_problem(url)
     if problem is None: return
