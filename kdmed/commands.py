@@ -43,7 +43,7 @@ from .data import available_memory, decode_images, decoded_bytes, image_dls, off
 from .datasets import read_breakhis, read_chestxray14, read_csv, read_dicom_folder, read_folder, read_ham10000, read_lc25000, read_medmnist
 from .files import claim, is_writable, write_atomic
 from .filters import CLAHE, GaussianFilter, MedianFilter
-from .images import SPLITS, card, check_table, class_counts, name_of
+from .images import SPLITS, card, class_counts, name_of
 from .kd import METHODS, Teacher, distill_callbacks
 from .metrics import MetricByName
 from .models import create_student, create_teacher
@@ -161,9 +161,8 @@ def _names_of(image, row):
 
 def _groups_by_name(table, rows, file):
     "The group of each image, None where the file has none; an error if names are ambiguous"
-    if (twice := rows.image[rows.image.duplicated()]).any(): 
-        several = rows.groupby('image').group.nunique()
-        if (several>1).any(): raise ValueError(f'{file}: {several.index[several>1][0]} has several groups')
+    several = rows.groupby('image').group.nunique()
+    if (several>1).any(): raise ValueError(f'{file}: {several.index[several>1][0]} has several groups')
     listed,found,used = dict(zip(rows.image.str.strip(), rows.group.str.strip())),[],{}
     for row,image in enumerate(table.image):
         name = next((n for n in _names_of(image, row) if n in listed), None)
@@ -418,6 +417,7 @@ def look_for_copies(
     seconds=MOST_SECONDS, # Most seconds to spend; no limit if None
 )->list: # Sentences for the report
     "Look for copies of images across splits"
+    if o.get('copies') is None: return [] # of synthetic images
     if not o['copies']: return ['Copies of images across splits were not looked for (--no-copies).']
     try: from kdmed.copies import check_copies
     except ImportError: return []
@@ -426,12 +426,14 @@ def look_for_copies(
 def about_data(
     table,         # With `split` filled
     copies=(),     # From `look_for_copies`
+    left_out=None, # `dls.quarantine`
 )->dict: # Texts and numbers, without file names
     "What a report says of the data"
     held = io.StringIO()
     with redirect_stdout(held): card(table)
     lines = [line for line in held.getvalue().splitlines() if line.strip()]
-    return dict(card=lines, copies=list(copies), guessed_groups=table.attrs.get('guessed_groups', False))
+    reasons = {} if left_out is None or not len(left_out) else left_out.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
+    return dict(name=table.attrs.get('name', 'images'), left_out=reasons, card=lines, copies=list(copies), guessed_groups=table.attrs.get('guessed_groups', False))
 
 # %% ../nbs/79_commands.ipynb #c438f83b
 def _study(o, command, read, asked=None):
@@ -450,7 +452,7 @@ def _study(o, command, read, asked=None):
             copies = json.loads(held.read_text()) if held.is_file() else look_for_copies(table, o)
             dls = image_dls(table, o['size'], o['bs'], progress=not o['quiet'] and sys.stderr.isatty(), **loading)
             comparison,models = _train(o, work, dls, {'config.toml': config_text(command, asked or o), COPIES: json.dumps(copies)})
-        comparison.about['data_notes'] = about_data(dls.table, copies)
+        comparison.about['data'] = about_data(dls.table, copies, dls.quarantine)
         _save_run(work, comparison, models, o, dls, round(time.time()-start, 1))
         if work.name==NEW: swap_in(work.parent)
     _tell(comparison, o)
@@ -511,7 +513,7 @@ def distill(
     return _study(o, 'distill', lambda: (deal_out(read_table(o), o), loading))
 
 DEMO = dict(teacher='resnet10t', student='test_efficientnet', size=48, bs=32, teacher_epochs=12, epochs=12, lr=3e-3, method='auto', repeats=3, pretrained=False, teacher_checkpoint=None,
-            teacher_weights=None, student_weights=None, trusted=False, optimizer='adam', weight_decay=None, amp=False, cache=False, subgroups=None, metric='balanced_accuracy', copies=True)
+            teacher_weights=None, student_weights=None, trusted=False, optimizer='adam', weight_decay=None, amp=False, cache=False, subgroups=None, metric='balanced_accuracy')
 DEMO_IMAGES = 2400
 
 def demo(

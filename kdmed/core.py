@@ -7,12 +7,12 @@ Docs: https://kdmed.github.io/kdmed/core.html.md"""
 # %% auto #0
 __all__ = ['COLORS', 'FIGURE_WIDTH', 'check_same_shape', 'check_in', 'check_integer', 'check_number', 'check_seed',
            'seed_everything', 'unwrap', 'model_spec', 'input_channels', 'get_layer', 'capture_activations',
-           'count_parameters', 'evaluating', 'count_macs', 'measure_latency', 'weights_size', 'measure_memory',
-           'figure']
+           'count_parameters', 'evaluating', 'count_macs', 'architecture_key', 'measure_latencies', 'measure_latency',
+           'weights_size', 'measure_memory', 'figure']
 
 # %% ../nbs/00_core.ipynb #cfa17ef6
-import difflib, time, weakref
-from contextlib import contextmanager
+import difflib, re, time, weakref
+from contextlib import ExitStack, contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -244,6 +244,43 @@ def _frozen(model):
         for p in wanted: p.requires_grad_(True)
 
 # %% ../nbs/00_core.ipynb #9395f0ea
+def architecture_key(
+    model:nn.Module, # Any model
+)->int: # The same for models that compute alike, whatever their weights; holds within a session
+    "What tells an architecture: its modules, their settings, and the shapes, types and devices of its weights"
+    model = unwrap(model)
+    plain = int,str,tuple
+    settings = tuple((name, type(m).__qualname__, tuple(sorted((k, str(v)) for k,v in vars(m).items() if k != 'training' and isinstance(v, plain))))
+                     for name,m in model.named_modules())
+    weights = tuple((name, tuple(t.shape), str(t.dtype), str(t.device)) for named in (model.named_parameters(), model.named_buffers()) for name,t in named)
+    return hash((re.sub(' at 0x[0-9a-f]+', '', repr(model)), settings, weights))
+
+def _timed(model, x):
+    "Milliseconds of one forward pass"
+    start = time.perf_counter()
+    model(x)
+    if x.is_cuda: torch.cuda.synchronize(x.device)
+    elif x.device.type == 'mps': torch.mps.synchronize()
+    return 1000 * (time.perf_counter()-start)
+
+def measure_latencies(
+    models:dict,     # Name: any image model; each runs on the device it is on
+    size:int,        # Image side, in pixels
+    channels:int=3,  # Image channels
+    batch:int=1,     # Images in one pass
+    runs:int=20,     # Timed passes of each architecture, after three that warm up
+)->dict: # Name: milliseconds, a median over `runs`; one number for all models of an architecture
+    "Median time of one forward pass on this machine, in ms: each architecture once, all of them by turns"
+    check_integer(runs, 'runs', 1)
+    keys = {name: architecture_key(model) for name,model in models.items()}
+    first = {key: model for (name,model),key in reversed(list(zip(models.items(), keys.values())))}
+    inputs,times = {key: _example(model, size, channels, batch) for key,model in first.items()},{key: [] for key in first}
+    with ExitStack() as stack:
+        for model in first.values(): stack.enter_context(evaluating(model))
+        for _ in range(3 + runs): # by turns: what slows the machine down for a while slows all of them down
+            for key,model in first.items(): times[key].append(_timed(model, inputs[key]))
+    return {name: float(np.median(times[key][3:])) for name,key in keys.items()}
+
 def measure_latency(
     model:nn.Module, # Any image model; runs on the device it is on
     size:int,        # Image side, in pixels
@@ -252,18 +289,7 @@ def measure_latency(
     runs:int=20,     # Timed passes, after three that warm up
 )->float: # Milliseconds: median over `runs`
     "Median time of one forward pass on this machine, in ms"
-    x = _example(model, size, channels, batch)
-    def wait():
-        if x.is_cuda: torch.cuda.synchronize(x.device)
-        elif x.device.type == 'mps': torch.mps.synchronize()
-    times = []
-    with evaluating(model):
-        for _ in range(3 + runs):
-            start = time.perf_counter()
-            model(x)
-            wait()
-            times.append(1000 * (time.perf_counter()-start))
-    return float(np.median(times[3:]))
+    return measure_latencies({'model': model}, size, channels, batch, runs)['model']
 
 # %% ../nbs/00_core.ipynb #94ca4307
 def weights_size(

@@ -17,7 +17,7 @@ from fastai.learner import Learner, Metric
 from .calibration import (TemperatureScaling, apply_thresholds, calibrate, expected_calibration_error, fit_temperature, fit_thresholds,
                                plot_reliability, reliability, threshold_scores, threshold_transfer)
 from .core import check_in, evaluating, unwrap
-from .intervals import _check_runs, _group_codes, _percentiles, _runs, _seed_shares, evaluate, group_weights, paired_difference
+from .intervals import _check_runs, _group_codes, _percentiles, _runs, _seed_shares, evaluate, group_draws, group_weights, paired_difference
 from .scores import (Scores, _check_classes, _check_probs, _check_targets, _ratio, _resolve, confusion, default_metrics, harmonic_f1,
                           metric_names, metrics_table, more_is_better, scores)
 from .significance import SignificanceResult, delong_test, holm, mcnemar_test, mean_interval
@@ -198,14 +198,18 @@ def agreement(
     if {len(student), len(teacher)} - {1, n}: raise ValueError(f'student and teacher must have as many training seeds, or one, got {len(student)} and {len(teacher)}')
     groups = range(len(targets)) if groups is None else groups
     if len(groups) != len(targets): raise ValueError(f'groups and targets must be as long, got {len(groups)} and {len(targets)} images')
-    weights = np.concatenate([np.ones((1, len(targets)), np.float32), group_weights(groups, n_boot, seed)])
+    draws,codes = group_draws(groups, n_boot, seed)
+    weights = np.array_split(np.concatenate([np.ones((1, draws.shape[1]), draws.dtype), draws]), 16)
+    def summed(counts): # within groups, then over them
+        of_groups = np.bincount(codes, counts.sum(1), minlength=draws.shape[1])
+        return np.concatenate([w.astype(float) @ of_groups for w in weights])
     parts = [_agreements(s, t, targets, _check_classes(classes, task), task) for s,t in zip(student*(n//len(student)), teacher*(n//len(teacher)))]
     rows = {}
     for name in parts[0]:
         if not all(np.isfinite(part[name][0]).all() for part in parts):
             rows[name] = dict(value=np.inf, low=np.nan, high=np.nan, of=int(parts[0][name][1].sum()), note='infinite: the student gives no probability to what its teacher holds possible')
             continue
-        values = _over_seeds([_ratio(weights @ part[name][0].sum(1), weights @ part[name][1].sum(1)) for part in parts], n_boot, seed)
+        values = _over_seeds([_ratio(summed(part[name][0]), summed(part[name][1])) for part in parts], n_boot, seed)
         defined = values[1:][~np.isnan(values[1:])]
         low,high = np.quantile(defined, _percentiles(level)) if len(defined) and np.isfinite(values[0]) else (np.nan, np.nan)
         rows[name] = dict(value=values[0], low=low, high=high, of=round(np.mean([part[name][1].sum() for part in parts])), note='' if np.isfinite(values[0]) else 'undefined: there are none')
