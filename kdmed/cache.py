@@ -56,7 +56,7 @@ def _shares(teacher):
 def _teacher_facts(teacher):
     "What decides a teacher's answer to an image"
     models = [dict(model=type(unwrap(v.model)).__name__, weights=_weights_digest(unwrap(v.model)), structure=_structure_digest(unwrap(v.model)),
-                   classes=v.classes, size=v.size, stats=None if v.stats is None else np.asarray(v.stats, float).tolist(), share=share)
+                   classes=v.classes, size=v.size, outputs=v.outputs, stats=None if v.stats is None else np.asarray(v.stats, float).tolist(), share=share)
               for v,share in zip(teacher.voices, _shares(teacher))]
     return dict(models=models, classes=teacher.order or teacher.classes, student_stats=teacher.stats)
 
