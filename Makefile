@@ -37,8 +37,8 @@ test: install ## Check notebooks, modules, README, lessons, pages and project
 	@echo '== Tests'
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-wheel-test: install ## Build the wheel, install it alone in fresh environments and use it; EXTRAS=all tries each extra, too
-	$(BIN)/python tools/try_wheel.py $(EXTRAS)
+wheel-test: install ## Build the wheel, install it alone in fresh environments and use it; EXTRAS=all tries each extra, too; VERSIONS=newest leaves the lowest out
+	$(BIN)/python tools/try_wheel.py $(EXTRAS) $(if $(VERSIONS),--versions $(VERSIONS))
 
 cases: install ## Print the table of cases that are tested, kind by kind
 	@$(BIN)/python tools/cases.py

@@ -74,6 +74,7 @@ def hints():
     yield 'filters', said(CLAHE(), np.arange(64*64*3, dtype=np.uint8).reshape(64, 64, 3))
     yield 'dicom', said(read_dicom, 'none.dcm')
     yield 'interpret', said(saliency_maps, model, torch.zeros(1, 3, 32, 32), task='multiclass')
+    yield 'weights', said(create_student, 'tf_efficientnet_lite0', ['a', 'b'], 64, weights='pip')
     with tempfile.TemporaryDirectory() as empty:
         os.environ['KDMED_INPUT'] = empty
         yield 'medmnist', said(read_medmnist, 'breastmnist')

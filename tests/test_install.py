@@ -39,7 +39,7 @@ def test_a_plain_installation_is_what_was_simulated(plain):
     assert not plain['imported'].split()
 
 
-@pytest.mark.parametrize('extra', ['filters', 'medmnist', 'dicom', 'interpret', 'distributed'])
+@pytest.mark.parametrize('extra', ['filters', 'medmnist', 'dicom', 'interpret', 'weights', 'distributed'])
 def test_a_missing_extra_is_named_with_its_cure(plain, extra):
     assert re.search(r'needs?(ed)? .*pip install |not installed: pip install ', plain[extra]), plain[extra]
 

@@ -68,7 +68,7 @@ def filters():
     import numpy as np, spandrel
     from kdmed.filters import CLAHE, MacenkoNormalizer
     from kdmed.images import open_image, synthetic_table
-    pixels = open_image(synthetic_table(4, classes=3, size=64).image[0])
+    pixels = np.asarray(open_image(synthetic_table(4, classes=3, size=64).image[0]).convert('RGB'))
     equalized,stained = CLAHE()(pixels),MacenkoNormalizer.fit([pixels])(pixels)
     assert all(p.dtype==np.uint8 and p.shape==pixels.shape for p in (equalized, stained)) and (equalized!=pixels).any()
     return f'CLAHE, Macenko stain normalization, spandrel {version("spandrel")}'
@@ -131,10 +131,17 @@ def weights():
     return f'{" and ".join(made)} with weights from their packages'
 
 def copies():
-    "A rotated copy found and verified, a stranger not"
+    "A turned copy is found among strangers, and the match shows its transform"
     import numpy as np
-    from kdmed.copies import find_copies
-    return 'a rotated copy verified'
+    from PIL import Image, ImageFilter
+    from kdmed.copies import match_copies
+    rng = np.random.default_rng(0)
+    def picture(): return Image.fromarray(rng.integers(0, 255, (200, 200), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(3))
+    def middle(image): return np.asarray(Image.eval(image, lambda v: min(max(4*v-384, 0), 255)).crop((30, 30, 170, 170)).convert('RGB'))
+    pictures = [picture() for _ in range(6)]
+    found = match_copies([*map(middle, pictures), middle(pictures[2].rotate(30, Image.Resampling.BICUBIC))])
+    assert list(zip(found.a, found.b))==[(2, 6)] and abs(abs(found.angle[0])-30)<=2, found
+    return f'a copy turned by 30° matched, turned by {found.angle[0]:.0f}°; no stranger'
 
 def several_processes(rank):
     "What each of two processes does: one epoch on its half of every batch"
