@@ -162,7 +162,7 @@ def loader_stats(
     dl = getattr(dls, 'train', dls)
     for loader in (dl, getattr(dl, 'dl', None)): # a distributed loader holds the one that normalizes
         for t in getattr(getattr(loader, 'after_batch', None), 'fs', []):
-            if isinstance(t, Normalize): return tuple(tuple(v.flatten().tolist()) for v in (t.mean, t.std))
+            if isinstance(t, Normalize): return tuple(tuple(round(n, 7) for n in v.flatten().tolist()) for v in (t.mean, t.std)) # as they were written, not as float32 rounds them
 
 def same_stats(
     a, # Means and standard deviations, or None
