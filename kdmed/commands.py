@@ -426,12 +426,14 @@ def look_for_copies(
 def about_data(
     table,         # With `split` filled
     copies=(),     # From `look_for_copies`
+    left_out=None, # `dls.quarantine`
 )->dict: # Texts and numbers, without file names
     "What a report says of the data"
     held = io.StringIO()
     with redirect_stdout(held): card(table)
     lines = [line for line in held.getvalue().splitlines() if line.strip()]
-    return dict(card=lines, copies=list(copies), guessed_groups=table.attrs.get('guessed_groups', False))
+    reasons = {} if left_out is None or not len(left_out) else left_out.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
+    return dict(name=table.attrs.get('name', 'images'), left_out=reasons, card=lines, copies=list(copies), guessed_groups=table.attrs.get('guessed_groups', False))
 
 # %% ../nbs/79_commands.ipynb #c438f83b
 def _study(o, command, read, asked=None):
@@ -450,7 +452,7 @@ def _study(o, command, read, asked=None):
             copies = json.loads(held.read_text()) if held.is_file() else look_for_copies(table, o)
             dls = image_dls(table, o['size'], o['bs'], progress=not o['quiet'] and sys.stderr.isatty(), **loading)
             comparison,models = _train(o, work, dls, {'config.toml': config_text(command, asked or o), COPIES: json.dumps(copies)})
-        comparison.about['data_notes'] = about_data(dls.table, copies)
+        comparison.about['data'] = about_data(dls.table, copies, dls.quarantine)
         _save_run(work, comparison, models, o, dls, round(time.time()-start, 1))
         if work.name==NEW: swap_in(work.parent)
     _tell(comparison, o)

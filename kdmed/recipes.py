@@ -46,7 +46,7 @@ from .multidim import MultiDimKD
 from .multistage import MultiStageKD, during
 from .report import Comparison, compare, markdown_table
 from .resume import Resume
-from .study import Cell, check_study, claimed_folder, note_study, run_cell, table_checksum
+from .study import check_study, claimed_folder, note_study, run_cell, table_checksum
 from .teacher import Teacher
 from .transforms import deit_lung_augment, kd_convnext_augment, mskd_augment, tissue_augment
 
@@ -623,7 +623,7 @@ def run(
     subgroups=(),    # Columns of the table by which the models are also compared
     progress:bool=True, # Show what is trained, and how long it will take
     loading=None,    # Further arguments of `image_dls`, as in `Recipe.loaders`
-    about=None,      # What the report shall say of the data, as `comparison.about['data_notes']`
+    about=None,      # What the report says of the data, as `comparison.about['data']`
 )->Comparison: # Of `teacher`, `plain` and `distilled`
     "Train a published system, its teacher and its control, and write the report"
     if not isinstance(recipe, Recipe): raise TypeError(f'recipe must be one of {list(RECIPES)} of kdmed.recipes, or like them, got {recipe!r}')
@@ -638,7 +638,7 @@ def run(
         cells = _run_rows(recipe, dls, out, repeats, progress)
         comparison = compare({name: [c.model.to(dls.device) for c in group] for name,group in cells.items()}, dls.test, valid=dls.valid, subgroups=subgroups)
         comparison.about.update(note=recipe.note, recipe=recipe.name)
-        if about: comparison.about['data_notes'] = about
+        if about: comparison.about['data'] = about
         comparison.history = pd.concat([c.history.assign(model=name, run=i).rename_axis('epoch').reset_index() for name,group in cells.items() for i,c in enumerate(group)], ignore_index=True)
         comparison.save(out, overwrite=True)
         write_atomic(out/'recipe.md', f'# {recipe.name}\n\n{recipe.paper}\n\n{recipe.note}\n\n{markdown_table(recipe.settings())}\n')

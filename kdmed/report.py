@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.learner import Learner
 from fastcore.basics import patch
 from PIL import Image
 
@@ -25,11 +24,9 @@ from .comparison import (HEADLINE, Comparison, _cell, _check_metrics, attempt, c
                               shared_groups_note, subgroup_labels, without_private)
 from .core import check_in, check_integer, figure
 from .files import check_format, check_room
-from .kd import METHODS, _make, check_fit, distill, distill_callbacks, fit_classifier
 from .metrics import plot_reliability as _draw_reliability, predict, reliability
 from .plots import (_folded, model_style, plot_confusion as _draw_confusion, plot_history, plot_roc as _draw_roc, plot_tradeoff, tradeoff_table,
                          training_history)
-from .teacher import Teacher
 
 # %% ../nbs/49_report.ipynb #448927ea
 __all__ = ['distillation_study', 'load_comparison', 'markdown_table', 'escape_markdown', 'rehearse_report', 'HEADLINE', 'Comparison', 'compare', 'compare_predictions', 'measure_cost',

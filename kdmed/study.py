@@ -28,7 +28,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .cache import TeacherCache
-from .comparison import Comparison, compare_predictions, measure_cost, subgroup_labels
+from .comparison import Comparison, compare_predictions, measure_costs, shared_groups_note, subgroup_labels
 from .core import check_in, check_integer, check_number, check_seed, count_parameters, seed_everything, unwrap, weights_size
 from .files import check_format, check_room, claim, write_atomic
 from .images import name_of
@@ -36,7 +36,7 @@ from .kd import METHODS, check_fit, distill, distill_callbacks, fit_classifier
 from .metrics import predict
 from .models import create_student, load_student, save_student
 from .plots import training_history
-from .report import REPORT_FILES
+from .report import REPORT_FILES, rehearse_report
 from .resume import Resume, read_checkpoint, write_checkpoint
 from .teacher import Teacher
 
@@ -314,8 +314,6 @@ class Study:
 
     @property
     def trained(self): return isinstance(self.teacher, (torch.nn.Module, Learner, Teacher))
-    @property
-    def shares_groups(self): return bool(set(self.dls.valid.table.group) & set(self.dls.test.table.group))
 
     def fits(self)->list: # Of `Fit`
         "All fits, in their order"
@@ -405,19 +403,7 @@ def rehearse(self:Study,
                 _load_model(home, lambda: new_model(getattr(self, name), self.dls, 0))
             except OSError: raise
             except Exception as e: raise ValueError(f'the {name} cannot be saved and loaded again, so it is not trained: {e}') from e
-    self.rehearse_report()
-
-@patch
-def rehearse_report(self:Study)->None:
-    "Make the comparison once, from random predictions"
-    rng = np.random.default_rng(0)
-    def random(dl):
-        columns = 1 if self.dls.task=='binary' else len(self.dls.classes)
-        said = rng.random((len(dl.table), columns))
-        return [said/said.sum(1, keepdims=True) if self.dls.task=='multiclass' else said]
-    names = 'teacher','plain','distilled'
-    try: self._judge({n: random(self.dls.test) for n in names}, {n: random(self.dls.valid) for n in names}, n_boot=1, strict=True)
-    except ValueError as e: raise ValueError(f'a report of these images cannot be made, so nothing is trained: {e}') from e
+    rehearse_report(self.dls, seeds=self.seeds, subgroups=self.subgroups, folder=folder)
 
 # %% ../nbs/50_study.ipynb #98dc84f5
 def targets_of(
@@ -430,34 +416,14 @@ def targets_of(
 def _judge(self:Study,
     test:dict,  # Name: list of probabilities [N, C] for the test images
     valid:dict, # The same for the validation images
-    n_boot:int=None, # Bootstrap draws of groups; as many as the study makes by default
-    strict:bool=False, # Raise the error of a part that fails, instead of leaving the part out
 )->Comparison:
-    "The comparison of predictions, without costs; a part that fails is left out, and `about['missing']` says so"
-    table = self.dls.test.table
-    given = dict(targets=targets_of(self.dls.test), classes=table.attrs['classes'], groups=table.group.to_numpy(), task=table.attrs['task'], n_boot=n_boot or self.n_boot)
-    parts,missing = dict(valid=(valid, targets_of(self.dls.valid)), columns=table[list(self.subgroups)] if len(self.subgroups) else None),[]
-    if self.shares_groups:
-        parts['valid'] = None
-        missing.append('Calibration is left out: validation and test images share groups, so it would look at the patients it is judged on.')
-    comparison,failed = _with_parts(lambda parts: compare_predictions(test, **given, **parts), parts, strict)
-    comparison.about.update(data=table.attrs['name'], split=table.split.iloc[0], size=self.dls.size)
-    if missing+failed: comparison.about['missing'] = missing+failed
+    "The comparison of predictions, without costs; `about['missing']` says what was left out and why"
+    table,missing = self.dls.test.table,shared_groups_note(self.dls.valid.table, self.dls.test.table)
+    comparison = compare_predictions(test, targets_of(self.dls.test), table.attrs['classes'], table.group.to_numpy(), table.attrs['task'], self.n_boot,
+                                     columns=table[list(self.subgroups)] if len(self.subgroups) else None, valid=None if missing else (valid, targets_of(self.dls.valid)))
+    comparison.about.update(data=table.attrs['name'], name=table.attrs['name'], split=table.split.iloc[0], size=self.dls.size)
+    if missing: comparison.about['missing'] = missing + comparison.about.get('missing', [])
     return comparison
-
-_PARTS = dict(valid='Calibration', columns='Comparison of subgroups')
-
-def _with_parts(make, parts, strict=False):
-    "What `make` gives, without those parts that it fails with; and a sentence for each of them"
-    try: return make(parts),[]
-    except Exception as e:
-        first,optional = e,[name for name,part in parts.items() if part is not None]
-        if strict or not optional: raise
-    for left_out in [[name] for name in optional] + [optional]*(len(optional) > 1):
-        try: made = make(parts | dict.fromkeys(left_out))
-        except Exception: continue
-        return made,[f'{_PARTS[name]} is left out, because it failed: {first}' for name in left_out]
-    raise first
 
 # %% ../nbs/50_study.ipynb #4ccfd58f
 @patch
@@ -508,11 +474,10 @@ def compare(self:Study,
     groups = {name: group if isinstance(group, list) else [group] for name,group in models.items()}
     probs = {name: [_predictions(m, self.dls) for m in group] for name,group in groups.items()}
     comparison = self._judge({n: [p[1] for p in ps] for n,ps in probs.items()}, {n: [p[0] for p in ps] for n,ps in probs.items()})
-    missing = comparison.about.get('missing', [])
+    missing = list(comparison.about.get('missing', []))
     comparison.history = training_history(_with_history(groups))
     modules = {name: _module_of(group[0], self) for name,group in groups.items()}
-    try: comparison.costs = {name: measure_cost(m, self.dls.size) for name,m in modules.items()}
-    except Exception as e: missing = [*missing, f'Costs are left out, because measuring them failed: {e}']
+    comparison.costs = measure_costs(modules, self.dls.size, missing=missing)
     comparison.about.update(models={name: model_facts(m)['model'] for name,m in modules.items()})
     if missing: comparison.about['missing'] = missing
     if len(self.dls.quarantine): comparison.about['left_out'] = self.dls.quarantine.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
