@@ -208,6 +208,12 @@ def forget(self:FeatureKD):
     if self.capture is not None: self.capture.activations.clear()
 
 @patch
+def after_fit(self:FeatureKD):
+    "A learning rate test puts back an optimizer that had no projectors yet"
+    super(FeatureKD, self).after_fit()
+    if self.finding_lr: _take_from_optimizer(self.learn)
+
+@patch
 def after_all(self:FeatureKD):
     "Take the projectors back from the optimizer, which until here is as it was saved during training"
     super(FeatureKD, self).after_all()

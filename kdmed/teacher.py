@@ -357,7 +357,7 @@ def examine(
     dl,             # Loader of labeled images; those without a label do not count
     exclusive:bool, # Whether classes exclude each other; else each output is a yes or no of its own
     device=None,    # Where `answer` wants its inputs; where the loader puts them if left out
-)->dict: # `images`, `loss` in nats, `metric`, `score`, `chance`, and the score's standard error by `chance` alone; NaN where undefined
+)->dict: # `images`, `loss` in nats, `metric`, `score`, `chance`, and the score's standard error by `chance` alone; NaN where undefined. Of findings also `at_chance`: columns that tell nothing
     "Label loss and score on a loader"
     pairs = []
     with torch.no_grad():
@@ -383,14 +383,15 @@ def _examine_findings(logits, y):
     logits,y = logits.reshape(len(y), -1),y.reshape(len(y), -1).float()
     known = (y>=0) & ~y.isnan()
     loss = F.binary_cross_entropy_with_logits(logits[known], y[known]).item()
-    scores,variances = [],[]
-    for z,t,k in zip(logits.T, y.T, known.T):
+    scores,variances,at_chance = [],[],[]
+    for i,(z,t,k) in enumerate(zip(logits.T, y.T, known.T)):
         n1,n0 = int(t[k].sum()),int((1-t[k]).sum())
-        if n1 and n0:
-            scores.append(roc_auc_score(t[k], z[k]))
-            variances.append((n1+n0+1)/(12*n1*n0))
+        if not (n1 and n0): continue
+        scores.append(roc_auc_score(t[k], z[k]))
+        variances.append((n1+n0+1)/(12*n1*n0))
+        if variances[-1] < .01 and scores[-1] < .5 + 2*variances[-1]**.5: at_chance.append(i) # there are images enough to tell
     mean,error = (np.mean(scores),sum(variances)**.5/len(scores)) if scores else (np.nan,np.nan)
-    return dict(images=int(known.any(1).sum()), loss=loss, metric='AUROC' if y.shape[1]==1 else 'mean AUROC', score=float(mean), chance=.5, error=float(error))
+    return dict(images=int(known.any(1).sum()), loss=loss, metric='AUROC' if y.shape[1]==1 else 'mean AUROC', score=float(mean), chance=.5, error=float(error), at_chance=at_chance)
 
 # %% ../nbs/31_teacher.ipynb #e1ad3ab2
 @patch
@@ -413,6 +414,9 @@ def introduce(self:Teacher,
     tell(f"teacher{shares}: {exam['metric']} {exam['score']:.3f} on {exam['images']:,} validation images (chance {exam['chance']:.3f}" +
          ('' if theirs is None else f", student before training {theirs['score']:.3f}") + f"), loss {exam['loss']:.3f}")
     if exam['score'] < exam['chance'] + 2*exam['error']: warnings.warn(f"the teacher is no better than chance, as far as {exam['images']:,} images can tell: {exam['metric']} {exam['score']:.3f}, chance {exam['chance']:.3f}")
+    elif exam.get('at_chance'):
+        names = [self.students_classes[i] if i < len(self.students_classes) else f'number {i}' for i in exam['at_chance']]
+        warnings.warn(f'of these findings the teacher knows no more than chance, as far as {exam["images"]:,} images can tell: {names}. What it gives for them is noise')
     elif theirs is not None and exam['score']<=theirs['score']: warnings.warn(f"the teacher is no better than the student is already: {exam['metric']} {exam['score']:.3f} and {theirs['score']:.3f}")
     return exam
 

@@ -12,7 +12,6 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
-from fastai.losses import BCEWithLogitsLossFlat
 from fastai.optimizer import SGD
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -506,13 +505,15 @@ def test_peers_pos_weight_is_that_of_the_label_loss():
     binary = image_dls(split_groups(synthetic_table(n=60, classes=2, size=32, task='binary')), 32, 16)
     student,teacher = (create_student('test_resnet', 2, 32, 'binary') for _ in range(2))
     weight,seen = torch.tensor([7.]),[]
+    def weighted(pred, y): return F.binary_cross_entropy_with_logits(pred, y.float().reshape(pred.shape), pos_weight=weight)
+    def by_hand(z, y): return sum(-7*F.logsigmoid(a).item() if b else -F.logsigmoid(-a).item() for a,b in zip(torch.Tensor(z), y.tolist()))/len(y)
     class Look(Callback):
         order = LogitKD.order+1
         def after_loss(self):
-            if self.training: seen.append((self.learn.loss_terms.values['label_loss'].item(), F.binary_cross_entropy_with_logits(self.pred, self.y.float().reshape(self.pred.shape), pos_weight=weight).item()))
-    learn = Learner(binary, student, loss_func=BCEWithLogitsLossFlat(pos_weight=weight), cbs=[LogitKD(teacher), Look()])
+            if self.training: seen.append((self.learn.loss_terms.values['label_loss'].item(), by_hand(self.pred.detach()[:, 0], self.y.flatten())))
+    learn = Learner(binary, student, loss_func=weighted, cbs=[LogitKD(teacher), Look()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    for label,by_hand in seen: assert label == pytest.approx(by_hand, rel=1e-4)
+    for label,expected in seen: assert label == pytest.approx(expected, rel=1e-4)
 
 
 def test_peers_the_printed_score_is_the_one_it_is_called(capsys):
@@ -536,3 +537,28 @@ def test_terms_that_compare_images_need_two(method, dls):
     one = image_dls(dls.table, 32, 1)
     with pytest.raises(ValueError, match='compares the images of a batch with each other, so a batch must have at least 2, got bs=1'):
         distill(one, 'test_vit', create_teacher('test_resnet', 3, 32), method, epochs=1, progress=False)
+
+
+def test_peers_untrained_findings_are_named():
+    "Findings that a teacher never learned were random, and looked like the others (torchxrayvision#8, #89)."
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (200, 3), generator=g).float()
+    x = torch.cat([y+.3*torch.randn(200, 3, generator=g)], 1)[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
+    x[:, 1] = torch.randn(200, 1, 1, generator=g) # the second says nothing
+    class First(nn.Module):
+        def forward(self, x): return 4*x[:, :, 0, 0]-2
+    teacher = Teacher(First())
+    teacher.students_classes = ['edema', 'hernia', 'mass']
+    said = warned(lambda: teacher.introduce(DataLoader(TensorDataset(x, y), batch_size=50), exclusive=False, tell=lambda _: None))
+    assert len(said)==1 and "knows no more than chance" in said[0] and "['hernia']" in said[0]
+
+
+def test_a_learning_rate_test_puts_the_optimizer_back(dls, tmp_path):
+    student,teacher = create_student('test_efficientnet', dls.classes, 32),create_teacher('test_resnet', dls.classes, 32)
+    learn = Learner(dls, student, cbs=FeatureKD(teacher, [(stage_names(student)[-1], 'layer4')], pool=True), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    before = [learn.opt.state[p]['grad_avg'].clone() for p in student.parameters()]
+    def find():
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=4, show_plot=False)
+    assert not [w for w in warned(find) if 'optimizer' in w]
+    for p,average in zip(student.parameters(), before): torch.testing.assert_close(learn.opt.state[p]['grad_avg'], average)
