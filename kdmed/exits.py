@@ -196,9 +196,10 @@ def _can_shrink(model, images):
 
 def _thresholds(threshold, n):
     "One threshold for each of `n` exits"
-    values = [float(t) for t in threshold] if isinstance(threshold, (list, tuple)) else [float(threshold)]*n
-    if len(values)!=n or any(t!=t for t in values): raise ValueError(f'threshold must be a number, or one for each of {n} exits, got {threshold}')
-    return values
+    values = list(threshold) if hasattr(threshold, '__len__') and not isinstance(threshold, str) else [threshold]*n
+    good = all(isinstance(t, (int, float, np.integer, np.floating)) and not isinstance(t, bool) and t==t for t in values)
+    if len(values)!=n or not good: raise ValueError(f'threshold must be a number, or one for each of {n} exits, got {threshold}')
+    return [float(t) for t in values]
 
 # %% ../nbs/21_exits.ipynb #933e2c57
 def early_exit(

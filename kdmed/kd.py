@@ -142,7 +142,8 @@ def _note_normalization(model, dls):
     if own is not None and not same_stats(own, loaders):
         warnings.warn(f'so far the model was trained on images normalized with {own}; it is trained on with those of the loaders, {loaders}, '
                       'which are its own from now on. image_dls(…, stats=model_stats(model)) keeps the former')
-    set_model_stats(model, *loaders)
+    try: set_model_stats(model, *loaders)
+    except ValueError: unwrap(model).spec = model_spec(model) | dict(zip(('mean', 'std'), map(list, loaders))) # its first convolution by name is not what meets the images
 
 # %% ../nbs/38_kd.ipynb #32eb9fb4
 class _StopAtNaN(StopOnNaN):

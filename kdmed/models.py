@@ -30,7 +30,7 @@ from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from .core import capture_activations, check_in, check_integer, count_macs, count_parameters, evaluating, get_layer, input_channels, model_spec, unwrap
+from .core import capture_activations, check_in, check_integer, check_number, count_macs, count_parameters, evaluating, get_layer, input_channels, model_spec, unwrap
 from .data import TASKS
 from .files import check_format, check_room, write_atomic
 from .images import name_of, open_image
@@ -136,15 +136,14 @@ def check_stats(
     return None if mean is None else (_channel_values(mean, channels, 'mean'), _channel_values(std, channels, 'std'))
 
 def set_model_stats(
-    model:nn.Module, # Its `spec` is changed; perhaps wrapped
+    model:nn.Module, # Changed in place: its `spec`, or, where it has none, its attribute `normalization`; perhaps wrapped
     mean,            # Channel means of the images it is trained on, for pixels in [0, 1]; None, with `std`, for unknown
     std,             # Channel standard deviations
 )->nn.Module: # The same model
     "Note the normalization that a model expects"
-    stats = check_stats(mean, std, input_channels(model)) or (None, None)
-    noted,spec = dict(mean=stats[0] and list(stats[0]), std=stats[1] and list(stats[1])),model_spec(model)
-    if spec: spec |= noted # in place: a wrapper may hold it
-    else: unwrap(model).spec = noted
+    stats,spec = check_stats(mean, std, input_channels(model)),model_spec(model)
+    if spec: spec.update(dict(zip(('mean', 'std'), map(list, stats))) if stats else dict(mean=None, std=None))
+    else: unwrap(model).normalization = stats # a model made elsewhere has no spec
     return model
 
 def model_stats(
@@ -152,6 +151,7 @@ def model_stats(
 ): # Means and standard deviations, one of each a channel, for pixels in [0, 1]; None where they are not known
     "The normalization that a model expects"
     spec = model_spec(model)
+    if not spec: return getattr(unwrap(model), 'normalization', None)
     if spec.get('mean') is None or spec.get('std') is None: return None
     return tuple(spec['mean']),tuple(spec['std'])
 
@@ -451,18 +451,19 @@ def _class_probabilities(logits, task):
 
 # %% ../nbs/20_models.ipynb #646342b8
 def truncate_vit(
-    vit:VisionTransformer, # Any timm `VisionTransformer`; not changed
+    vit:VisionTransformer, # Any timm `VisionTransformer`, perhaps wrapped; not changed
     blocks=(3, 7, 11),     # Blocks to keep, counted from 0, in rising order
 )->VisionTransformer: # A copy with those blocks alone; weights are copied
     "A ViT student out of some blocks of a ViT teacher"
-    blocks = list(blocks)
+    spec,vit = model_spec(vit),unwrap(vit)
+    blocks = list(blocks) if hasattr(blocks, '__iter__') and not isinstance(blocks, str) else [blocks]
     if not isinstance(vit, VisionTransformer): raise TypeError(f'vit must be a timm VisionTransformer, got {type(vit).__name__}')
-    if not blocks or blocks!=sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < len(vit.blocks):
+    if not all(isinstance(i, (int, np.integer)) for i in blocks) or not blocks or blocks!=sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < len(vit.blocks):
         raise ValueError(f'blocks must be rising indices in [0, {len(vit.blocks)}), got {blocks}')
     short = deepcopy(vit)
     short.blocks = nn.Sequential(*[short.blocks[i] for i in blocks])
     short.feature_info = [dict(short.feature_info[i], module=f'blocks.{n}') for n,i in enumerate(blocks)]
-    if hasattr(vit, 'spec'): short.spec = dict(vit.spec, blocks=blocks)
+    if spec: short.spec = dict(spec, blocks=[int(i) for i in blocks])
     return _thawed(short)
 
 def _thawed(model):
@@ -500,13 +501,14 @@ class DistillationTokenViT(nn.Module):
 
 # %% ../nbs/20_models.ipynb #57f1bcb0
 def add_distillation_token(
-    vit:VisionTransformer, # Any timm `VisionTransformer`; not changed
+    vit:VisionTransformer, # Any timm `VisionTransformer`, perhaps wrapped; not changed
 )->DistillationTokenViT: # A copy with the token; averages both heads unless distilled training is on
-    "Give a ViT student a token, and a head, that listen to the teacher"
+    "Give a ViT student a token, and a head, that learn from the teacher"
+    spec,vit = model_spec(vit),unwrap(vit)
     if not isinstance(vit, VisionTransformer) or hasattr(vit, 'head_dist'):
         raise TypeError(f'vit must be a timm VisionTransformer without a distillation token, got {type(vit).__name__}')
     student = DistillationTokenViT(_thawed(deepcopy(vit)))
-    if hasattr(vit, 'spec'): student.spec = dict(vit.spec, distillation_token=True)
+    if spec: student.spec = dict(spec, distillation_token=True)
     return student
 
 WRAPPERS['distillation_token'] = lambda vit, token: add_distillation_token(vit) if token else vit
@@ -555,6 +557,7 @@ def create_fused_teacher(
     if isinstance(names, (str, bytes)) or not hasattr(names, '__len__') or len(names)<2:
         raise ValueError(f'names must be two timm models or more, got {names!r}; one alone is made by create_teacher')
     n_out,size = _n_outputs(classes, task),check_integer(size, 'size', least=1, most=16_384)
+    hidden,dropout = check_integer(hidden, 'hidden', least=0),check_number(dropout, 'dropout', least=0, below=1)
     source,path = _source_of(pretrained, checkpoint, None)
     if path is not None: _check_classes(path, classes)
     if options is not None and len(options)!=len(names): raise ValueError(f'options must be a dict for each of {len(names)} backbones, got {len(options)}')
@@ -645,7 +648,7 @@ def pooled_features(
     model:nn.Module,  # Where they come from
 )->Tensor: # [B, C]
     "Mean of features over the places of an image; class and register tokens are no places"
-    if features.ndim==3: return _places(features, model)[0].mean(1)
+    if isinstance(features, Tensor) and features.ndim==3: return _places(features, model)[0].mean(1)
     return feature_map(features, model).mean((2, 3))
 
 # %% ../nbs/20_models.ipynb #mdl10061

@@ -21,9 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 from kdmed import models, weights
 from kdmed.core import count_macs, input_channels, measure_memory, model_spec, unwrap
 from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.exits import add_exits, exit_macs
-from kdmed.models import (create_fused_teacher, create_student, create_teacher, load_student, luminance, model_stats, predict_images, read_settings,
-                          save_student, set_model_stats, stage_names, usable_stages)
+from kdmed.exits import add_exits, early_exit, exit_macs
+from kdmed.models import (add_distillation_token, create_fused_teacher, create_student, create_teacher, load_student, luminance, model_stats, predict_images, read_settings,
+                          save_student, set_model_stats, stage_names, truncate_vit, usable_stages)
 from kdmed.weights import PIP_WEIGHTS, cached_weights, check_hub, hub_problem, load_weights, pip_weights, save_weights
 
 STATS = (.8, .6, .7),(.1, .2, .1)
@@ -385,7 +385,8 @@ def test_impossible_statistics_are_refused(mean, std, message):
 
 def test_statistics_of_a_foreign_model_can_be_noted():
     net = timm.create_model('test_vit', num_classes=2)
-    assert model_stats(set_model_stats(net, .5, .25))==((.5,)*3, (.25,)*3)
+    assert model_stats(AveragedModel(set_model_stats(net, .5, .25)))==((.5,)*3, (.25,)*3)
+    assert not hasattr(net, 'spec') and model_stats(set_model_stats(net, None, None)) is None
 
 # -- weights='pip'
 
@@ -562,3 +563,25 @@ def test_batches_do_not_matter(saved):
     images = np.random.default_rng(2).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     one,many,generator = predict_images(saved, images, bs=1),predict_images(saved, list(images)),predict_images(saved, (i for i in images))
     assert len(one)==3 and np.allclose(one, many, atol=1e-5) and np.allclose(many, generator)
+
+def test_vits_are_cut_through_wrappers():
+    vit = create_student('test_vit', 3, 32)
+    assert truncate_vit(AveragedModel(vit), (0, 1)).spec==vit.spec | dict(blocks=[0, 1])
+    assert add_distillation_token(nn.DataParallel(vit)).spec==vit.spec | dict(distillation_token=True)
+    for blocks in (3., 'a', None, []):
+        with pytest.raises(ValueError, match='blocks must be rising indices'): truncate_vit(vit, blocks)
+
+@pytest.mark.parametrize('kwargs,message', [(dict(hidden=-1), 'hidden must be'), (dict(hidden=2.5), 'hidden must be'), (dict(dropout=1), 'dropout must be'), (dict(dropout='x'), 'dropout must be'),
+    (dict(options=[{}]), 'options must be a dict for each of 2')])
+def test_fused_teachers_of_impossible_parts(kwargs, message):
+    with pytest.raises((ValueError, TypeError), match=message): create_fused_teacher(['test_resnet', 'test_vit'], 3, 32, **kwargs)
+
+@pytest.mark.parametrize('threshold', [None, 'x', True, float('nan'), [.5, .5, .5, .5, .5]])
+def test_thresholds_that_are_none(threshold):
+    exits = add_exits(student())
+    with pytest.raises(ValueError, match='threshold must be a number, or one for each of'): early_exit(exits, torch.zeros(1, 3, 32, 32), threshold)
+
+@pytest.mark.parametrize('kwargs,message', [(dict(size=0), 'size must be'), (dict(size='32'), 'size must be'), (dict(dropout=1.5), 'dropout must be'), (dict(layers='layer1'), 'layers must be a list'),
+    (dict(layers=3), 'layers must be a list'), (dict(layers=[]), 'layers must be a list')])
+def test_exits_that_cannot_be(kwargs, message):
+    with pytest.raises((ValueError, TypeError), match=message): add_exits(student(), **kwargs)

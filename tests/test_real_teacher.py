@@ -509,7 +509,7 @@ def test_peers_pos_weight_is_that_of_the_label_loss():
     class Look(Callback):
         order = LogitKD.order+1
         def after_loss(self):
-            if self.training: seen.append((self.learn.loss_terms.values['label_loss'].item(), F.binary_cross_entropy_with_logits(self.pred, self.y.float(), pos_weight=weight).item()))
+            if self.training: seen.append((self.learn.loss_terms.values['label_loss'].item(), F.binary_cross_entropy_with_logits(self.pred, self.y.float().reshape(self.pred.shape), pos_weight=weight).item()))
     learn = Learner(binary, student, loss_func=BCEWithLogitsLossFlat(pos_weight=weight), cbs=[LogitKD(teacher), Look()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     for label,by_hand in seen: assert label == pytest.approx(by_hand, rel=1e-4)

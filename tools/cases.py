@@ -28,7 +28,7 @@ def read_cases(folder=CASES):
 def markdown(cases):
     "A section with a table for each kind"
     def cell(text): return ' '.join(text.split()).replace('|', '\\|')
-    for kind,rows in groupby(sorted(cases, key=lambda c: c.kind), key=lambda c: c.kind):
+    for kind,rows in groupby(sorted(cases, key=lambda c: c.kind.casefold()), key=lambda c: c.kind):
         yield f'## {kind[0].upper()}{kind[1:]}\n\n| case | expected | test |\n|---|---|---|'
         for c in rows: yield f'| {cell(c.case)} | {cell(c.expected)} | `{cell(c.test)}` |'
         yield ''

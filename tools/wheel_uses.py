@@ -5,7 +5,7 @@
 
 It imports kdmed and its dependencies alone, nothing of the checkout.
 """
-import importlib, os, pkgutil, socket, subprocess, sys, tempfile
+import importlib, os, pkgutil, socket, subprocess, sys, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def module_names(inside=sys.prefix):
 def small_dls(size=32, **kwargs):
     "Loaders of a few synthetic images in three classes"
     from kdmed.data import image_dls, split_groups, synthetic_table
-    table = split_groups(synthetic_table(60, classes=3, size=size), sizes=(.6, .2, .2))
+    table = split_groups(synthetic_table(120, classes=3, size=size), sizes=(.6, .2, .2))
     return image_dls(table, size, bs=16, **kwargs)
 
 def distilled():
@@ -114,10 +114,10 @@ def interpret():
     import numpy as np
     from kdmed.models import create_student
     from kdmed.saliency import saliency_maps
-    dls = small_dls()
-    model,images = create_student('test_resnet', dls.classes, 32),dls.valid.one_batch()[0][:2]
+    dls = small_dls(64)
+    model,images = create_student('test_resnet', dls.classes, 64),dls.valid.one_batch()[0][:2]
     maps = [saliency_maps(model, images, method=m, samples=20, task='multiclass') for m in ('grad-cam', 'lime')]
-    assert all(m.shape==(2, 32, 32) and np.isfinite(m).all() for m in maps)
+    assert all(m.shape==(2, 64, 64) and np.isfinite(m).all() for m in maps)
     return 'Grad-CAM and LIME maps'
 
 def weights():
@@ -161,6 +161,13 @@ def several_processes(rank):
     assert sums[0]==sums[1], f'the processes have different students: {sums}'
     torch.distributed.destroy_process_group()
 
+def wait_for(processes, seconds=600):
+    "Until all have ended, or one has failed: the others would wait for it in vain"
+    end = time.monotonic() + seconds
+    while any(p.poll() is None for p in processes) and not any(p.returncode for p in processes):
+        if time.monotonic()>end: raise TimeoutError(f'two processes did not finish in {seconds} s')
+        time.sleep(.1)
+
 def distributed():
     "Two processes on this machine train one student"
     with socket.socket() as s:
@@ -168,11 +175,16 @@ def distributed():
         port = str(s.getsockname()[1])
     env = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'GLOO_SOCKET_IFNAME': 'lo',
            'CUDA_VISIBLE_DEVICES': '', 'ACCELERATE_USE_CPU': 'yes', 'OMP_NUM_THREADS': '1'}
-    ranks = [subprocess.Popen([sys.executable, '-I', '-W', 'ignore', __file__, 'several_processes', str(rank)], text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(2)]
-    try: said = [process.communicate(timeout=300)[0] for process in ranks]
-    finally:
-        for process in ranks: process.kill()
+    command = [sys.executable, '-I', '-W', 'ignore', str(Path(__file__).resolve()), 'several_processes']
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [open(Path(folder)/f'{rank}.txt', 'w+', encoding='utf-8') for rank in range(2)]
+        ranks = [subprocess.Popen([*command, str(rank)], stdout=log, stderr=subprocess.STDOUT, env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
+                 for rank,log in enumerate(logs)]
+        try: wait_for(ranks)
+        finally:
+            for process in ranks: process.kill()
+            said = [log.seek(0) or log.read() for log in logs]
+            for log in logs: log.close()
     assert all(process.returncode==0 for process in ranks), '\n'.join(said)
     return 'two processes train one student'
 
