@@ -94,7 +94,7 @@ def ablate(
     store='memory', # Where decoded images are kept, as in `image_dls`
     cache:bool=True, # Keep a teacher's outputs on disk while its rows are trained
     keep_models:bool=False, # Keep the students' weights; the teachers' are always kept
-    progress:bool=True, # Show what is trained, and how long it will take
+    progress=True,  # Show what is trained, and how long it will take; or a function that is given a line for each model
     loading=None,   # Further arguments of `image_dls`, as in `Recipe.loaders`
 ): # `Ablation`
     "Train the rows of a paper's table, and compare them"
@@ -127,7 +127,7 @@ def compare_backbones(
     resplit:bool=True, # Deal the images anew for each repetition
     store='memory', # Where decoded images are kept
     keep_models:bool=False, # Keep the weights
-    progress:bool=True, # Show what is trained, and how long it will take
+    progress=True,  # Show what is trained, and how long it will take; or a function that is given a line for each model
     loading=None,   # Further arguments of `image_dls`, as in `Recipe.loaders`
 ): # `Ablation`, whose rows are models without a teacher
     "Train several architectures under one budget: the other table of a paper"

@@ -11,8 +11,8 @@ __all__ = ['DATASETS', 'Dataset', 'Augmentation', 'Preprocessing', 'MethodName',
            'TrainingOptions', 'RunOptions', 'RecipeOptions', 'make_app', 'read_config', 'Stopped', 'main',
            'option_names']
 
-# %% ../nbs/80_cli.ipynb #d886efc9
-import os, signal, sys, threading, traceback, warnings
+# %% ../nbs/80_cli.ipynb #16a6b0e1
+import os, re, signal, sys, threading, traceback, warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -319,6 +319,7 @@ def _explain(error, argv):
     "One line for an error, in the words of the command line"
     if '--verbose' in argv: traceback.print_exc()
     said = str(error).strip() or type(error).__name__
+    said = re.sub(r'^\[Errno \d+\] ', '', said)
     if said.startswith('Exception occured in'): said = said.split(':\n\t', 1)[-1].strip() # fastai says first in which callback it was
     if 'kdmed.commands' in sys.modules: said = sys.modules['kdmed.commands'].in_shell_words(said, option_names())
     hint = next((h for kind,h in _HINTS.items() if isinstance(error, kind)), '')

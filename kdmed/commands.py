@@ -180,10 +180,15 @@ def deal_out(
         column = next(iter(o['official']), 'official' if 'official' in table else 'split')
         if column!='split' and column not in table: raise ValueError(f'--official: the data has no column {column!r}; it has {[c for c in table if c not in ("image", "label", "group")]}')
         if column=='split' and table.split.isna().all(): raise ValueError('--official: the data has no split of its own')
-        return official_split(table, column, seed=o['split_seed'])
+        return _check_official(official_split(table, column, seed=o['split_seed']), column)
     if o['resplit']: table = table.assign(split=None)
     if table.split.isna().all(): return split_groups(table, seed=o['split_seed'])
     return _check_own_split(table)
+
+def _check_official(table, column):
+    "The official split, if a study can be made of it"
+    if absent := [s for s in SPLITS if s not in set(table.split)]: raise ValueError(f"--official: the split in {column!r} leaves no {' and no '.join(absent)} images (one group stays in one part); --resplit splits all images by groups")
+    return table
 
 def _check_own_split(table):
     "The split that the data has, if a study can be made of it"
@@ -572,7 +577,7 @@ def recipe(
         if o['resplit'] or o['official'] is not None: table = deal_out(table, o)
         elif table.split.notna().any(): _check_own_split(table)
         copies = look_for_copies(table, o) if table.split.notna().all() else []
-        how = dict(store=_store(o), progress=not o['quiet'], loading=dict(allow_leakage=o['allow_leakage'], unreadable=o['unreadable'], num_workers=o['workers'], device=choose_device(o['device'])))
+        how = dict(store=_store(o), progress=_recipe_progress(o), loading=dict(allow_leakage=o['allow_leakage'], unreadable=o['unreadable'], num_workers=o['workers'], device=choose_device(o['device'])))
         with claimed_folder(out, 'recipe'):
             if o['ablate']:
                 study = ablate(chosen, table, out, o['rows'], o['repeats'], resplit=not o['one_split'], **how)
@@ -582,6 +587,11 @@ def recipe(
     print('\n' + '\n'.join(f'- {s}' for s in study.findings()) + f'\n\n{markdown_table(study.table())}')
     print(f'\n{chosen.note}'*bool(chosen.note) + f"\nAll of it is in {o['out']}")
     return 0
+
+def _recipe_progress(o):
+    "Silence, a bar on a terminal, or a line for each model"
+    if o['quiet']: return False
+    return True if sys.stderr.isatty() else lambda text: print(text, file=sys.stderr, flush=True)
 
 def recipe_kept_in_words(folder, out):
     "What of a recipe is on the disk"

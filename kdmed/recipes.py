@@ -10,13 +10,14 @@ __all__ = ['ORIGINS', 'stated', 'in_code', 'ours', 'AUGMENTATIONS', 'OPTIMIZERS'
            'MultiStage', 'LabelLoss', 'KeepBest', 'train_row', 'deal', 'study_facts', 'run', 'told', 'rehearse']
 
 # %% ../nbs/70_recipes.ipynb #20e96d7c
-import json, tempfile
+import json, tempfile, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -46,7 +47,7 @@ from .multidim import MultiDimKD
 from .multistage import MultiStageKD, during
 from .report import Comparison, compare, markdown_table
 from .resume import Resume
-from .study import check_study, claimed_folder, note_study, run_cell, table_checksum
+from .study import check_study, claimed_folder, in_words, note_study, run_cell, table_checksum
 from .teacher import Teacher
 from .transforms import deit_lung_augment, kd_convnext_augment, mskd_augment, tissue_augment
 
@@ -621,7 +622,7 @@ def run(
     scale:float=1.,  # Share of the published epochs, image side and widths
     store='memory',  # Where decoded images are kept, as in `image_dls`
     subgroups=(),    # Columns of the table by which the models are also compared
-    progress:bool=True, # Show what is trained, and how long it will take
+    progress=True,   # Show what is trained, and how long it will take; or a function that is given a line for each model
     loading=None,    # Further arguments of `image_dls`, as in `Recipe.loaders`
     about=None,      # What the report says of the data, as `comparison.about['data']`
 )->Comparison: # Of `teacher`, `plain` and `distilled`
@@ -631,7 +632,7 @@ def run(
     recipe,table,out = recipe.scaled(scale),deal(table, recipe.shares),Path(out)
     if missing := [c for c in ([subgroups] if isinstance(subgroups, str) else subgroups) if c not in table]: raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
     check_study(out, facts := study_facts(recipe, table, kind='run'))
-    dls = recipe.loaders(table, store, progress=progress, loading=loading)
+    dls = recipe.loaders(table, store, progress=progress is True, loading=loading)
     rehearse(recipe, dls, ('plain', recipe.full))
     with claimed_folder(out, 'recipe'):
         note_study(out, facts)
@@ -655,12 +656,28 @@ def _run_rows(recipe, dls, out, repeats, progress):
 
 
 # %% ../nbs/70_recipes.ipynb #66c7b896
-def told(todo, progress):
-    "What is to be done, with a progress bar that says what, and how long it will take"
-    bar = progress_bar(todo) if progress else todo
-    for what in bar:
-        if progress: bar.comment = ', '.join(map(str, what[1:]))
+def told(
+    todo,     # Tuples: the first entry is left out, the others say what is trained
+    progress, # True: a bar; False: nothing; or a function that a line is given to before each
+):
+    "What is to be done, one after the other, with what is trained and how long it will take"
+    if callable(progress): yield from _told_in_lines(list(todo), progress)
+    else:
+        bar = progress_bar(todo) if progress else todo
+        for what in bar:
+            if progress: bar.comment = ', '.join(map(str, what[1:]))
+            yield what
+
+def _told_in_lines(todo, tell):
+    "A line for each; the time left from what was done here, once something was"
+    spent = []
+    for i,what in enumerate(todo):
+        left = f"about {in_words(np.mean(spent)*(len(todo)-i))} left" if spent else 'time left is known after the first'
+        tell(f"{i+1}/{len(todo)}: {', '.join(map(str, what[1:]))}; {left}")
+        start = time.monotonic()
         yield what
+        seconds = time.monotonic()-start
+        if seconds > 1: spent.append(seconds) # else it was there already
 
 def rehearse(recipe, dls, rows):
     "Raise an error before the first hour for what would fail in the fifth: build every model, and show it one batch"

@@ -551,12 +551,12 @@ def distillation_study(
         models['teacher'] = study.teacher.as_module(dls) if isinstance(study.teacher, Teacher) else models['teacher']
         return study.compare(models),models
     facts = study.facts(*looked_at, settings)
-    check_study(folder, facts)
+    check_study(Path(folder).expanduser(), facts)
     with claimed_folder(folder, 'study') as home:
         check_study(home, facts) # another process may have begun one meanwhile
         clear_stale(home)
-        study.rehearse(folder, *looked_at)
-        note_study(folder, facts)
-        for name,text in (files or {}).items(): write_atomic(Path(folder)/name, text)
-        models = study.train(progress, Path(folder)/'cells')
+        if not all(is_finished(home/'cells'/fit.name) for fit in study.fits()): study.rehearse(home, *looked_at)
+        note_study(home, facts)
+        for name,text in (files or {}).items(): write_atomic(home/name, text)
+        models = study.train(progress, home/'cells')
         return study.compare(models),models

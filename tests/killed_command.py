@@ -87,9 +87,9 @@ def signals(folder):
     "A run that is interrupted, and one that is terminated, while a student trains"
     found = {}
     for name,signum in dict(int=signal.SIGINT, term=signal.SIGTERM).items():
-        log = folder/f'{name}.log'
-        pid = start(long_run(folder, folder/'stopped'), log)
-        while not list((folder/'stopped').glob('cells/plain-0/fit/*.pt')):
+        log,out = folder/f'{name}.log',folder/f'stopped-{name}'
+        pid = start(long_run(folder, out), log)
+        while not list(out.glob('cells/plain-0/fit/*.pt')):
             if (status := ended(pid)) is not None: return dict(error=f'ended with {status}: {log.read_text()[-2000:]}')
             time.sleep(.05)
         os.kill(pid, signum)
