@@ -26,7 +26,7 @@ def some_names(
     width:int=80, # Longest name, in characters
 )->str:
     "Names for a message: all, or the first of them"
-    names = [str(n) for n in names]
+    names = [str(n).encode('utf-8', 'backslashreplace').decode() for n in names] # a file's name may be no Unicode
     short = [n if len(n)<=width else n[:width-1]+'…' for n in names[:most]]
     return ', '.join(short) + (f' and {len(names)-most:,} more' if len(names)>most else '')
 

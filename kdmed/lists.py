@@ -84,6 +84,8 @@ def _even_rows(header, rows, path):
         even.append(row[:n])
     return even
 
+_ARCHIVES = b'PK\x03\x04',b'\xd0\xcf\x11\xe0',b'\x1f\x8b' # xlsx and zip, xls, gz
+
 def read_list(
     path,            # CSV file: cells separated by a comma, semicolon, tab or bar
     text=(),         # Columns to keep exactly as written (`None`, `007`), where only an empty cell is missing
@@ -91,10 +93,13 @@ def read_list(
 )->pd.DataFrame: # One row a line; what was guessed, as sentences in `attrs['notes']`
     "Rows of a CSV file; an error names the line that is wrong"
     path = check_file(path, 'CSV file')
-    content,notes = decode_text(path.read_bytes(), path, encoding)
+    data = path.read_bytes()
+    if data.startswith(_ARCHIVES): raise ValueError(f'{path} is no CSV file with a header but a spreadsheet or archive; save it as CSV')
+    content,notes = decode_text(data, path, encoding)
     if '\0' in content: raise ValueError(f'{path} is no CSV file with a header: it contains zero bytes')
     header,rows = _cells(content, path, text)
     if twice := sorted({c for c in header if c and header.count(c)>1}): raise ValueError(f'{path}: columns {twice} repeat in the header')
+    while header and not header[-1]: header.pop() # a separator too many
     even = _even_rows(header, rows, path)
     if not even: raise ValueError(f'{path}: no rows below the header, which has {some_names(header)}')
     buffer = io.StringIO(newline='')
@@ -183,7 +188,8 @@ def find_listed(
     exact = [_file_or_none(Path(folder)/f'{n}{suffix}') for n in names]
     lost = [i for i,f in enumerate(exact) if f is None]
     if not lost: return exact,[]
-    files = [f for f in find_files(folder).files if f.suffix.lower() not in _NO_IMAGES]
+    try: files = [f for f in find_files(folder).files if f.suffix.lower() not in _NO_IMAGES]
+    except (OSError, ValueError) as e: return exact,[f'images were looked for only as they are written: {e}']
     found,notes = match_names([f'{names[i]}{suffix}' for i in lost], folder, files, where)
     for i,f in zip(lost, found): exact[i] = f
     _check_once(list(names), exact, where or folder)

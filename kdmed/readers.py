@@ -102,7 +102,7 @@ def _without_masks(path, files, masks):
     found = find_masks(files, path) if masks!='keep' else {}
     if not found: return files,[]
     mask,image = next(iter(found.items()))
-    example = f'{mask.relative_to(path).as_posix()} of {image.name}'
+    example = some_names([f'{mask.relative_to(path).as_posix()} of {image.name}'])
     if masks=='error': raise ValueError(f"{path}: {len(found):,} files look like masks of others, such as {example}; masks='exclude' leaves them out, masks='keep' reads them as images")
     return [f for f in files if f not in found],[f"{len(found):,} masks left out, such as {example}; masks='keep' reads them as images"]
 
@@ -117,10 +117,10 @@ def _once_each(path, files, labels, splits, linked):
             one,two = (files[i].relative_to(path).as_posix() for i in (group[0], other))
             raise ValueError(f'{path}: {one} and {two} are the same file, by a link, but differ in class or split; keep one of them, or leave one out with exclude=')
     extra = [i for group in same for i in group[1:]]
-    note = f'{len(extra):,} files are links to others and left out, such as {files[extra[0]].relative_to(path).as_posix()}'
+    note = f'{len(extra):,} files are links to others and left out, such as {some_names([files[extra[0]].relative_to(path).as_posix()])}'
     return np.setdiff1d(np.arange(len(files)), extra),[note]
 
-def _check_empty(path, folders, files, unlabeled):
+def _check_empty(path, folders, files, unlabeled, hint=''):
     "Raise an error for a class folder without any image; give notes on folders of a split that lack images"
     splits = {f for f in folders if '/' not in f and f.lower() in _SPLIT_NAMES}
     held = {f.relative_to(path).parts[:-1] for f in files}
@@ -132,7 +132,8 @@ def _check_empty(path, folders, files, unlabeled):
     lost = [f for f in hollow if f.split('/')[-1] not in full]
     if lost:
         raise FileNotFoundError(f'{path}: no images in {some_names(lost)}, so a class would be missing; if {"they are" if len(lost)>1 else "it is"} none, '
-                                f'leave out with exclude={lost[0] if len(lost)==1 else lost!r}')
+                                f'leave out with exclude={lost[0] if len(lost)==1 else lost!r}{hint}')
+    hollow = sorted({*hollow, *(s for s in splits if empty(s))})
     return [f'no images in {some_names(hollow)}'] if hollow else []
 
 def _check_folder_classes(path, labels, classes):
@@ -173,7 +174,8 @@ def read_folder(
     if found.broken: raise FileNotFoundError(f'{path}: {len(found.broken):,} links lead nowhere: {some_names(found.broken)}; mend them, or leave them out with exclude=')
     if not found.files: raise FileNotFoundError(_no_images(path, found))
     files,notes = _without_masks(path, found.files, masks)
-    notes = [*_check_empty(path, found.folders, files, unlabeled), *found.notes(), *notes]
+    hint = "; masks='keep' reads what was taken for masks" if notes else ''
+    notes = [*_check_empty(path, found.folders, files, unlabeled, hint), *found.notes(), *notes]
     labels,splits = _with_unlabeled(path, files, unlabeled)
     _check_folder_classes(path, labels, classes)
     wanted,others = _chosen_classes(path, labels, classes)
@@ -305,9 +307,16 @@ def _labels_of(path, rows, label, image, task, classes, empty, separator):
     labels,names = rename_labels(labels, label if classes is None else classes)
     return labels,task,names,notes
 
+def _label_columns(label):
+    "Columns that `label` names, as a list; an error for what is no name"
+    columns = [label] if isinstance(label, str) else list(label) if isinstance(label, (list, tuple)) else [label]
+    if not columns or not all(isinstance(c, str) and c for c in columns) or len(set(columns))<len(columns):
+        raise ValueError(f'label must be the name of a column, or a list of different ones, got {label!r}')
+    return columns
+
 def _checked_list(path, image, label, group, split, task, classes, empty, separator, unlisted, encoding):
     "Rows of a CSV file by image name, once nothing is wrong with them, with columns `label` and `split` of their own; the task, the classes, and notes"
-    columns = [label] if isinstance(label, str) else list(label)
+    columns = _label_columns(label)
     rows = read_list(path, (image, *columns, group, split), encoding)
     need_columns(path, rows, dict(image=image, **({'label': label} if isinstance(label, str) else {}), group=group, split=split if split!='split' else ''))
     need_columns(path, rows, columns)

@@ -534,3 +534,47 @@ def test_free_memory_is_that_of_the_system():
     free = data.available_memory()
     assert free is None or 2**20 < free < 2**50
     if Path('/proc/meminfo').exists(): assert free <= int(next(l for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemTotal')).split()[1])*1024
+
+
+# -- more of the same kinds
+
+def test_an_empty_split_folder_is_noted(tmp_path):
+    for part in ('train', 'test'):
+        for c in 'ab': save(tmp_path, part, c, f'{part}.png')
+    (tmp_path/'valid').mkdir()
+    assert 'no images in valid' in notes(read(tmp_path))
+
+def test_classes_that_are_called_mask(tmp_path):
+    for c in ('mask', 'no_mask'): save(tmp_path, c, '1.png', shade=len(c))
+    with pytest.raises(FileNotFoundError, match="no images in mask, .*masks='keep' reads what was taken for masks"): read(tmp_path)
+    assert read(tmp_path, masks='keep').attrs['classes'] == ['no_mask', 'mask']
+
+@pytest.mark.parametrize('label', [(), None, 3, ['a', 'a'], ['a', 3], ''])
+def test_label_must_name_columns(tmp_path, listed, label):
+    with pytest.raises(ValueError, match='label must be the name of a column'): from_csv(tmp_path, listed, label=label)
+
+@pytest.mark.parametrize('start', [b'PK\x03\x04', b'\xd0\xcf\x11\xe0', b'\x1f\x8b'])
+def test_a_spreadsheet_is_no_list(tmp_path, start):
+    (tmp_path/'list.csv').write_bytes(start + bytes(100))
+    with pytest.raises(ValueError, match='a spreadsheet or archive; save it as CSV'): read_csv(tmp_path/'list.csv')
+
+def test_a_folder_of_dicom_files_in_the_same_way(tmp_path):
+    for i, c in enumerate(('ill', 'normal', 'ill', 'normal')):
+        (tmp_path/'d'/c).mkdir(parents=True, exist_ok=True)
+        dicom(tmp_path, np.full((4, 4), i, np.uint16), PatientID=f'p{i}').rename(tmp_path/'d'/c/f'{i}.dcm')
+    def films(**how): return read_dicom_folder(tmp_path/'d', print_card=False, **how)
+    assert films().attrs['classes'] == ['normal', 'ill'] and films(positive='normal').attrs['classes'] == ['ill', 'normal']
+    assert films(classes={'ill': 'krank', 'normal': 'gesund'}).label.tolist() == ['krank', 'krank', 'gesund', 'gesund']
+    assert len(films(exclude='3.dcm')) == 3
+    (tmp_path/'d/ill/up').symlink_to('..')
+    assert len(films()) == 4
+    (tmp_path/'d/normal/again.dcm').symlink_to('../ill/0.dcm')
+    with pytest.raises(ValueError, match='are the same file'): films()
+    (tmp_path/'d/normal/again.dcm').unlink()
+    (tmp_path/'d/other').mkdir()
+    with pytest.raises(FileNotFoundError, match='no images in other'): films()
+    (tmp_path/'d/other').rmdir()
+    rows = pd.DataFrame(dict(image=['0', '1', '2', '3'], label=['a', 'b']*2, split=['train', '', 'valid', 'test']))
+    rows.to_csv(tmp_path/'list.csv', index=False, sep=';')
+    with pytest.raises(ValueError, match='1 of 4 rows have no split, such as 1'): films(labels=tmp_path/'list.csv')
+    assert films(labels=tmp_path/'list.csv', unlisted='drop').split.tolist() == ['train', 'valid', 'test']
