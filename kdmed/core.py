@@ -273,7 +273,8 @@ def measure_latencies(
     "Median time of one forward pass on this machine, in ms: each architecture once, all of them by turns"
     check_integer(runs, 'runs', 1)
     keys = {name: architecture_key(model) for name,model in models.items()}
-    first = {key: model for (name,model),key in reversed(list(zip(models.items(), keys.values())))}
+    first = {}
+    for name,model in models.items(): first.setdefault(keys[name], model)
     inputs,times = {key: _example(model, size, channels, batch) for key,model in first.items()},{key: [] for key in first}
     with ExitStack() as stack:
         for model in first.values(): stack.enter_context(evaluating(model))

@@ -479,7 +479,8 @@ def scores(
     w,codes = _check_sample_weights(weights, len(probs), codes)
     asked = {name: _resolve(name, classes, task) for name in names}
     tally = _Tally(probs, actual, known, task, codes, asked.values())
-    batches = [np.concatenate([np.ones((1, w.shape[1])), w[:64]]), *(w[i:i+64] for i in range(64, len(w), 64))] # all images once, then the replicates
+    k = 64 if len(probs) > 8192 else 256 # replicates at a time: of many images fewer, for memory's sake
+    batches = [np.concatenate([np.ones((1, w.shape[1])), w[:k]]), *(w[i:i+k] for i in range(k, len(w), k))] # all images once, then the replicates
     parts = []
     for batch in batches:
         tally.use(batch)
