@@ -22,7 +22,7 @@ from .core import check_in
 from .images import SPLITS, class_counts, image_table
 from .readers import (_NO_GROUPS, _existing, _files_below, _finish, _keep_found, _need_columns, _read_rows, _some, _years, read_csv,
                            read_dicom_folder, read_folder)
-from .splits import group_copies
+from .copies import group_copies
 from .store import default_store_folder
 
 # %% ../nbs/13_datasets.ipynb #63bcd9c3
