@@ -8,9 +8,9 @@ Docs: https://kdmed.github.io/kdmed/data.html.md"""
 __all__ = ['UNLABELED', 'ImageRow', 'ImageDL', 'ClassLossFlat', 'FindingsLossFlat', 'BinaryLossFlat', 'FindingsAccuracy',
            'TableLoaders', 'available_memory', 'decoded_bytes', 'load_distributed', 'image_dls', 'own_loader',
            'ReplayMixUp', 'ReplayCutMix', 'SPLITS', 'TASKS', 'WindowedImage', 'card', 'check_table', 'describe',
-           'image_table', 'is_unlabeled', 'open_image', 'show_images', 'synthetic_table', 'check_leakage',
-           'kfold_groups', 'leakage_report', 'official_split', 'repeat_splits', 'split_groups', 'decode_images',
-           'pack_images']
+           'image_table', 'is_unlabeled', 'open_image', 'show_images', 'synthetic_table', 'check_copies',
+           'check_leakage', 'group_copies', 'guess_groups', 'kfold_groups', 'leakage_report', 'official_split',
+           'repeat_splits', 'split_groups', 'decode_images', 'pack_images']
 
 # %% ../nbs/11_data.ipynb #a4f6e4c6
 import ctypes, os, sys, zlib
@@ -36,17 +36,18 @@ from fastcore.basics import chunked, listify, patch
 from fasttransform import Transform
 from torch import nn
 
+from .copies import check_copies, group_copies, guess_groups, leakage_report
 from .core import check_in, check_integer
 from .folders import file_identity, some_names
 from .images import (SPLITS, TASKS, WindowedImage, _present, card, check_table, class_counts, describe, image_table, is_unlabeled, name_of,
                           open_image, parse_findings, show_images, synthetic_table)
-from .splits import check_leakage, kfold_groups, leakage_report, official_split, repeat_splits, split_groups
+from .splits import check_leakage, kfold_groups, official_split, repeat_splits, split_groups
 from .store import ImageStore, _digest, _text, decode_images, default_store_folder, pack_images
 from .transforms import Augment, cutmix, mix_partners, mix_weights, mixup
 
 # %% ../nbs/11_data.ipynb #32a05b86
 _all_ = ['SPLITS', 'TASKS', 'WindowedImage', 'card', 'check_table', 'describe', 'image_table', 'is_unlabeled', 'open_image',
-         'show_images', 'synthetic_table', 'check_leakage', 'kfold_groups', 'leakage_report', 'official_split', 'repeat_splits', 'split_groups', 'decode_images', 'pack_images']
+         'show_images', 'synthetic_table', 'check_copies', 'check_leakage', 'group_copies', 'guess_groups', 'kfold_groups', 'leakage_report', 'official_split', 'repeat_splits', 'split_groups', 'decode_images', 'pack_images']
 
 # %% ../nbs/11_data.ipynb #ef29b0c6
 _SECOND_DRAW = 1 << 20 # views of an image's second draw in an epoch start here, those of the third at twice that

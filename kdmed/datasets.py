@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .copies import group_copies
 from .core import check_in
 from .folders import check_file, existing_path, find_files, some_names
 from .images import SPLITS, class_counts, image_table
 from .lists import keep_found, need_columns, read_list
 from .readers import NO_GROUPS, finish_table, read_csv, read_dicom_folder, read_folder, years
-from .splits import group_copies
 from .store import default_store_folder
 
 # %% ../nbs/13_datasets.ipynb #63bcd9c3

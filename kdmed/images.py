@@ -562,7 +562,8 @@ def find_anomalies(
         'groups whose images differ in label': (labels>1).sum() if table.attrs['task']!='multilabel' else 0, # several findings come and go
     }
     absent = [c for c,n in class_counts(table).items() if not n]
-    return [*table.attrs.get('anomalies', []), *(f'{n:,} {what}' for what,n in counts.items() if n), *([f'no image of {absent}'] if absent else []),
+    guessed = [table.attrs['guessed_groups']] if table.attrs.get('guessed_groups') else []
+    return [*table.attrs.get('anomalies', []), *guessed, *(f'{n:,} {what}' for what,n in counts.items() if n), *([f'no image of {absent}'] if absent else []),
             *_doubt_positive(table.attrs)]
 
 def _doubt_positive(attrs):
