@@ -42,7 +42,7 @@ from .folders import file_identity, some_names
 from .images import (SPLITS, TASKS, WindowedImage, _present, card, check_table, class_counts, describe, image_table, is_unlabeled, name_of,
                           open_image, parse_findings, show_images, synthetic_table)
 from .splits import check_leakage, kfold_groups, official_split, repeat_splits, split_groups
-from .store import ImageStore, _digest, _text, decode_images, default_store_folder, pack_images
+from .store import ImageStore, digest, value_text, decode_images, default_store_folder, pack_images
 from .transforms import Augment, cutmix, mix_partners, mix_weights, mixup
 
 # %% ../nbs/11_data.ipynb #32a05b86
@@ -520,13 +520,13 @@ def pixels_key(self:ImageDL):
     "16 hexadecimal digits that differ wherever an image's view could: by its number, its decoded bytes, the augmentation, the normalization"
     split_idx = getattr(self.dataset, 'split_idx', None)
     texts = [_pixels_text(t) for t in self.after_batch.fs if t.split_idx in (None, split_idx)]
-    return _digest('pixels 1', self.size, self.ids.astype('<i8').tobytes(), self.checksums().astype('<u4').tobytes(), *texts)
+    return digest('pixels 1', self.size, self.ids.astype('<i8').tobytes(), self.checksums().astype('<u4').tobytes(), *texts)
 
 def _pixels_text(tfm):
     "What a batch transform does to pixels, as text; an error if that cannot be known"
-    if isinstance(tfm, IntToFloatTensor): return _text([tfm.div, tfm.div_mask])
-    if isinstance(tfm, _Replay): return _text([tfm.augment, *tfm.augment.transforms])
-    if isinstance(tfm, Normalize): return _text([tfm.mean.cpu(), tfm.std.cpu()])
+    if isinstance(tfm, IntToFloatTensor): return value_text([tfm.div, tfm.div_mask])
+    if isinstance(tfm, _Replay): return value_text([tfm.augment, *tfm.augment.transforms])
+    if isinstance(tfm, Normalize): return value_text([tfm.mean.cpu(), tfm.std.cpu()])
     raise ValueError(f'{tfm.name.split()[0]} in batch_tfms may show other pixels each time, so no answer to them can be kept; '
                      'use augment=Augment(…) for random changes, and preprocess= for fixed ones')
 

@@ -22,7 +22,7 @@ from .core import COLORS, check_in, check_integer, check_number, check_seed, fig
 from .kd import METHODS, SEVERAL, Teacher, check_fit, distill_callbacks, fit_classifier
 from .metrics import evaluate, paired_difference, predict
 from .resume import Resume
-from .store import _digest, _text
+from .store import digest, value_text
 from .study import check_study, claimed_folder, data_facts, model_facts, new_model, note_study, read_study, run_cell, weights_checksum
 
 # %% ../nbs/51_methods.ipynb #c8ae6099
@@ -43,7 +43,7 @@ def _open_study(folder, facts, methods):
     if other := [name for name,m in methods.items() if before.get(name, m)!=m]: raise ValueError(f'{folder} holds another study: method {other[0]!r} was {before[other[0]]}, is {methods[other[0]]}. Choose another folder, or another name')
     note_study(folder, facts | dict(methods=before | methods))
 
-def _identity(method): return method if isinstance(method, str) else _digest(_text(method))
+def _identity(method): return method if isinstance(method, str) else digest(value_text(method))
 
 # %% ../nbs/51_methods.ipynb #17b8fde8
 def compare_methods(

@@ -29,7 +29,7 @@ from .plots import (_folded, model_style, plot_confusion as _draw_confusion, plo
                          training_history)
 
 # %% ../nbs/49_report.ipynb #448927ea
-__all__ = ['distillation_study', 'load_comparison', 'markdown_table', 'escape_markdown', 'rehearse_report', 'HEADLINE', 'Comparison', 'compare', 'compare_predictions', 'measure_cost',
+__all__ = ['load_comparison', 'markdown_table', 'escape_markdown', 'rehearse_report', 'HEADLINE', 'Comparison', 'compare', 'compare_predictions', 'measure_cost',
            'predict', 'training_history']
 
 # %% ../nbs/49_report.ipynb #3feaac2e
@@ -691,11 +691,3 @@ def rehearse_report(
     with tempfile.TemporaryDirectory(dir=parent, prefix='.rehearsal-') as place: failed += load_comparison(comparison.save(place)).about.get('missing', [])
     if failed: raise RuntimeError('the report cannot be made: ' + ' '.join(dict.fromkeys(failed)))
     return shared
-
-# %% ../nbs/49_report.ipynb #43c3c253
-def __getattr__(name):
-    "`distillation_study` has a module of its own, which imports this one"
-    if name!='distillation_study': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from kdmed.study import distillation_study
-    return distillation_study
-
