@@ -35,7 +35,7 @@ test: install ## Check notebooks, modules, README, lessons, pages and project
 	@echo '== Pages can be made'
 	@$(BIN)/python tools/check.py site --workers $(WORKERS)
 	@echo '== Tests'
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 15 --durations-min 5
 
 wheel-test: install ## Build the wheel, install it alone in fresh environments and use it; EXTRAS=all tries each extra, too; VERSIONS=newest leaves the lowest out
 	$(BIN)/python tools/try_wheel.py $(EXTRAS) $(if $(VERSIONS),--versions $(VERSIONS))

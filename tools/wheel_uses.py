@@ -69,7 +69,7 @@ def filters():
     from kdmed.filters import CLAHE, MacenkoNormalizer
     from kdmed.images import open_image, synthetic_table
     pixels = np.asarray(open_image(synthetic_table(4, classes=3, size=64).image[0]).convert('RGB'))
-    equalized,stained = CLAHE()(pixels),MacenkoNormalizer.fit([pixels])(pixels)
+    equalized,stained = CLAHE()(pixels),MacenkoNormalizer.fit(pixels)(pixels)
     assert all(p.dtype==np.uint8 and p.shape==pixels.shape for p in (equalized, stained)) and (equalized!=pixels).any()
     return f'CLAHE, Macenko stain normalization, spandrel {version("spandrel")}'
 
