@@ -488,13 +488,15 @@ def test_usable_stages_of_a_model_that_lists_none():
 
 def test_gray_students(tmp_path):
     gray = set_model_stats(student(in_chans=1).eval(), .4, .2)
+    with torch.no_grad(): gray.fc.weight *= 100 # else a new network's probabilities hardly depend on the image
     assert input_channels(gray)==1 and gray.spec['options']==dict(in_chans=1) and count_macs(gray, 32)>0 and measure_memory(gray, 32)>0
     again = load_student(save_student(gray, tmp_path))
     assert input_channels(again)==1 and model_stats(again)==((.4,), (.2,))
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image[..., 2] = 255 # blue, which counts for a ninth
     level = np.asarray(Image.fromarray(image).convert('L'), dtype=np.float32)/255 # Pillow's own conversion, rounded to 8 bits
     with torch.no_grad(): by_hand = gray(torch.from_numpy((level-.4)/.2)[None, None]).softmax(1)
-    assert np.allclose(predict_images(tmp_path, image).to_numpy(), by_hand, atol=5e-3)
+    assert np.allclose(predict_images(tmp_path, image).to_numpy(), by_hand, atol=2e-2)
     exits = add_exits(gray)
     assert len(exit_macs(exits))==len(exits.exits)+1
 
