@@ -75,6 +75,7 @@ def test_readers_know_the_options_they_are_given():
     (['--repeats', '0'], '--repeats must be a whole number of at least 1, got 0'),
     (['--group', 'patient'], '--group concerns --dataset csv and dicom, not folder; for class folders --group-pattern or --groups'),
     (['--image', 'foo'], '--image concerns --dataset csv and dicom, not folder'),
+    (['--encoding', 'cp1252'], '--encoding concerns --dataset csv, not folder'),
     (['--separator', ';'], '--separator concerns --dataset csv, not folder'),
     (['--magnification', '40'], '--magnification concerns --dataset breakhis, not folder'),
     (['--task', 'multilabel'], '--task concerns --dataset csv and dicom and breakhis, not folder'),
