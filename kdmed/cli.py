@@ -40,10 +40,11 @@ RecipeName = Literal['deit_lung', 'kd_convnext', 'multi_dim_kd', 'multi_stage_kd
 Optimizer = Literal['adam', 'adamw', 'sgd', 'rmsprop', 'lamb', 'ranger']
 
 OPTION_DATASETS = { # options that concern some data sets only
-    'group_pattern': ('folder',), 'unlabeled': ('folder',), 'exclude': ('folder',), 'suffix': ('folder', 'csv'),
+    'group_pattern': ('folder',), 'unlabeled': ('folder',), 'exclude': ('folder', 'dicom'), 'suffix': ('folder', 'csv'),
     'images': ('csv',), 'separator': ('csv',), 'labels': ('dicom',),
     'image': ('csv', 'dicom'), 'label': ('csv', 'dicom'), 'group': ('csv', 'dicom'), 'missing': ('csv', 'dicom', 'ham10000', 'chestxray14'), 'empty': ('csv', 'dicom'),
-    'task': ('csv', 'dicom', 'breakhis'), 'classes': ('folder', 'csv', 'dicom'), 'positive': ('folder', 'csv', 'dicom'),
+    'task': ('csv', 'dicom', 'breakhis'), 'classes': ('folder', 'csv', 'dicom'), 'positive': ('folder', 'csv', 'dicom', 'lc25000', 'breakhis', 'medmnist'),
+    'masks': ('folder',), 'unlisted': ('csv', 'dicom'), 'encoding': ('csv',),
     'tissue': ('lc25000',), 'magnification': ('breakhis',),
 }
 
@@ -77,9 +78,10 @@ class DataOptions:
     group_pattern:Annotated[Optional[str], _option('folder: regular expression whose first bracket is the group in a file name; by default each image is its own group', IMAGES, allow_leading_hyphen=True)] = None
     groups:Annotated[Optional[str], _option('CSV file with columns image and group: which images belong together (patient, lesion, slide)', IMAGES)] = None
     classes:Annotated[Optional[list[str]], _several('folder, csv, dicom: class names in order; for two classes the second is the positive one', IMAGES)] = None
-    positive:Annotated[Optional[str], _option('folder, csv, dicom: the positive class of two', IMAGES)] = None
+    positive:Annotated[Optional[str], _option('the positive class of two, where the data have two classes (not ham10000, chestxray14)', IMAGES)] = None
     unlabeled:Annotated[Optional[list[str]], _several("folder: folders whose images have no label; students learn from the teacher's predictions for them", IMAGES)] = None
-    exclude:Annotated[Optional[list[str]], _several('folder: folders or file name patterns to leave out, such as "*_mask*"', IMAGES)] = None
+    exclude:Annotated[Optional[list[str]], _several('folder, dicom: folders or file name patterns to leave out, such as "*_mask*"', IMAGES)] = None
+    masks:Annotated[Optional[Literal['exclude', 'keep', 'error']], _option('folder: what to do about files that look like masks of others [default: exclude]', IMAGES)] = None
     suffix:Annotated[Optional[str], _option('folder: the file ending to read, such as .png; csv: what to add to the image names', IMAGES)] = None
     images:Annotated[Optional[str], _option("csv: folder the image names are relative to; by default the list's own folder", IMAGES)] = None
     labels:Annotated[Optional[str], _option('dicom: CSV file with a row for each image, instead of class folders', IMAGES)] = None
@@ -88,6 +90,8 @@ class DataOptions:
     group:Annotated[Optional[str], _option("csv: column of groups [default: group]; '' if every image is of another patient. dicom: a DICOM keyword or a column", IMAGES)] = None
     separator:Annotated[Optional[str], _option('csv: what joins several findings in a label [default: |]', IMAGES, allow_leading_hyphen=True)] = None
     empty:Annotated[Optional[Literal['auto', 'none', 'unlabeled']], _option('csv, dicom: what an empty label means; auto: no finding if the task is given as multilabel, else no label', IMAGES)] = None
+    unlisted:Annotated[Optional[Literal['error', 'drop', 'train']], _option('csv, dicom: what to do about rows whose split is empty where others have one [default: error]', IMAGES)] = None
+    encoding:Annotated[Optional[str], _option("csv: Python's name of the file's encoding; found by default", IMAGES)] = None
     missing:Annotated[Optional[Literal['error', 'note']], _option('csv, dicom, ham10000, chestxray14: stop if a listed image is not there, or note it and continue', IMAGES)] = None
     task:Annotated[Optional[Literal['auto', 'binary', 'multiclass', 'multilabel']], _option('csv, dicom, breakhis: the task; auto: from the labels', IMAGES)] = None
     tissue:Annotated[Optional[Literal['lung', 'colon', 'both']], _option('lc25000: which part [default: lung]', IMAGES)] = None

@@ -110,11 +110,11 @@ def in_shell_words(
 _SIGNS = {'ham10000': 'HAM10000_metadata*', 'chestxray14': 'Data_Entry_2017*', 'lc25000': '*lung_image_sets*'} # files that only such a set has
 
 READERS = { # function, and the options that it takes, by the names of its arguments
-    'folder': (read_folder, ('group_pattern', 'unlabeled', 'exclude', 'suffix', 'classes', 'positive')),
-    'csv': (read_csv, ('images', 'image', 'label', 'group', 'separator', 'empty', 'missing', 'task', 'suffix', 'classes', 'positive')),
-    'dicom': (read_dicom_folder, ('labels', 'image', 'label', 'group', 'empty', 'missing', 'task', 'classes', 'positive')),
-    'ham10000': (read_ham10000, ('missing',)), 'lc25000': (read_lc25000, ('tissue',)), 'breakhis': (read_breakhis, ('task', 'magnification')),
-    'chestxray14': (read_chestxray14, ('missing',)), 'medmnist': (read_medmnist, ()),
+    'folder': (read_folder, ('group_pattern', 'unlabeled', 'exclude', 'suffix', 'masks', 'classes', 'positive')),
+    'csv': (read_csv, ('images', 'image', 'label', 'group', 'separator', 'empty', 'missing', 'task', 'suffix', 'classes', 'positive', 'unlisted', 'encoding')),
+    'dicom': (read_dicom_folder, ('labels', 'image', 'label', 'group', 'empty', 'missing', 'task', 'classes', 'positive', 'exclude', 'unlisted')),
+    'ham10000': (read_ham10000, ('missing',)), 'lc25000': (read_lc25000, ('tissue', 'positive')), 'breakhis': (read_breakhis, ('task', 'magnification', 'positive')),
+    'chestxray14': (read_chestxray14, ('missing',)), 'medmnist': (read_medmnist, ('positive',)),
 }
 
 def _reader_arguments(o):
@@ -132,7 +132,9 @@ def read_table(
     data,given = _reader_arguments(o)
     if o['dataset']=='folder' and (known := next((k for k,sign in _SIGNS.items() if list(Path(data).glob(sign))), None)):
         raise ValueError(f"{o['data']} looks like {known}, not like a folder for each class: give --dataset {known}")
-    table = READERS[o['dataset']][0](data, **given)
+    printed = io.StringIO()
+    with redirect_stdout(printed): table = READERS[o['dataset']][0](data, **given)
+    for line in printed.getvalue().splitlines(): print(in_shell_words(line, cli.option_names()))
     return apply_groups(table, o['groups']) if o.get('groups') else table
 
 # %% ../nbs/79_commands.ipynb #60ae496f
@@ -436,7 +438,7 @@ def about_data(
     "What a report says of the data"
     held = io.StringIO()
     with redirect_stdout(held): card(table)
-    lines = [line for line in held.getvalue().splitlines() if line.strip()]
+    lines = [in_shell_words(line, cli.option_names()) for line in held.getvalue().splitlines() if line.strip()]
     reasons = {} if left_out is None or not len(left_out) else left_out.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
     return dict(name=table.attrs.get('name', 'images'), left_out=reasons, card=lines, copies=list(copies), guessed_groups=table.attrs.get('guessed_groups', False))
 
