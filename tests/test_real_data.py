@@ -118,6 +118,7 @@ def test_an_empty_class_folder(folders):
 def test_a_class_that_is_empty_in_one_split_is_noted(tmp_path):
     for part in ('train', 'test'):
         for c in 'ab': save(tmp_path, part, c, f'{part}.png')
+    save(tmp_path, 'valid/b', 'v.png')
     (tmp_path/'valid/a').mkdir(parents=True)
     assert 'no images in valid/a' in notes(read(tmp_path))
 
@@ -284,7 +285,7 @@ def dicom(folder, pixels, **tags):
 
 def gray_by_the_standard(x, center, width, function):
     "PS3.3, C.11.2.1.2.1 and C.11.2.1.3.1 and 2, for one value, with 0 to 255 as output"
-    if function == 'SIGMOID': return 255/(1 + np.exp(-4*(x-center)/width))
+    if function == 'SIGMOID': return 255/(1 + np.exp(min(-4*(x-center)/width, 700.)))
     if function == 'LINEAR_EXACT':
         if x <= center - width/2: return 0
         return 255 if x > center + width/2 else ((x-center)/width + .5)*255
