@@ -67,7 +67,7 @@ def class_names(
 ): # A list or dict of texts, or None
     "Class names as text; an error for anything that is no list of names"
     if classes is None: return None
-    if isinstance(classes, (str, bytes)) or not hasattr(classes, '__iter__'):
+    if isinstance(classes, (str, bytes, set, frozenset)) or not hasattr(classes, '__iter__'):
         raise TypeError(f'classes must be a list of class names in order, or a dict from labels to names, got {classes!r}')
     given = list(classes.items()) if isinstance(classes, dict) else [(c, c) for c in classes]
     for value in (v for pair in given for v in pair):
@@ -97,7 +97,9 @@ def rename_labels(
     return labels.map(each, na_action='ignore'),list(dict.fromkeys(names.values()))
 
 def _tidy_group(group):
-    "A group without spaces around its name; an empty name is a missing one"
+    "A group without spaces around its name, as a plain number or text; an empty name is a missing one"
+    group = _plain(group)
+    if np.ndim(group) or isinstance(group, (dict, set)): raise TypeError(f'groups must be texts or numbers, got {str(group)[:40]!r} of type {type(group).__name__}')
     return (group.strip() or None) if isinstance(group, str) else group
 
 def parse_findings(
@@ -158,7 +160,7 @@ def image_table(
     table.attrs = dict(name=name, task=task, classes=list(classes or found), **attrs)
     if order: table.attrs['class_order'] = order
     check_table(table)
-    return choose_positive(table, positive) if positive else table
+    return table if positive in ('', None) else choose_positive(table, positive)
 
 def choose_positive(
     table:pd.DataFrame, # Image table of a binary task; not changed
@@ -167,8 +169,9 @@ def choose_positive(
     "Choose what a binary task looks for"
     if table.attrs['task']!='binary':
         raise ValueError(f"positive={positive!r} needs a binary task, got {table.attrs['task']} with classes {table.attrs['classes']}; order classes with classes=")
+    positive = _class_text(positive, 'positive')[0]
     check_in(positive, table.attrs['classes'], 'positive class')
-    table,positive = table.copy(),str(positive)
+    table = table.copy()
     table.attrs['classes'] = [c for c in table.attrs['classes'] if c!=positive] + [positive]
     table.attrs['class_order'] = 'chosen'
     return table
@@ -194,6 +197,7 @@ def _check_columns(table):
     if missing: raise ValueError(f'image table: missing column {missing}; it has {list(table.columns)}')
     if twice := [c for c in columns if (table.columns==c).sum()>1]: raise ValueError(f'image table: column {twice} is there twice')
     if not len(table): raise ValueError('image table: no images')
+    if without := sum(i is None or isinstance(i, float) for i in table.image): raise ValueError(f'image table: {without} rows have no image')
 
 def _check_classes(table):
     "Raise an error for a task or classes that cannot be, and for labels outside of them"

@@ -35,7 +35,7 @@ def finish_table(
     "A reader's last step: further columns (called `listed_…` if the table has such a column already), notes, card"
     for c in columns: table[f'listed_{c}' if c in ('image', 'label', 'group') else c] = columns[c].to_numpy()
     table.attrs['anomalies'] = list(notes)
-    table = choose_positive(table, positive) if positive else table
+    if positive not in ('', None): table = choose_positive(table, positive)
     check_table(table)
     if print_card: print(card(table))
     return table
@@ -317,6 +317,7 @@ def _label_columns(label):
 def _checked_list(path, image, label, group, split, task, classes, empty, separator, unlisted, encoding):
     "Rows of a CSV file by image name, once nothing is wrong with them, with columns `label` and `split` of their own; the task, the classes, and notes"
     columns = _label_columns(label)
+    if shared := {image, group, split} & set(columns): raise ValueError(f'{sorted(shared)[0]!r} cannot be a column of labels and of images, groups or splits at once')
     rows = read_list(path, (image, *columns, group, split), encoding)
     need_columns(path, rows, dict(image=image, **({'label': label} if isinstance(label, str) else {}), group=group, split=split if split!='split' else ''))
     need_columns(path, rows, columns)
@@ -355,9 +356,11 @@ def read_csv(
     check_in(missing, ('error', 'note'), 'missing')
     check_in(unlisted, _UNLISTED, 'unlisted')
     path = existing_path(path, 'CSV file')
+    if not isinstance(suffix, str): raise TypeError(f"suffix must be text to add to image names, such as '.jpg', got {suffix!r}")
     if not separator: raise ValueError("separator must not be empty; findings are joined by something, such as '|'")
     rows,task,classes,hints = _checked_list(path, image, label, group, split, task, classes, empty, separator, unlisted, encoding)
     folder = existing_path(images or path.parent, 'image folder')
+    if not folder.is_dir(): raise NotADirectoryError(f'image folder: {folder} is a file; images= is the folder that the names are relative to')
     files,ways = find_listed(list(rows.index), folder, suffix, path)
     _check_same(path, rows, files)
     rows,files,notes = keep_found(rows, files, missing, folder)

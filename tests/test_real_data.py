@@ -118,6 +118,7 @@ def test_an_empty_class_folder(folders):
 def test_a_class_that_is_empty_in_one_split_is_noted(tmp_path):
     for part in ('train', 'test'):
         for c in 'ab': save(tmp_path, part, c, f'{part}.png')
+    save(tmp_path, 'valid/b', 'v.png')
     (tmp_path/'valid/a').mkdir(parents=True)
     assert 'no images in valid/a' in notes(read(tmp_path))
 
@@ -284,7 +285,7 @@ def dicom(folder, pixels, **tags):
 
 def gray_by_the_standard(x, center, width, function):
     "PS3.3, C.11.2.1.2.1 and C.11.2.1.3.1 and 2, for one value, with 0 to 255 as output"
-    if function == 'SIGMOID': return 255/(1 + np.exp(-4*(x-center)/width))
+    if function == 'SIGMOID': return 255/(1 + np.exp(min(-4*(x-center)/width, 700.)))
     if function == 'LINEAR_EXACT':
         if x <= center - width/2: return 0
         return 255 if x > center + width/2 else ((x-center)/width + .5)*255
@@ -578,3 +579,22 @@ def test_a_folder_of_dicom_files_in_the_same_way(tmp_path):
     rows.to_csv(tmp_path/'list.csv', index=False, sep=';')
     with pytest.raises(ValueError, match='1 of 4 rows have no split, such as 1'): films(labels=tmp_path/'list.csv')
     assert films(labels=tmp_path/'list.csv', unlisted='drop').split.tolist() == ['train', 'valid', 'test']
+
+def test_groups_of_every_type_hold_images_together():
+    "A tensor is equal to no other as a key, so each image would have been a group of its own"
+    for groups in (torch.tensor([0, 0, 1, 1]), [torch.tensor([0])]*2 + [torch.tensor(1)]*2, np.array([0, 0, 1, 1], np.float32), ['p ', 'p', ' q', 'q']):
+        assert image_table('wxyz', 'abab', groups=groups).group.nunique() == 2
+    with pytest.raises(TypeError, match='groups must be texts or numbers'): image_table('wxyz', 'abab', groups=[[0, 1]]*4)
+
+def test_a_positive_class_called_0():
+    assert image_table('xy', [0, 1], positive=0).attrs['classes'] == ['1', '0']
+
+def test_a_table_without_images_in_some_rows():
+    for nothing in (None, float('nan')):
+        with pytest.raises(ValueError, match='1 rows have no image'): image_table(['a', nothing], 'xy')
+
+def test_columns_with_two_meanings(tmp_path, listed):
+    for how in (dict(group='label'), dict(label='image'), dict(label=['label', 'group'])):
+        with pytest.raises(ValueError, match='cannot be a column of labels and of images, groups or splits at once'): from_csv(tmp_path, listed, **how)
+    with pytest.raises(TypeError, match='suffix must be text'): from_csv(tmp_path, listed, suffix=None)
+    with pytest.raises(NotADirectoryError, match='is a file; images='): from_csv(tmp_path, listed, images=tmp_path/'i0.png')
