@@ -172,7 +172,7 @@ class _Answers:
             check_format(self.about.get('format'), CACHE_FORMAT, 'teacher cache', home, _READABLE_CACHES, 'delete the folder to ask the teacher again')
             self.journal,*self.arrays = [self._map(*file) for file in _files_of(self.about)]
         except _UNREADABLE as e:
-            raise ValueError(f'{home}: no teacher cache that can be read, or a damaged one; delete the folder to ask the teacher again ({e})') from e
+            raise ValueError(f'{home}: no teacher cache, or a damaged one; delete the folder to ask the teacher again ({e})') from e
         self.seen,self.waiting,self.damaged = (np.zeros(len(self.journal), bool) for _ in range(3))
         self.pending,self.nbytes,self.read_only = [],0,not is_writable(self.home)
 

@@ -174,25 +174,26 @@ CHANGES = { # what: (how, what the error names)
     'other split': (lambda: loaders(split_groups(TISSUE, sizes=(.6, .2, .2), seed=7)), 'choice of training images'),
 }
 
+class Stop(Callback):
+    "Interrupts a fit before an epoch, or fails where nothing must be trained"
+    def __init__(self, epoch=None): self.at = epoch
+    def before_epoch(self):
+        if self.epoch==self.at: raise KeyboardInterrupt
+    def before_batch(self):
+        if self.at is None: raise AssertionError('trained')
+
 @pytest.fixture(scope='module')
 def interrupted(tmp_path_factory):
     "A folder with the checkpoint of a run that has two of three epochs"
-    class Stop(Callback):
-        def before_epoch(self):
-            if self.epoch==2: raise KeyboardInterrupt
     folder = tmp_path_factory.mktemp('interrupted')/'run'
-    with pytest.raises(KeyboardInterrupt): quietly(learner(Resume(folder), Stop()), 3)
+    with pytest.raises(KeyboardInterrupt): quietly(learner(Resume(folder), Stop(2)), 3)
     resume._let_go(folder)
     return folder
-
-class Nothing(Callback):
-    name = 'stop'
-    def before_batch(self): raise AssertionError('trained')
 
 @pytest.mark.parametrize('change', CHANGES)
 def test_changed_data_is_refused_by_name(change, interrupted):
     make,named = CHANGES[change]
-    kind,said = message_of(lambda: quietly(learner(Resume(interrupted), Nothing(), dls=make()), 3))
+    kind,said = message_of(lambda: quietly(learner(Resume(interrupted), Stop(), dls=make()), 3))
     assert kind=='ValueError' and 'belongs to another run' in said and named in said, said
     assert 'Change it back' in said and 'Use another folder' in said and 'only_model=True' in said
 
@@ -367,7 +368,7 @@ def test_unfinished_work_in_a_folder_that_cannot_be_written_is_refused_before_tr
     with public_folder() as folder:
         shutil.copytree(interrupted, folder/'run')
         lock_up(folder)
-        kind,said = as_nobody(lambda: message_of(lambda: quietly(learner(Resume(folder/'run'), Nothing()), 3)))
+        kind,said = as_nobody(lambda: message_of(lambda: quietly(learner(Resume(folder/'run'), Stop()), 3)))
         assert kind=='PermissionError' and f'{folder}/run cannot be written' in said and 'copy it to a folder that can be written' in said
         kind,said = as_nobody(lambda: message_of(lambda: pack_images(TISSUE.image, 16, folder=folder, progress=False)))
         assert kind=='PermissionError' and str(folder) in said and 'choose another folder' in said
@@ -497,7 +498,7 @@ def wide(width=40_000): return nn.Sequential(nn.Flatten(), nn.Linear(768, 1), nn
 @as_root
 def test_a_disk_too_small_for_checkpoints_is_refused_before_training():
     with small_disk(1) as folder:
-        learn = Learner(loaders(), wide(), cbs=[Resume(folder/'run'), Nothing()])
+        learn = Learner(loaders(), wide(), cbs=[Resume(folder/'run'), Stop()])
         kind,said = message_of(lambda: quietly(learn))
         assert kind=='OSError' and str(folder/'run') in said and 'checkpoints' in said and 'needs' in said and 'free' in said
         kind,said = message_of(lambda: pack_images(TISSUE.image, 256, folder=folder, progress=False))
