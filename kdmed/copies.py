@@ -217,9 +217,9 @@ def _likely_siblings(rings, neighbors):
     pairs = np.c_[np.repeat(np.arange(len(rings)), neighbors), nearest.ravel()]
     return np.unique(np.sort(pairs, 1), axis=0).T
 
-# %% ../nbs/09_copies.ipynb #35852c9c
+# %% ../nbs/09_copies.ipynb #858258f0
 _SIDE,_FEATURES,_WIDTH = 144,256,128 # of the gray image, largest number of features, length of a descriptor
-_MIRRORED = np.arange(_WIDTH).reshape(4, 4, 8)[::-1][:, :, -np.arange(8)%8].ravel() # where a mirror image has each number of a descriptor
+_MIRRORED = np.arange(_WIDTH).reshape(4, 4, 8)[::-1][:, :, -np.arange(8)%8].ravel() # order in a mirror image
 
 def has_opencv()->bool:
     "Whether the extra `copies` is installed, which finds copies under any angle and crop"
@@ -228,7 +228,8 @@ def has_opencv()->bool:
 def require_opencv():
     "The module `cv2`; an error that says how to install it, if it is missing"
     try: import cv2
-    except ImportError as e: raise ImportError('matching local features needs OpenCV: pip install "kdmed[copies]"') from e
+    except ImportError as e:
+        raise ImportError('matching local features needs OpenCV: pip install "kdmed[copies]"') from e
     return cv2
 
 def _flattened(image):
@@ -243,9 +244,10 @@ def _flattened(image):
     return (128 + 40*detail/(strength+1)).clip(0, 255).astype(np.uint8)
 
 def _features_of(image):
-    "Flattened image; where its features are [F, 4]: x, y, size, angle in radians; and what they look like, uint8 [F, 128]"
+    "Flattened image; its features' x, y, size, angle (radians) [F, 4]; and what they look like, uint8 [F, 128]"
     pixels = _flattened(image)
-    found,looks = require_opencv().SIFT_create(nfeatures=_FEATURES, contrastThreshold=.005, edgeThreshold=20).detectAndCompute(pixels, None)
+    sift = require_opencv().SIFT_create(nfeatures=_FEATURES, contrastThreshold=.005, edgeThreshold=20)
+    found,looks = sift.detectAndCompute(pixels, None)
     if looks is None: return pixels,np.zeros((0, 4), np.float32),np.zeros((0, _WIDTH), np.uint8)
     strongest = np.argsort([-f.response for f in found], kind='stable')[:_FEATURES]
     points = np.array([[*f.pt, f.size, np.radians(f.angle)] for f in found], np.float32)[strongest]
@@ -284,8 +286,8 @@ class LocalFeatures:
 
 _FEATURE_BYTES,_BLOCK = 60_000,512
 
-# %% ../nbs/09_copies.ipynb #ece07bd5
-_CODE,_LIST,_SHARD = 40,450,8192 # numbers of a code; features of one word, about; images that are looked through at a time
+# %% ../nbs/09_copies.ipynb #eb812721
+_CODE,_LIST,_SHARD = 40,450,8192 # numbers of a code; features of one word, about; images searched at a time
 
 @dataclass(frozen=True)
 class _Words:
@@ -317,7 +319,7 @@ def _learn_words(features, seed=0):
     number = int(np.clip(len(looks)/len(rows)*min(len(features), _SHARD)/_LIST, 1, min(4096, len(looks))))
     return _Words(mean, axes, _Words(mean, axes).codes(looks[rng.permutation(len(looks))[:number]]))
 
-# %% ../nbs/09_copies.ipynb #b1a3d57b
+# %% ../nbs/09_copies.ipynb #a11278a2
 @dataclass(frozen=True)
 class _Features:
     "Features of several images, one after the other"
@@ -342,7 +344,8 @@ def _gather(features, rows, words, mirrored):
         versions = [(points, looks)] + ([_mirror(points, looks, width)] if mirrored else [])
         for flipped,(where,what) in enumerate(versions):
             n = len(where)
-            parts.append((words.codes(what), where, np.full(n, row), np.tile([width, height], (n, 1)), np.full(n, bool(flipped))))
+            image,size = np.full(n, row),np.tile([width, height], (n, 1))
+            parts.append((words.codes(what), where, image, size, np.full(n, bool(flipped))))
     return _Features(*map(np.concatenate, zip(*parts)))
 
 def _alike(queries, shard, words, most=10, least=.7, probes=6):
@@ -366,8 +369,9 @@ def _alike(queries, shard, words, most=10, least=.7, probes=6):
     rank = np.arange(len(q)) - np.searchsorted(q, q)
     return q[rank<most],s[rank<most]
 
-# %% ../nbs/09_copies.ipynb #49a6873e
-_GRIDS = (0, 0, 0), (.5, .5, .5), (.25, .75, .5), (.75, .25, 0) # offsets of place, angle and zoom, in cells: what one grid parts, another keeps together
+# %% ../nbs/09_copies.ipynb #6c49fe8b
+# Offsets of place, angle and zoom, in cells: what one grid parts, another keeps together
+_GRIDS = (0, 0, 0), (.5, .5, .5), (.25, .75, .5), (.75, .25, 0)
 _CELLS = 32, 32, 12, 8 # of places across and down, angles, zooms
 _LEAST_VOTES = 3
 
@@ -379,13 +383,14 @@ def _transforms(a, b):
     return zoom,angle,b.points[:, 0] + cos*x - sin*y,b.points[:, 1] + sin*x + cos*y
 
 def _votes(a, b, n):
-    "Pairs of images, of `n` in all, whose features agree on one transform: rows `a` and `b`, whether `mirrored`, and the `votes` for it"
+    "Pairs of images, of `n` in all, whose features agree on a transform: rows `a` and `b`, `mirrored`, and `votes`"
     zoom,angle,x,y = _transforms(a, b)
     possible = (np.abs(np.log(zoom))<1) & (np.abs(x-b.size[:, 0]/2)<_SIDE) & (np.abs(y-b.size[:, 1]/2)<_SIDE)
     pair = (a.image*n + b.image)*2 + a.mirrored
     keys,counts = [],[]
     for place,turn,scale in _GRIDS:
-        cells = [np.floor(x/40+place+8), np.floor(y/40+place+8), np.floor(angle*6/np.pi+turn)%12, np.floor(2*np.log(zoom)+scale+4)]
+        cells = (np.floor(x/40+place+8), np.floor(y/40+place+8),
+                 np.floor(angle*6/np.pi+turn)%12, np.floor(2*np.log(zoom)+scale+4))
         key = pair
         for cell,number in zip(cells, _CELLS): key = key*number + cell.astype(np.int64).clip(0, number-1)
         key,count = np.unique(key[possible], return_counts=True)
@@ -404,7 +409,7 @@ def _most_votes(pairs, most):
     return pairs.drop_duplicates(['a', 'b']).groupby('a').head(most)
 
 def _candidates(features, part, most, progress):
-    "Pairs of images of different `part` that may be copies, those with the most votes for each image: rows `a` and `b`, and whether `mirrored`"
+    "Pairs of images of different `part` with the most votes for each image: rows `a` and `b`, and whether `mirrored`"
     words,n = _learn_words(features),len(features)
     if words is None: return pd.DataFrame({'a': [], 'b': [], 'mirrored': []}, dtype=int)
     found = []
@@ -425,9 +430,9 @@ def _candidates(features, part, most, progress):
     pairs = pairs.sort_values(['a', 'b', 'votes'], ascending=[True, True, False]).drop_duplicates(['a', 'b'])
     return pairs[['a', 'b', 'mirrored']]
 
-# %% ../nbs/09_copies.ipynb #d19b63e3
+# %% ../nbs/09_copies.ipynb #ce847347
 def _agreeing(a, b, tolerance=6.):
-    "Each pair of points, [P, 4] both, proposes a similarity transform: which pairs agree with the one that most agree with, bool [P]"
+    "Which pairs of points, [P, 4] both, agree with the similarity transform of one pair that most agree with, bool [P]"
     zoom,angle = b[:, 2]/a[:, 2],b[:, 3]-a[:, 3]
     turn = zoom*np.exp(1j*angle)
     from_,to = (p[:, 0] + 1j*p[:, 1] for p in (a, b))
@@ -486,7 +491,7 @@ def _overlay(a, b, transform):
 
 _LEAST_OVERLAP = .15
 
-# %% ../nbs/09_copies.ipynb #38431ef2
+# %% ../nbs/09_copies.ipynb #c014539b
 def _partners(a, b):
     "Features [P] of `a` and of `b` that are each other's most similar, and similar enough"
     likeness = a@b.T
@@ -504,11 +509,12 @@ def _match(a, b, mirrored):
     if transform is None: return None
     pixels = np.ascontiguousarray(a[0][:, ::-1]) if mirrored else a[0]
     correlation,overlap = _overlay(pixels, b[0], transform)
-    return dict(mirrored=bool(mirrored), transform=transform, inliers=agreeing, correlation=correlation, overlap=overlap)
+    return dict(mirrored=bool(mirrored), transform=transform, inliers=agreeing,
+                correlation=correlation, overlap=overlap)
 
-# %% ../nbs/09_copies.ipynb #35664afa
+# %% ../nbs/09_copies.ipynb #9765da69
 def _describe(match, size_a, size_b):
-    "Angle (degrees, counterclockwise), zoom and shift (shares of b's width and height) of a match of images of these sizes (height, width)"
+    "Angle (degrees, counterclockwise), zoom and shift (shares of b's width and height) of a match; sizes are [H, W]"
     transform,size_a,size_b = match['transform'],np.array(size_a[::-1]),np.array(size_b[::-1])
     shift = (transform[:, :2]@((size_a-1)/2) + transform[:, 2] - (size_b-1)/2)/size_b
     angle = -np.degrees(np.arctan2(transform[1, 0]-transform[0, 1], transform[0, 0]+transform[1, 1]))
@@ -518,7 +524,7 @@ def _describe(match, size_a, size_b):
 _MATCH_COLUMNS = ['a', 'b', 'correlation', 'inliers', 'overlap', 'mirrored', 'angle', 'zoom', 'shift_x', 'shift_y']
 
 def _verify(features, pairs, correlation=0., progress=False):
-    "Those of the `pairs` (rows `a` and `b`, whether `mirrored`) whose images lie over each other: one row each, with the transform"
+    "Those of the `pairs` (rows `a` and `b`, `mirrored`) whose images lie over each other, with the transform"
     def one(pair):
         a,b = features[pair[0]],features[pair[1]]
         match = _match(a, b, pair[2])
@@ -527,34 +533,34 @@ def _verify(features, pairs, correlation=0., progress=False):
     pairs = list(pairs[['a', 'b', 'mirrored']].itertuples(index=False, name=None))
     with ThreadPoolExecutor(cpu_count()) as pool:
         done = pool.map(one, pairs)
-        found = [m for m in (progress_bar(done, total=len(pairs), leave=False) if progress else done) if m is not None]
-    return pd.DataFrame([[m[c] for c in _MATCH_COLUMNS] for m in found], columns=_MATCH_COLUMNS).astype({'a': int, 'b': int, 'mirrored': bool})
+        if progress: done = progress_bar(done, total=len(pairs), leave=False)
+        found = [[m[c] for c in _MATCH_COLUMNS] for m in done if m is not None]
+    return pd.DataFrame(found, columns=_MATCH_COLUMNS).astype({'a': int, 'b': int, 'mirrored': bool})
 
-# %% ../nbs/09_copies.ipynb #5cd265e9
+# %% ../nbs/09_copies.ipynb #ed9d4fbf
 def least_correlation(
     features:LocalFeatures, # Of all images of a set
     seed:int=0,             # Which pairs
 )->float: # From .5 to .72
     "The correlation that a copy needs in this set: well above that of 200 pairs taken at random"
-    n,rng = len(features),np.random.default_rng(seed)
-    pairs = np.unique(np.sort(rng.integers(n, size=(200, 2)), 1), axis=0)
-    pairs = pairs[pairs[:, 0]<pairs[:, 1]]
-    tried = pd.DataFrame({'a': pairs[:, 0], 'b': pairs[:, 1], 'mirrored': rng.random(len(pairs))<.5})
-    correlations = np.zeros(max(len(pairs), 1))
-    found = _verify(features, tried).correlation.to_numpy()
-    correlations[:len(found)] = found
-    return float(np.clip(np.quantile(correlations, .9) + _ABOVE_STRANGERS, .5, .72))
+    rng = np.random.default_rng(seed)
+    rows = np.unique(np.sort(rng.integers(len(features), size=(200, 2)), 1), axis=0)
+    rows = rows[rows[:, 0]<rows[:, 1]]
+    pairs = pd.concat([pd.DataFrame({'a': rows[:, 0], 'b': rows[:, 1], 'mirrored': flipped}) for flipped in (False, True)])
+    best = _verify(features, pairs).groupby(['a', 'b']).correlation.max().to_numpy()
+    strangers = np.r_[best, np.zeros(max(len(rows), 1)-len(best))] # those without a common transform do not correlate
+    return float(np.clip(.35 + 1.2*np.quantile(strangers, .9), .5, .72)) # set on the tuning half of real images
 
-_ABOVE_STRANGERS,STRONGER = .27,.1 # set on the tuning half of real images; a strong link has that much more
+STRONGER = .1 # so much more has a strong link
 
 def match_copies(
     images,                 # Paths, arrays, or whatever else a table's `image` column holds
-    split=None,             # Split of each image [N], to match across splits only; all images with all others by default
-    correlation:float=None, # Least correlation of a copy laid over its original, in (0, 1]; `least_correlation` by default
+    split=None,             # Split of each image [N], to match across splits only; all with all by default
+    correlation:float=None, # Least correlation of a copy with its original, in (0, 1]; `least_correlation` by default
     candidates:int=20,      # Candidates compared for each image
     progress:bool=False,    # Show progress bars
-)->pd.DataFrame: # One row a pair: rows `a` and `b`, `correlation`, and what makes `b` of `a`: `mirrored` left to right first, then turned by `angle` degrees counterclockwise, zoomed, shifted
-    "Pairs of images that show the same picture under any angle, mirrored, cropped, brighter or saved again; needs OpenCV"
+)->pd.DataFrame: # Rows `a` and `b`, `correlation`, and what makes `b` of `a`: `mirrored`, turned left by `angle` (°), zoomed, shifted
+    "Pairs of images that show one picture under any angle, mirrored, cropped, brighter, saved again; needs OpenCV"
     if correlation is not None: check_number(correlation, 'correlation', above=0, most=1)
     check_integer(candidates, 'candidates', 1)
     require_opencv()
@@ -564,11 +570,13 @@ def match_copies(
         pairs = _candidates(features, part, candidates, progress)
         return _verify(features, pairs, correlation or least_correlation(features), progress)
 
-# %% ../nbs/09_copies.ipynb #755c18df
-MEASURED = {'features': dict(recall=.99, precision=.999), 'rings': dict(recall=.5, precision=.99), 'fingerprints': dict(recall=.02, precision=1.)} # results/copies/measured.json
+# %% ../nbs/09_copies.ipynb #7c7fc818
+MEASURED = {'features': dict(recall=0.992, precision=1.0),
+            'fingerprints': dict(recall=0.0, precision=None),
+            'rings': dict(recall=0.125, precision=1.0)} # results/copies/measured.json
 
 _KINDS = {'fingerprints': 'files with the same bytes, and pictures resized, saved again, mirrored or turned by right angles',
-          'features': 'pictures turned by any angle, mirrored, cropped to 80 %, brightened or darkened by 20 %, or saved again',
+          'features': 'pictures turned by any angle, mirrored, cropped to 80 %, changed in brightness by 20 %, or saved again',
           'rings': 'pictures turned around their center by any angle, mirrored or zoomed'}
 NOT_LOOKED_FOR = 'copies turned by other than right angles, cropped or shifted'
 
@@ -579,18 +587,21 @@ def describe_search(
     check_in(how, tuple(_KINDS), 'how')
     kinds = f"{_KINDS['fingerprints']}; {_KINDS['features']}" if how=='features' else _KINDS[how]
     found = MEASURED[how]['recall']
-    return f'{kinds}. Of copies made from real images by any rotation, mirroring, cropping to 80 %, changing the brightness by up to 20 % and saving as JPEG, it found {found:.1%}'
+    return (f'{kinds}. Of copies made from real images by any rotation, mirroring, cropping to 80 %, '
+            f'changing the brightness by up to 20 % and saving as JPEG, it found {found:.1%}')
 
-# %% ../nbs/09_copies.ipynb #1d3feab0
+# %% ../nbs/09_copies.ipynb #7dbb3753
 def _suffices(links, size_a, size_b):
-    "Whether links (member of one group, member of the other, strong or not) are enough to make one of two groups of these sizes"
+    "Whether links (a member of each group, strong or not) are enough to make one of two groups of these sizes"
     if size_a==size_b==1: return True
     if 1 in (size_a, size_b): return len(links)>1 or any(strong for _,_,strong in links)
     return len({i for i,_,_ in links})>1 and len({j for _,j,_ in links})>1
 
 class _Groups:
     "Groups of rows that grow by links, the surest first"
-    def __init__(self, n): self.group,self.members,self.links = np.arange(n),{i: [i] for i in range(n)},{i: {} for i in range(n)}
+    def __init__(self, n):
+        self.group,self.members = np.arange(n),{i: [i] for i in range(n)}
+        self.links = {i: {} for i in range(n)} # of each group: {other group: [(member, member of the other, strong)]}
 
     def add(self, i, j, strong):
         "Note a link; join the groups it connects if their links suffice"
@@ -620,14 +631,14 @@ def link_groups(
     pairs:pd.DataFrame, # Rows `a` and `b` that may be of one source, and their `correlation`
     strong:float=.68,   # Correlation from which one link is enough for a single image
 )->tuple: # Group of each image [N], and pairs of groups that are linked, but not well enough
-    "Groups of linked images, the surest links first: two groups become one by two links that have no image in common, a single image joins by one strong link or by two"
+    "Groups of linked images: two become one by two links without a common image, a single image joins by a strong link or two"
     groups = _Groups(n)
     for pair in pairs.sort_values(['correlation', 'a', 'b'], ascending=[False, True, True]).itertuples():
         groups.add(pair.a, pair.b, pair.correlation>=strong)
     refused = sorted({tuple(sorted((int(a), int(b)))) for a,links in groups.links.items() for b in links})
     return groups.group,[(groups.members[a], groups.members[b]) for a,b in refused]
 
-# %% ../nbs/09_copies.ipynb #3a03f7dd
+# %% ../nbs/09_copies.ipynb #81d88ded
 def _more_pairs(refused, known, most=8):
     "Pairs of images of two groups that too few links would join, so far not compared"
     more = []
@@ -669,7 +680,7 @@ def _groups_by_rings(images, correlation, candidates, progress):
 
 def group_copies(
     images,                 # Paths, arrays, or whatever else a table's `image` column holds
-    correlation:float=None, # Least correlation of copies, in (0, 1]: higher splits copies, lower joins strangers; `least_correlation` for `features`, .7 for `rings` by default
+    correlation:float=None, # Least correlation of copies, in (0, 1]: `least_correlation` for `features`, .7 for `rings` by default
     neighbors:int=None,     # Candidates compared for each image; 20 for `features`, 40 for `rings` by default
     progress:bool=False,    # Show progress bars
     how:str='auto',         # `features` (needs OpenCV), `rings`, or `auto`: features where OpenCV is installed
@@ -768,7 +779,7 @@ def _crossing(table, prints, pairs, first, second):
     return dict(images=int(here.sum()), groups=int(pd.Series(group[here])[mates].nunique()), group_mates=int(mates.sum()),
                 identical=int(identical.sum()), copies=int(copies.sum()))
 
-# %% ../nbs/09_copies.ipynb #73f00ab2
+# %% ../nbs/09_copies.ipynb #51459371
 def describe_transform(
     match, # A row of `match_copies`
 )->str:
@@ -785,9 +796,11 @@ def _all_pairs(images, prints, split, distance, features, progress):
     if not features: return pairs
     rows = _first_of_each(prints, split)
     readable = np.array([row for row in rows if row not in prints.unreadable], int)
-    matched = match_copies([images[row] for row in readable], None if split is None else np.asarray(split, object)[readable], progress=progress)
+    splits = None if split is None else np.asarray(split, object)[readable]
+    matched = match_copies([images[row] for row in readable], splits, progress=progress)
     matched = matched.assign(a=readable[matched.a], b=readable[matched.b])
-    more = pd.DataFrame({'a': matched.a, 'b': matched.b, 'distance': 1-matched.correlation, 'identical': False, 'verified': True,
+    more = pd.DataFrame({'a': matched.a, 'b': matched.b, 'distance': 1-matched.correlation,
+                         'identical': False, 'verified': True,
                          'orientation': [describe_transform(m) for m in matched.itertuples()]})
     known = set(zip(pairs.a, pairs.b))
     confirmed = set(zip(more.a, more.b))
@@ -801,13 +814,13 @@ def _first_of_each(prints, split):
     parts = pd.DataFrame({'content': prints.content, 'split': 0 if split is None else split})
     return np.flatnonzero(~parts.duplicated().to_numpy())
 
-# %% ../nbs/09_copies.ipynb #8106624a
+# %% ../nbs/09_copies.ipynb #95c9fa52
 def leakage_report(
     table:pd.DataFrame,       # Image table with `split` filled
     distance:float=.07,       # Largest distance of a copy by fingerprint, in [0, 1]; see `find_copies`
     prints:Fingerprints=None, # Fingerprints of the table's images, if they are made already
     progress:bool=False,      # Show progress bars
-    how:str='auto',           # `features` (fingerprints and verified matches; needs OpenCV), `fingerprints`, or `auto`: features where OpenCV is installed
+    how:str='auto',           # `features` (verified matches besides; needs OpenCV), `fingerprints`, or `auto`: what is installed
 )->LeakageReport:
     "Count groups, identical files and copies of images that cross the splits of a table"
     check_table(table)
@@ -847,14 +860,14 @@ def show_leaks(
     fig.suptitle(f'{report.name}: {len(report.pairs):,} pairs cross the splits', fontsize=10)
     return axes
 
-# %% ../nbs/09_copies.ipynb #886c8913
+# %% ../nbs/09_copies.ipynb #c8a6c507
 @dataclass(frozen=True)
 class CopyCheck:
     "Copies in a table: those that cross its splits, and those with contradictory labels"
     name:str                   # The set's
     images:int                 # Number of images
-    crossing:pd.DataFrame      # Pairs in two splits: rows `a` and `b`, `split_a`, `split_b`, `kind`, `transform`, `verified`, `same_group`
-    shares:dict                # For each two splits, such as `train-test`: images of the second, how many have a copy in the first, and their share
+    crossing:pd.DataFrame      # Pairs in two splits: rows `a`, `b`, their splits, `kind`, `transform`, `verified`, `same_group`
+    shares:dict                # For each two splits, such as `train-test`: images of the second, and how many have a copy in the first
     contradictory:pd.DataFrame # Pairs with different labels: `a`, `b`, `label_a`, `label_b`, `kind`, `transform`, `verified`
     looked_for:str             # Which copies the search can see, and its measured recall
     not_looked_for:str         # Which were not looked for, and why; empty if all were
@@ -881,7 +894,7 @@ class CopyCheck:
 
     def __repr__(self): return '\n'.join(self.sentences())
 
-# %% ../nbs/09_copies.ipynb #a5fff3cf
+# %% ../nbs/09_copies.ipynb #50b87759
 def expected_seconds(
     images, # Paths, arrays, or whatever else a table's `image` column holds
     n:int=8, # Images to try
@@ -918,7 +931,7 @@ def _shares(table, prints, pairs):
 
 def check_copies(
     table:pd.DataFrame,  # Image table, with `split` filled or not
-    seconds:float=None,  # Most seconds to spend; where a full search is expected to take longer, fingerprints alone are compared. No limit by default
+    seconds:float=None,  # Where a full search would take longer, fingerprints alone are compared; no limit by default
     progress:bool=False, # Print the time expected, and show progress bars
 )->CopyCheck:
     "Look for copies that cross the splits of a table, and for copies with different labels"
@@ -933,7 +946,8 @@ def check_copies(
     prints = fingerprints(table.image, progress)
     pairs = _all_pairs(list(table.image), prints, None, .07, features, progress)
     pairs = pairs.assign(kind=[_kind(p) for p in pairs.itertuples()]).rename(columns={'orientation': 'transform'})
-    crossing,contradictory = (found.assign(a=order[found.a], b=order[found.b]) for found in (_cross(table, pairs), _contradict(table, pairs)))
+    found = _cross(table, pairs),_contradict(table, pairs)
+    crossing,contradictory = (f.assign(a=order[f.a], b=order[f.b]) for f in found) # rows of the table given
     return CopyCheck(table.attrs.get('name', 'images'), len(images), crossing, _shares(table, prints, pairs), contradictory,
                      describe_search('features' if features else 'fingerprints'), _left_out(features, expected, seconds), expected,
                      {int(order[row]): why for row,why in prints.unreadable.items()})

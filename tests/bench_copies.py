@@ -124,7 +124,7 @@ def summary(figures):
     total = {}
     for how in ('features', 'fingerprints', 'rings'):
         copies,found,wrong = (sum(f[how][what] for f in figures.values()) for what in ('copies', 'found', 'wrong'))
-        total[how] = dict(recall=round(found/copies, 3), precision=round(found/max(found+wrong, 1), 4))
+        total[how] = dict(recall=round(found/copies, 3), precision=round(found/(found+wrong), 4) if found+wrong else None)
     return total
 
 # -- speed
