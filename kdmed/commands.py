@@ -36,7 +36,8 @@ from fastai.vision.augment import Dihedral, Flip
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import __version__, cli
+from . import __version__
+from .options import DATASETS, OPTION_DATASETS, STATE, option_names
 from .ablation import ablate
 from .core import check_in, check_integer, check_number, check_seed, weights_size
 from .data import available_memory, decode_images, decoded_bytes, image_dls, official_split, split_groups, synthetic_table
@@ -71,8 +72,8 @@ def check_concerns(
     o:dict, # Options by name
 )->None:
     "Raise an error for options that do not concern the data set"
-    if o['dataset'] not in cli.DATASETS: check_in(o['dataset'], cli.DATASETS, '--dataset')
-    for name,sets in cli.OPTION_DATASETS.items():
+    if o['dataset'] not in DATASETS: check_in(o['dataset'], DATASETS, '--dataset')
+    for name,sets in OPTION_DATASETS.items():
         if o.get(name) is None or o['dataset'] in sets: continue
         hint = '; for class folders --group-pattern or --groups says which images belong together' if name=='group' and o['dataset']=='folder' else ''
         hint = '; --groups FILE says which images belong together' if name=='group_pattern' else hint
@@ -134,7 +135,7 @@ def read_table(
         raise ValueError(f"{o['data']} looks like {known}, not like a folder for each class: give --dataset {known}")
     printed = io.StringIO()
     with redirect_stdout(printed): table = READERS[o['dataset']][0](data, **given)
-    for line in printed.getvalue().splitlines(): print(in_shell_words(line, cli.option_names()))
+    for line in printed.getvalue().splitlines(): print(in_shell_words(line, option_names()))
     return apply_groups(table, o['groups']) if o.get('groups') else table
 
 # %% ../nbs/79_commands.ipynb #60ae496f
@@ -438,7 +439,7 @@ def about_data(
     "What a report says of the data"
     held = io.StringIO()
     with redirect_stdout(held): card(table)
-    lines = [in_shell_words(line, cli.option_names()) for line in held.getvalue().splitlines() if line.strip()]
+    lines = [in_shell_words(line, option_names()) for line in held.getvalue().splitlines() if line.strip()]
     reasons = {} if left_out is None or not len(left_out) else left_out.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
     return dict(name=table.attrs.get('name', 'images'), left_out=reasons, card=lines, copies=list(copies), guessed_groups=table.attrs.get('guessed_groups', False))
 
@@ -448,7 +449,7 @@ def _study(o, command, read, asked=None):
     work = open_run(o)
     if work is None: return _tell_finished(o)
     start,total = time.time(),2*o['repeats'] + (not o['teacher_checkpoint'])
-    cli.STATE['kept'] = lambda: kept_in_words(work, o['out'], total)
+    STATE['kept'] = lambda: kept_in_words(work, o['out'], total)
     with _talk(o): table,loading = read()
     device = loading.get('device')
     if o['amp'] and torch.device(device or default_device()).type!='cuda': raise ValueError('--amp needs a GPU of NVIDIA; leave it out on this machine')
@@ -474,7 +475,7 @@ def _train(o, work, dls, files):
     amp = (lambda: [MixedPrecision()]) if o['amp'] else None
     MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
-    cli.STATE['begun'] = True
+    STATE['begun'] = True
     return distillation_study(dls, teacher() if o['teacher_checkpoint'] else teacher, student, o['method'], o['teacher_epochs'], o['epochs'], float(o['lr']), seeds, progress, o['subgroups'] or (), work,
                               settings_of(o), OPTIMIZERS[o['optimizer']], o['weight_decay'], callbacks=amp, metrics=metrics, cache=o['cache'], files=files)
 
@@ -573,7 +574,7 @@ def recipe(
     if o['out'] is None: return print(f'{chosen.name}: {chosen.paper}\n{chosen.note}\n{markdown_table(chosen.settings())}') or 0
     check_concerns(o)
     out = check_out(o)
-    cli.STATE['kept'] = lambda: recipe_kept_in_words(out, o['out'])
+    STATE['kept'] = lambda: recipe_kept_in_words(out, o['out'])
     with _talk(o):
         table = read_table(o)
         if o['resplit'] or o['official'] is not None: table = deal_out(table, o)

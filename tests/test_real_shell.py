@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdmed import cli, commands
+from kdmed import cli, commands, options
 from kdmed.data import image_dls, split_groups, synthetic_table
 from kdmed.kd import METHODS
 from kdmed.recipes import RECIPES
@@ -41,13 +41,13 @@ def distill(images, out, *more): return ['distill', '--data', images, '--group-p
 # -- what the command offers is what the modules have
 
 def test_choices_are_those_of_the_modules():
-    assert set(get_args(cli.MethodName))=={'auto', *METHODS}
-    assert set(get_args(cli.RecipeName))==set(RECIPES)
-    assert set(get_args(cli.Augmentation))==set(commands.AUGMENTS)
-    assert set(get_args(cli.Preprocessing))==set(commands.FILTERS)
-    assert set(get_args(cli.Optimizer))==set(commands.OPTIMIZERS)
-    assert set(get_args(cli.Dataset))==set(cli.DATASETS)==set(commands.READERS)
-    for name,sets in cli.OPTION_DATASETS.items():
+    assert set(get_args(options.MethodName))=={'auto', *METHODS}
+    assert set(get_args(options.RecipeName))==set(RECIPES)
+    assert set(get_args(options.Augmentation))==set(commands.AUGMENTS)
+    assert set(get_args(options.Preprocessing))==set(commands.FILTERS)
+    assert set(get_args(options.Optimizer))==set(commands.OPTIMIZERS)
+    assert set(get_args(options.Dataset))==set(options.DATASETS)==set(commands.READERS)
+    for name,sets in options.OPTION_DATASETS.items():
         for dataset in sets: assert name in commands.READERS[dataset][1], (name, dataset)
 
 
