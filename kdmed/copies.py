@@ -894,7 +894,7 @@ class CopyCheck:
 
     def __repr__(self): return '\n'.join(self.sentences())
 
-# %% ../nbs/09_copies.ipynb #50b87759
+# %% ../nbs/09_copies.ipynb #439bde04
 def expected_seconds(
     images, # Paths, arrays, or whatever else a table's `image` column holds
     n:int=8, # Images to try
@@ -914,6 +914,19 @@ def _kind(pair):
     "What a pair of copies is called"
     if pair.identical: return 'same bytes'
     return 'same picture' if pair.orientation in ORIENTATIONS else 'transformed'
+
+def _with_same_bytes(pairs, prints, table):
+    "The pairs, and besides those of rows with the same bytes as one of them but another split or label"
+    rows = pd.DataFrame({'content': prints.content, 'split': table.split.to_numpy(object), 'label': _labels(table)}).astype(str)
+    rows = rows.assign(row=range(len(rows))).drop_duplicates(['content', 'split', 'label'])[['content', 'row']]
+    every = pairs.assign(content=prints.content[pairs.a]).merge(rows, on='content').rename(columns={'row': 'other_a'})
+    every = every.assign(content=prints.content[every.b]).merge(rows, on='content').rename(columns={'row': 'other_b'})
+    every = every[every.other_a!=every.other_b]
+    turned = (every.other_a>every.other_b).to_numpy()
+    plain = every['transform'].eq('as it is') | every.identical
+    every = every.assign(a=np.where(turned, every.other_b, every.other_a), b=np.where(turned, every.other_a, every.other_b),
+                         transform=np.where(turned & ~plain, 'the inverse of: ' + every['transform'], every['transform']))
+    return pd.concat([pairs, every[pairs.columns]]).drop_duplicates(['a', 'b'], ignore_index=True)
 
 def _labels(table):
     "Labels that can be compared: findings in any order are the same"
@@ -946,6 +959,7 @@ def check_copies(
     prints = fingerprints(table.image, progress)
     pairs = _all_pairs(list(table.image), prints, None, .07, features, progress)
     pairs = pairs.assign(kind=[_kind(p) for p in pairs.itertuples()]).rename(columns={'orientation': 'transform'})
+    pairs = _with_same_bytes(pairs, prints, table)
     found = _cross(table, pairs),_contradict(table, pairs)
     crossing,contradictory = (f.assign(a=order[f.a], b=order[f.b]) for f in found) # rows of the table given
     return CopyCheck(table.attrs.get('name', 'images'), len(images), crossing, _shares(table, prints, pairs), contradictory,

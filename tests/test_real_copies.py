@@ -115,6 +115,11 @@ def test_contradictory_labels_are_listed():
     assert sorted(map(tuple, checked.contradictory[['label_a', 'label_b']].values)) == [('a', 'b'), ('a', 'b')]
     assert any('have different labels' in s for s in checked.sentences())
 
+def test_a_copy_of_a_row_whose_bytes_are_there_twice_is_counted_in_both_splits():
+    checked = check_copies(small(), seconds=0)
+    assert {between: s['with_copy'] for between,s in checked.shares.items()} == {'train-valid': 1, 'train-test': 1, 'valid-test': 1}
+    assert set(zip(checked.crossing.a, checked.crossing.b)) == {(0, 1), (0, 3), (3, 1)}
+
 def test_too_little_time_is_said():
     assert not copies.has_opencv() or 'were allowed' in check_copies(small(), seconds=0).not_looked_for
 
