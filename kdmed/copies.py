@@ -7,8 +7,8 @@ Docs: https://kdmed.github.io/kdmed/copies.html.md"""
 # %% auto #0
 __all__ = ['ORIENTATIONS', 'STRONGER', 'MEASURED', 'NOT_LOOKED_FOR', 'read_each', 'Fingerprints', 'fingerprints', 'find_copies',
            'has_opencv', 'require_opencv', 'LocalFeatures', 'least_correlation', 'match_copies', 'describe_search',
-           'link_groups', 'group_copies', 'join_groups', 'guess_groups', 'LeakageReport', 'describe_transform',
-           'leakage_report', 'show_leaks', 'CopyCheck', 'expected_seconds', 'check_copies']
+           'link_groups', 'group_copies', 'join_groups', 'guessed_note', 'guess_groups', 'LeakageReport',
+           'describe_transform', 'leakage_report', 'show_leaks', 'CopyCheck', 'expected_seconds', 'check_copies']
 
 # %% ../nbs/09_copies.ipynb #db750346
 import hashlib, os, tempfile, time, warnings
@@ -716,6 +716,13 @@ def join_groups(
     return table.assign(group=np.asarray(groups)[first[joined[numbers]]])
 
 # %% ../nbs/09_copies.ipynb #7f8a8e39
+def guessed_note(
+    how:str='auto', # As in `group_copies`
+)->str:
+    "What is said of groups that were guessed: `table.attrs['guessed_groups']`"
+    used = ('features' if has_opencv() else 'rings') if how=='auto' else how
+    return f'groups are guessed from the pixels; the search sees {describe_search(used)}'
+
 def guess_groups(
     table:pd.DataFrame,  # Image table; not changed
     progress:bool=False, # Show progress bars
@@ -725,8 +732,7 @@ def guess_groups(
     groups = group_copies(check_table(table).image, progress=progress, how=how)
     first = pd.Series(range(len(table))).groupby(groups).transform('first').to_numpy()
     guessed = join_groups(table, pd.DataFrame({'a': first, 'b': range(len(table))}))
-    used = ('features' if has_opencv() else 'rings') if how=='auto' else how
-    guessed.attrs['guessed_groups'] = f'groups are guessed from the pixels; the search sees {describe_search(used)}'
+    guessed.attrs['guessed_groups'] = guessed_note(how)
     return guessed
 
 # %% ../nbs/09_copies.ipynb #10fb2f04

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .copies import group_copies
+from .copies import group_copies, guessed_note
 from .core import check_in
 from .folders import check_file, existing_path, find_files, some_names
 from .images import SPLITS, class_counts, image_table
@@ -201,6 +201,7 @@ def read_lc25000(
     found,more,cite = _lc25000_groups(files, groups, [folder, Path(path or folder), _input_folder()], print_card)
     about = {**_LC25000.about, 'citation': _LC25000.citation + cite}
     table = image_table(files, labels, found, classes, 'binary' if tissue=='colon' else 'multiclass', **about)
+    if found is not None and not cite: table.attrs['guessed_groups'] = guessed_note()
     tiles = 1246 if tissue=='both' and cite else None
     published = _published_notes(table, 5000*len(classes), dict.fromkeys(classes, 5000), tiles)
     return finish_table(table, {}, [*more, *notes, *published], print_card, positive)
