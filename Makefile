@@ -5,14 +5,14 @@ BIN     := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test bench coverage prepare readme docs clean
+.PHONY: help install demo test wheel-test cases bench coverage prepare readme docs clean
 
 # Notebooks run side by side, so one thread each; and what they print must be the same everywhere, without a dependency's own warnings
 test coverage prepare: export OMP_NUM_THREADS ?= 1
 test coverage prepare: export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
 
 help: ## List what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 	@echo 'PYTHON=python3.12 make … picks the Python that .venv is made with; WORKERS=4 how many notebooks run at once'
 
 # Threads with nothing to do sleep instead of spin: timings then depend far less on what else the machine does
@@ -35,7 +35,13 @@ test: install ## Check notebooks, modules, README, lessons, pages and project
 	@echo '== Pages can be made'
 	@$(BIN)/python tools/check.py site --workers $(WORKERS)
 	@echo '== Tests'
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 15 --durations-min 5
+
+wheel-test: install ## Build the wheel, install it alone in fresh environments and use it; EXTRAS=all tries each extra, too; VERSIONS=newest leaves the lowest out
+	$(BIN)/python tools/try_wheel.py $(EXTRAS) $(if $(VERSIONS),--versions $(VERSIONS))
+
+cases: install ## Print the table of cases that are tested, kind by kind
+	@$(BIN)/python tools/cases.py
 
 bench: install ## Measure, and write bench.json
 	$(BIN)/python tests/bench.py

@@ -20,22 +20,23 @@ from fastcore.basics import patch
 from scipy.stats import page_trend_test
 
 from .cache import TeacherCache
-from .core import COLORS, check_in, figure
+from .core import COLORS, check_in, check_integer, figure
+from .files import write_atomic
 from .images import check_table
 from .metrics import default_metrics, holm, mean_interval, paired_difference, scores
-from .methods import _write
-from .recipes import Recipe, Row, check_study, deal, note_study, rehearse, run_cell, study_facts, told, train_row
+from .recipes import Recipe, Row, deal, rehearse, study_facts, told, train_row
 from .report import DISCLAIMER, markdown_table
 from .splits import repeat_splits
+from .study import check_study, claimed_folder, is_finished, note_study, run_cell
 from .teacher import Teacher
 
 # %% ../nbs/71_ablation.ipynb #42fce949
 class _Split:
     "One way to deal the images, and the folder of its cells"
-    def __init__(self, recipe, table, folder, store, keep_models): self.recipe,self.table,self.folder,self.store,self.keep_models = recipe,table,folder,store,keep_models
+    def __init__(self, recipe, table, folder, store, keep_models, loading=None): self.recipe,self.table,self.folder,self.store,self.keep_models,self.loading = recipe,table,folder,store,keep_models,loading
 
     @cached_property
-    def dls(self): return self.recipe.loaders(self.table, self.store)
+    def dls(self): return self.recipe.loaders(self.table, self.store, loading=self.loading)
 
     @cached_property
     def truth(self):
@@ -45,7 +46,7 @@ class _Split:
             targets,held = np.concatenate([y.cpu().numpy() for _,y in self.dls.test]),io.BytesIO()
             np.savez(held, targets=targets, groups=self.dls.test.table.group.astype(str).to_numpy(str), train=len(self.dls.train_ds))
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(file, held.getvalue())
+            write_atomic(file, held.getvalue())
         return dict(np.load(file))
 
     def cell(self, name, seed, train):
@@ -65,11 +66,11 @@ class _Split:
 # %% ../nbs/71_ablation.ipynb #b31f1d23
 def _anew(table, resplit): return bool(resplit and check_table(table).split.isna().all())
 
-def _make_splits(recipe, table, out, repeats, resplit, store, keep_models):
+def _make_splits(recipe, table, out, repeats, resplit, store, keep_models, loading=None):
     "The splits of a study, and [(split, seed), …] of its repetitions"
-    if not isinstance(repeats, int) or repeats < 1: raise ValueError(f'repeats must be a number of 1 or more, got {repeats!r}')
+    check_integer(repeats, 'repeats', least=1)
     tables = [deal(table, recipe.shares)] if not _anew(table, resplit) else repeat_splits(table, repeats, recipe.shares)
-    splits = [_Split(recipe, t, out/f'split-{i}', store, keep_models) for i,t in enumerate(tables)]
+    splits = [_Split(recipe, t, out/f'split-{i}', store, keep_models, loading) for i,t in enumerate(tables)]
     return splits,[(i if len(tables) > 1 else 0, i) for i in range(repeats)]
 
 def _run_cells(splits, todo, train, progress):
@@ -85,15 +86,16 @@ def _run_cells(splits, todo, train, progress):
 def ablate(
     recipe:Recipe,  # One of `kdmed.recipes.RECIPES`, or one like it with other settings
     table,          # Image table; one that brings a split keeps it, and only seeds differ
-    out,            # Folder of the study: finished cells stay there, and a study that was killed goes on
+    out,            # Folder of the study: finished cells stay there, and a study that was killed resumes
     rows=None,      # Names in `recipe.rows`; all of them if left out. `teacher` and `plain` are always among them
     repeats:int=3,  # Repetitions: splits, or seeds
     scale:float=1., # Share of the published epochs, image side and widths
     resplit:bool=True, # Deal the images anew for each repetition, and train a new teacher
     store='memory', # Where decoded images are kept, as in `image_dls`
-    cache:bool=True, # Keep a teacher's answers on disk while its rows are trained
+    cache:bool=True, # Keep a teacher's outputs on disk while its rows are trained
     keep_models:bool=False, # Keep the students' weights; the teachers' are always kept
-    progress:bool=True, # Show what is trained, and how long it will take
+    progress=True,  # Show what is trained, and how long it will take; or a function that is given a line for each model
+    loading=None,   # Further arguments of `image_dls`, as in `Recipe.loaders`
 ): # `Ablation`
     "Train the rows of a paper's table, and compare them"
     if not isinstance(recipe, Recipe): raise TypeError(f'recipe must be one of kdmed.recipes.RECIPES, or like them, got {recipe!r}')
@@ -101,14 +103,15 @@ def ablate(
     rows = [rows] if isinstance(rows, str) else rows
     for row in rows or (): check_in(row, recipe.rows, 'row')
     rows = [r for r in recipe.rows if rows is None or r in (*rows, 'teacher', 'plain')]
-    splits,repetitions = _make_splits(recipe, table, out, repeats, resplit, store, keep_models)
+    splits,repetitions = _make_splits(recipe, table, out, repeats, resplit, store, keep_models, loading)
     check_study(out, facts := study_facts(recipe, table, kind='ablation', resplit=_anew(table, resplit)))
     students = [row for row in rows if row!='teacher']
     todo = [c for i in range(len(splits)) for c in [(i, 'teacher', i, 0)] + [(i, row, r, seed) for r,(j,seed) in enumerate(repetitions) if j==i for row in students]]
-    if not all((splits[i].folder/f'{row}-{seed}'/'test.npy').is_file() for i,row,_,seed in todo): rehearse(recipe, splits[0].dls, students)
-    note_study(out, facts)
+    if not all(is_finished(splits[i].folder/f'{row}-{seed}') for i,row,_,seed in todo): rehearse(recipe, splits[0].dls, students)
     def train(split, row, seed, home): return train_row(recipe, row, split.dls, None if row=='teacher' else split.teacher(cache), seed + 1000*splits.index(split)*(row=='teacher'), home)
-    cells = _run_cells(splits, todo, train, progress)
+    with claimed_folder(out, 'study'):
+        note_study(out, facts)
+        cells = _run_cells(splits, todo, train, progress)
     order = [r for r in recipe.order if r in rows]
     pairs = [(r, 'plain') for r in rows if r!='plain'] + list(zip(order[1:], order)) + [p for p in recipe.pairs if set(p) <= set(rows)]
     return _collect(recipe, {r: (recipe.rows[r], recipe.architecture(r)) for r in rows}, cells, splits, repetitions, table, pairs, order)
@@ -124,20 +127,22 @@ def compare_backbones(
     resplit:bool=True, # Deal the images anew for each repetition
     store='memory', # Where decoded images are kept
     keep_models:bool=False, # Keep the weights
-    progress:bool=True, # Show what is trained, and how long it will take
+    progress=True,  # Show what is trained, and how long it will take; or a function that is given a line for each model
+    loading=None,   # Further arguments of `image_dls`, as in `Recipe.loaders`
 ): # `Ablation`, whose rows are models without a teacher
     "Train several architectures under one budget: the other table of a paper"
     recipe,out,known = recipe.scaled(scale),Path(out),dict(recipe.backbones)
     names = list(names or known)
     if not names: raise ValueError(f'the paper of {recipe.name} compares no architectures: pass names, timm models such as [\'resnet50\', \'davit_tiny\']')
     if len(names) < 2 or len(set(names)) < len(names): raise ValueError(f'names must be two different timm models or more, got {names}')
-    splits,repetitions = _make_splits(recipe, table, out, repeats, resplit, store, keep_models)
+    splits,repetitions = _make_splits(recipe, table, out, repeats, resplit, store, keep_models, loading)
     check_study(out, facts := study_facts(recipe, table, kind='backbones', resplit=_anew(table, resplit)))
     recipes = {n: replace(recipe, teacher=n, teacher_epochs=recipe.epochs) for n in names}
     for r in recipes.values(): r.make_teacher(splits[0].dls) # or an error, before the first hour
-    note_study(out, facts)
     todo = [(i, n, r, seed) for r,(i,seed) in enumerate(repetitions) for n in names]
-    cells = _run_cells(splits, todo, lambda split, n, seed, home: train_row(recipes[n], 'teacher', split.dls, None, seed, home), progress)
+    with claimed_folder(out, 'study'):
+        note_study(out, facts)
+        cells = _run_cells(splits, todo, lambda split, n, seed, home: train_row(recipes[n], 'teacher', split.dls, None, seed, home), progress)
     rows = {n: (known.get(n, Row(n))._replace(taught=False), recipes[n].architecture('teacher')) for n in names}
     return _collect(recipe, rows, cells, splits, repetitions, table, [(n, names[0]) for n in names[1:]], [])
 

@@ -8,7 +8,8 @@ Docs: https://kdmed.github.io/kdmed/cache.html.md"""
 __all__ = ['CACHE_FORMAT', 'TeacherCache', 'list_caches']
 
 # %% ../nbs/32_cache.ipynb #b982f0f8
-import hashlib, json, math, os, re, shutil, types, warnings, zlib
+import errno, hashlib, json, math, os, re, shutil, time, types, warnings, zlib
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 
@@ -16,36 +17,37 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import chunked, noop, patch
 from fastprogress.fastprogress import progress_bar
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from .core import unwrap
+from .core import check_integer, unwrap
 from .data import ImageDL, ReplayMixUp, _Replay
-from .store import _code_text, _digest, _is_library, _named, default_store_folder
+from .files import check_format, check_room, claim, is_writable, write_atomic
+from .store import digest, store_folder, value_text, writing_to
 from .teacher import Teacher
 
 # %% ../nbs/32_cache.ipynb #2ff9faf4
 def _weights_digest(model):
     "16 hexadecimal digits for all weights and buffers of a model"
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **{k: v for k,v in model.state_dict().items() if isinstance(v, Tensor)}}
-    digest = hashlib.blake2b(digest_size=8)
+    state = hashlib.blake2b(digest_size=8)
     for name,t in sorted(tensors.items()):
-        digest.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
-        digest.update(t.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        state.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
+        state.update(t.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
 
-def _kind(cls):
-    "A class's name, with its library's version or, if it is not from a library, the code of its methods"
-    if _is_library(cls.__module__): return _named(cls)
-    return _named(cls) + ' '.join(f'{n} {_code_text(f.__code__, {}, ())}' for n,f in sorted(vars(cls).items()) if isinstance(f, types.FunctionType))
+def _is_setting(value):
+    "Whether an attribute of a module is a number, a text, or some of them"
+    return isinstance(value, (bool, int, float, str, type(None))) or isinstance(value, (list, tuple)) and all(map(_is_setting, value))
 
 def _structure_digest(model):
-    "16 hexadecimal digits for the modules of a model: their settings, libraries and code"
-    return _digest(re.sub(' at 0x[0-9a-f]+', '', repr(model)), *sorted({_kind(type(m)) for m in model.modules()}))
+    "16 hexadecimal digits for the modules of a model: their settings, those that do not show included, their libraries and code"
+    settings = [(name, {k: v for k,v in vars(m).items() if k!='training' and not k.startswith('_') and _is_setting(v)}) for name,m in model.named_modules()]
+    return digest(re.sub(' at 0x[0-9a-f]+', '', repr(model)), value_text(settings), *sorted({value_text(type(m)) for m in model.modules()}))
 
 # %% ../nbs/32_cache.ipynb #10bf0b5e
 def _shares(teacher):
@@ -56,7 +58,7 @@ def _shares(teacher):
 def _teacher_facts(teacher):
     "What decides a teacher's answer to an image"
     models = [dict(model=type(unwrap(v.model)).__name__, weights=_weights_digest(unwrap(v.model)), structure=_structure_digest(unwrap(v.model)),
-                   classes=v.classes, size=v.size, stats=None if v.stats is None else np.asarray(v.stats, float).tolist(), share=share)
+                   classes=v.classes, size=v.size, outputs=v.outputs, stats=None if v.stats is None else np.asarray(v.stats, float).tolist(), share=share)
               for v,share in zip(teacher.voices, _shares(teacher))]
     return dict(models=models, classes=teacher.order or teacher.classes, student_stats=teacher.stats)
 
@@ -91,7 +93,8 @@ def _mixed(mix, x, y):
     return mix.learn.xb[0]
 
 # %% ../nbs/32_cache.ipynb #b750f82e
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+_READABLE_CACHES = 1, # differs in how its key is made
 _THERE = 1 << 32 # beside a checksum of 32 bits, in the journal
 _WAITING_BYTES = 64*2**20 # what may wait in memory for being written
 
@@ -108,11 +111,26 @@ def _bytes_of(about):
 def _make_files(home, about):
     "Files of full length without answers, in a folder that gets its name when it is whole"
     part = home.with_name(home.name+'.part')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for file,shape,dtype in _files_of(about): open_memmap(part/file, 'w+', dtype, shape).flush()
-    (part/'about.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
+    part.mkdir(parents=True, exist_ok=True)
+    for file in part.iterdir(): # of a process that was killed
+        if not file.name.startswith('.lock'): file.unlink()
+    for file,shape,dtype in _files_of(about):
+        with writing_to(part/file): open_memmap(part/file, 'w+', dtype, shape).flush()
+    write_atomic(part/'about.json', json.dumps(about, indent=1, ensure_ascii=False))
     os.replace(part, home)
+    for lock in home.glob('.lock*'): lock.unlink()
+
+def _make_once(home, make, patience=60.):
+    "Call `make`, unless another process makes the same cache at this moment, which takes no time"
+    end = time.monotonic()+patience
+    while not home.exists():
+        try:
+            with claim(home.with_name(home.name+'.part'), 'teacher cache') as held:
+                if not home.exists(): return make()
+                shutil.rmtree(held.folder, ignore_errors=True)
+        except (RuntimeError, FileNotFoundError): # it is being made, or has just got its name
+            if time.monotonic()>end: raise
+            time.sleep(.05)
 
 # %% ../nbs/32_cache.ipynb #2880c662
 def _checksums(entries, values):
@@ -131,20 +149,32 @@ def _write_rows(path, offset, rows, values):
             for row,value in zip(rows, values):
                 data = value.tobytes()
                 f.seek(offset + int(row)*len(data))
-                if f.write(data)!=len(data): raise OSError('disk full')
+                if f.write(data)!=len(data): raise OSError(errno.ENOSPC, 'disk full')
             os.fsync(f.fileno())
-    except OSError as e: raise OSError(f'{path}: answers cannot be written ({e}); make room, or use Teacher instead of TeacherCache') from e
+    except OSError as e:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(e.errno, f'{path}: answers cannot be written ({e.strerror}; the disk has {_in_words(free)} free); make room, or use Teacher instead of TeacherCache') from e
+
+def _in_words(nbytes):
+    "A number of bytes for people"
+    if nbytes>=1e9: return f'{nbytes/1e9:.1f} GB'
+    return f'{nbytes/1e6:.1f} MB' if nbytes>=1e5 else f'{nbytes/1e3:.1f} kB'
 
 # %% ../nbs/32_cache.ipynb #a0a68624
+_UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, EOFError
+
 class _Answers:
     "Half-precision answers to views of images, mapped from files; number `image*views + view` in each"
     def __init__(self, home):
-        self.home,self.lock,self.offsets = Path(home),FileLock(f'{home}.lock'),[]
+        self.home,self.offsets = Path(home),[]
         try:
             self.about = json.loads((self.home/'about.json').read_text(encoding='utf-8'))
+            check_format(self.about.get('format'), CACHE_FORMAT, 'teacher cache', home, _READABLE_CACHES, 'delete the folder to ask the teacher again')
             self.journal,*self.arrays = [self._map(*file) for file in _files_of(self.about)]
-        except (OSError, ValueError, KeyError) as e: raise ValueError(f'{home}: no teacher cache, or a damaged one; delete the folder to ask the teacher again ({e})') from e
-        self.seen,self.waiting,self.pending,self.nbytes = np.zeros(len(self.journal), bool),np.zeros(len(self.journal), bool),[],0
+        except _UNREADABLE as e:
+            raise ValueError(f'{home}: no teacher cache, or a damaged one; delete the folder to ask the teacher again ({e})') from e
+        self.seen,self.waiting,self.damaged = (np.zeros(len(self.journal), bool) for _ in range(3))
+        self.pending,self.nbytes,self.read_only = [],0,not is_writable(self.home)
 
     def _map(self, file, shape, dtype):
         "An array without copying it, images and views in one axis"
@@ -153,14 +183,29 @@ class _Answers:
         self.offsets.append(array.offset)
         return np.asarray(array).reshape(-1, *shape[2:])
 
+    def there(self, entries=slice(None)):
+        "Which answers are there, bool"
+        return (self.journal[entries]!=0) & ~self.damaged[entries]
+
     def missing(self):
         "Numbers of the answers that are not there"
-        return np.flatnonzero((self.journal==0) & ~self.waiting)
+        return np.flatnonzero(~self.there() & ~self.waiting)
+
+    @contextmanager
+    def writing(self):
+        "One process at a time writes; an error after two minutes, so that nobody waits for a process that was stopped"
+        lock = FileLock(self.home/'.writing')
+        try: lock.acquire(timeout=120)
+        except Timeout: raise OSError(errno.EAGAIN, f'{self.home}: another process has been writing for two minutes; end it, or choose another folder') from None
+        except NotImplementedError: pass # a file system without locks
+        try: yield
+        finally: lock.release()
 
 # %% ../nbs/32_cache.ipynb #d671cf3a
 @patch
 def add(self:_Answers, entries, values):
     "Keep `values`, an array for each file, as answers `entries`, all different; they wait to be written"
+    if self.read_only: return
     self.pending.append((entries, values))
     self.waiting[entries] = True
     self.nbytes += sum(v.nbytes for v in values)
@@ -173,12 +218,13 @@ def flush(self:_Answers):
     entries = np.concatenate([e for e,_ in self.pending])
     values = [np.concatenate(parts) for parts in zip(*(v for _,v in self.pending))]
     order = np.argsort(entries)
-    with self.lock:
-        order = order[self.journal[entries[order]]==0] # another process may have been first
+    with self.writing():
+        order = order[~self.there(entries[order])] # another process may have been first
         rows,values = entries[order],[v[order] for v in values]
         sums = _checksums(rows, values)
         for (file,*_),offset,v in zip(_files_of(self.about)[1:], self.offsets[1:], values): _write_rows(self.home/file, offset, rows, v)
         _write_rows(self.home/'journal.npy', self.offsets[0], rows, sums)
+    self.damaged[rows] = False
     self.waiting[entries],self.pending,self.nbytes = False,[],0
 
 # %% ../nbs/32_cache.ipynb #4d7758f0
@@ -187,7 +233,7 @@ def read(self:_Answers, entries):
     "Answers `entries`, an array for each file, and which of them are there, bool [B]"
     if self.waiting[entries].any(): self.flush()
     noted,values = self.journal[entries],[a[entries] for a in self.arrays]
-    there = noted!=0
+    there = self.there(entries)
     new = np.flatnonzero(there & ~self.seen[entries])
     if len(new): self._check(entries, values, noted, there, new)
     return values,there
@@ -200,33 +246,34 @@ def _check(self:_Answers, entries, values, noted, there, new):
     self.seen[entries[new]] = True
     if not len(bad): return
     warnings.warn(f'{self.home}: {len(bad)} kept answers are damaged; the teacher is asked again')
-    with self.lock: _write_rows(self.home/'journal.npy', self.offsets[0], entries[bad], np.zeros(len(bad), np.uint64))
-    self.seen[entries[bad]],there[bad] = False,False
+    self.seen[entries[bad]],self.damaged[entries[bad]],there[bad] = False,True,False
+    if self.read_only: return
+    with self.writing(): _write_rows(self.home/'journal.npy', self.offsets[0], entries[bad], np.zeros(len(bad), np.uint64))
 
 @patch
 def verify(self:_Answers):
     "Check every answer that is there, by reading the whole cache"
     self.flush()
     self.seen[:] = False
-    for some in chunked(np.flatnonzero(self.journal), 1024): self.read(np.array(some))
+    for some in chunked(np.flatnonzero(self.there()), 1024): self.read(np.array(some))
     return self
 
 # %% ../nbs/32_cache.ipynb #5e17876e
-_UNOPENED = dict(answers=None, opened=None, entries=None, dl=None, mixes=(), modules=(), tell=noop, same_images=False, same_answers=False, batches=0)
+_UNOPENED = dict(answers=None, claimed=None, opened=None, entries=None, dl=None, mixes=(), modules=(), tell=noop, same_images=False, same_answers=False, batches=0)
 
 class TeacherCache(Teacher):
     "A teacher whose answers to each view of each training image are computed once, and read from disk from then on"
     def __init__(self,
         teacher,      # `Teacher`, or what makes one
-        folder=None,  # Where answers are kept, in a folder for each key; `default_store_folder()` if left out
+        folder=None,  # Where answers are kept, in a folder for each key; `default_store_folder()` by default
         every:int=50, # Batches whose answers may wait in memory; a kill loses at most these
     ):
         teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         if type(teacher) not in (Teacher, TeacherCache):
             raise ValueError(f'{type(teacher).__name__} does not give the same answer every time, so none can be kept: use it as it is')
-        if not isinstance(every, int) or every<1: raise ValueError(f'every must be a number of batches of at least 1, got {every}')
+        every = check_integer(every, 'every (batches that may wait)', least=1)
         self.__dict__.update(teacher.__dict__, capture=None, _batch=None)
-        self.folder,self.every,self.told = Path(folder or default_store_folder()).expanduser(),every,set()
+        self.folder,self.every,self.told = store_folder(folder),every,set()
         self.__dict__.update(_UNOPENED)
 
     def __getstate__(self): return dict(super().__getstate__(), **_UNOPENED)
@@ -259,9 +306,13 @@ def _meet_images(self:TeacherCache, dls, cbs, device, tell):
 # %% ../nbs/32_cache.ipynb #a4f1f9e1
 @patch
 def end(self:TeacherCache):
-    "Write what waits"
+    "Write what waits, and let other processes have the cache to themselves"
     self.forget()
-    if self.answers is not None: self.answers.flush()
+    try:
+        if self.answers is not None: self.answers.flush()
+    finally:
+        if self.claimed is not None: self.claimed.release()
+        self.claimed = None
 
 @patch
 def forget(self:TeacherCache):
@@ -277,10 +328,6 @@ def state_dict(self:TeacherCache):
 # %% ../nbs/32_cache.ipynb #2924249f
 _SPARE_BYTES = 100_000_000 # a disk should have left
 
-def _in_words(nbytes):
-    "A number of bytes for people"
-    return f'{nbytes/1e9:.1f} GB' if nbytes>=1e9 else f'{nbytes/1e6:.1f} MB' if nbytes>=1e5 else f'{nbytes/1e3:.1f} kB'
-
 @patch
 def _about(self:TeacherCache):
     "What will be asked of whom, and the form of the answers, from two images"
@@ -288,39 +335,61 @@ def _about(self:TeacherCache):
     names = ['logits', *(f'{name} ({kind})' for name,kind in self.taps)]
     return dict(format=CACHE_FORMAT, teacher=_teacher_facts(self), images=self.of_images, answers={name: v.shape[1:] for name,v in zip(names, trial)})
 
+def _check_disk(home, about):
+    "Raise an error if the disk cannot hold the answers that are not written yet; files that are not full take less room than their length"
+    written = sum(f.stat().st_blocks*512 if hasattr(f.stat(), 'st_blocks') else f.stat().st_size for f in home.glob('*.npy')) if home.exists() else 0
+    if (left := _bytes_of(about)-written)<=0: return
+    try: check_room(home.parent, left+_SPARE_BYTES, f'{_in_words(left)} of answers, with {_in_words(_SPARE_BYTES)} to spare,')
+    except OSError as e: raise OSError(e.errno, f'{e.strerror}. Fewer views, or pooled features (pool=True), take less') from e
+
 @patch
 def _make(self:TeacherCache, home, about):
-    "Make files without answers, if there is room for them"
-    need,free,images = _bytes_of(about),shutil.disk_usage(self.folder).free,about['images']
+    "Make files without answers"
+    images = about['images']
     what = ', '.join(f'{name} {"×".join(map(str, shape))}' for name,shape in about['answers'].items())
-    self.tell(f"teacher cache: answers to {images['number']:,} images × {images['views']} views ({what}) will take {_in_words(need)}: {home}")
+    self.tell(f"teacher cache: answers to {images['number']:,} images × {images['views']} views ({what}) will take {_in_words(_bytes_of(about))}: {home}")
     self.told.add(home)
-    if free < need+_SPARE_BYTES:
-        raise OSError(f'{_in_words(need)} are needed beside {_in_words(_SPARE_BYTES)} to spare, {_in_words(free)} are free: '
-                      'fewer views, pooled features (pool=True) or another disk would do')
-    _make_files(home, about)
+    _check_disk(home, about)
+    _make_once(home, lambda: _make_files(home, about))
 
 # %% ../nbs/32_cache.ipynb #6979eb6a
 @patch
 def _open(self:TeacherCache):
     "Open the answers that belong to this teacher and these images, or make room for them; nothing to do if they are open"
-    if self.opened==(self.taps, _shares(self)): return
+    if self.opened==(self.taps, _shares(self)): return self._claim()
     self.end()
     about = self._about()
-    home = self.folder/f'teacher-{_digest(json.dumps(about))}'
+    home = self.folder/f'teacher-{digest(json.dumps(about))}'
     try:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f'{home}.lock'):
-            if not home.exists(): self._make(home, about)
-    except OSError as e: raise OSError(f'{self.folder}: answers cannot be kept here ({e}); choose another place with TeacherCache(…, folder=…)') from e
-    self.answers,self.opened = _Answers(home),(self.taps, _shares(self))
+        if not home.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make(home, about)
+        self.answers,self.opened = _Answers(home),(self.taps, _shares(self))
+        if not self.answers.read_only and len(self.answers.missing()): _check_disk(home, about)
+    except OSError as e: raise OSError(e.errno, f'{self.folder}: answers cannot be kept here ({e}); choose another place with TeacherCache(…, folder=…)') from e
+    self._claim()
     if home not in self.told: self.tell(f'teacher cache: {self.filled:.1%} of the answers are there: {home}')
     self.told.add(home)
+
+@patch
+def _claim(self:TeacherCache):
+    "Note that this process uses the cache, and say at once if another one does; processes of one training know of each other"
+    if self.claimed is not None or num_distrib()>1: return
+    home,self.claimed = self.answers.home,_Shared()
+    if self.answers.read_only:
+        if len(self.answers.missing()): warnings.warn(f'{home} cannot be written: {self.filled:.1%} of its answers are there, the teacher is asked for others each time')
+        return
+    try: self.claimed = claim(home, 'teacher cache', grace=.5)
+    except RuntimeError as e: warnings.warn(f'{str(e).partition(";")[0]}; the two processes share their answers')
+
+class _Shared:
+    "Stands for a claim that another process has, or nobody needs"
+    def release(self): pass
 
 @patch(as_prop=True)
 def filled(self:TeacherCache)->float: # In [0, 1]
     "Share of the answers that are on disk"
-    return 0. if self.answers is None else float((self.answers.journal!=0).mean())
+    return 0. if self.answers is None else float(self.answers.there().mean())
 
 # %% ../nbs/32_cache.ipynb #1bc8f8b7
 def _half(name, t):
@@ -382,7 +451,9 @@ def _recall(self:TeacherCache, entries, x):
     self._check_images(entries, x)
     values,there = self.answers.read(entries)
     if not there.any(): return self._ask(entries, x)
-    if not there.all():
+    if not there.all() and self.answers.read_only:
+        for kept,fresh in zip(values, self._listen(x[torch.from_numpy(~there).to(x.device)])): kept[~there] = fresh
+    elif not there.all():
         self._complete(entries[~there], len(entries))
         values,_ = self.answers.read(entries)
     if not self.same_answers: self._compare(values[0][:2], self._listen(x[:2])[0])
@@ -439,23 +510,25 @@ def _compare(self:TeacherCache, kept, fresh):
 def delete(self:TeacherCache)->None:
     "Delete the answers that are open"
     home = self.answers and self.answers.home
+    if self.claimed is not None: self.claimed.release()
     self.__dict__.update(_UNOPENED, told=set())
     if home is not None: shutil.rmtree(home)
-    if home is not None: Path(f'{home}.lock').unlink(missing_ok=True)
 
 def list_caches(
-    folder=None, # Where answers are kept; `default_store_folder()` if left out
-)->pd.DataFrame: # One row a cache: `cache`, `teacher`, `images`, `views`, `answers`, `filled` (share), `MB` (when full)
+    folder=None, # Where answers are kept; `default_store_folder()` by default
+)->pd.DataFrame: # One row a cache: `cache`, `teacher`, `images`, `views`, `answers`, `filled` (share), `MB` (when full), `note` (what is wrong with it)
     "Teacher caches on disk; delete the folder of one that is not wanted any more"
-    files = sorted(Path(folder or default_store_folder()).expanduser().glob('teacher-*/about.json'))
-    return pd.DataFrame([_row_of(f.parent) for f in files if f.parent.suffix!='.part'], columns=['cache', 'teacher', 'images', 'views', 'answers', 'filled', 'MB'])
+    homes = [h for h in sorted(store_folder(folder).glob('teacher-*')) if h.is_dir() and h.suffix!='.part']
+    return pd.DataFrame([_row_of(h) for h in homes], columns=['cache', 'teacher', 'images', 'views', 'answers', 'filled', 'MB', 'note'])
 
 def _row_of(home):
-    "What `list_caches` says of one"
-    about,journal = json.loads((home/'about.json').read_text(encoding='utf-8')),np.load(home/'journal.npy', mmap_mode='r')
-    images,models = about['images'],about['teacher']['models']
-    return dict(cache=home.name, teacher=', '.join(m['model'] for m in models), images=images['number'], views=images['views'],
-                answers=', '.join(about['answers']), filled=round(float((journal!=0).mean()), 3), MB=round(_bytes_of(about)/1e6, 2))
+    "What `list_caches` says of one, whatever state it is in"
+    try:
+        answers = _Answers(home)
+        about,models = answers.about,answers.about['teacher']['models']
+        return dict(cache=home.name, teacher=', '.join(m['model'] for m in models), images=about['images']['number'], views=about['images']['views'],
+                    answers=', '.join(about['answers']), filled=round(float(answers.there().mean()), 3), MB=round(_bytes_of(about)/1e6, 2), note='')
+    except _UNREADABLE as e: return dict(cache=home.name, teacher='', images=0, views=0, answers='', filled=0., MB=0., note=str(e))
 
 # %% ../nbs/32_cache.ipynb #d4f86c2c
 @patch

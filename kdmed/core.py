@@ -6,9 +6,9 @@ Docs: https://kdmed.github.io/kdmed/core.html.md"""
 
 # %% auto #0
 __all__ = ['COLORS', 'FIGURE_WIDTH', 'check_same_shape', 'check_in', 'check_integer', 'check_number', 'check_seed',
-           'seed_everything', 'unwrap', 'get_layer', 'capture_activations', 'count_parameters', 'evaluating',
-           'count_macs', 'architecture_key', 'measure_latencies', 'measure_latency', 'weights_size', 'measure_memory',
-           'figure']
+           'seed_everything', 'unwrap', 'model_spec', 'input_channels', 'get_layer', 'capture_activations',
+           'count_parameters', 'evaluating', 'count_macs', 'architecture_key', 'measure_latencies', 'measure_latency',
+           'weights_size', 'measure_memory', 'figure']
 
 # %% ../nbs/00_core.ipynb #cfa17ef6
 import difflib, re, time, weakref
@@ -21,7 +21,6 @@ from fastai.torch_core import set_seed
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -105,14 +104,45 @@ def seed_everything(
     set_seed(check_seed(seed), reproducible=True)
 
 # %% ../nbs/00_core.ipynb #4387f850
+def _wrapped(model):
+    "The model that a wrapper holds; None if `model` is no wrapper: one that adds layers or parameters of its own is none"
+    children = getattr(model, '_modules', {})
+    for name in ('_orig_mod', '_fsdp_wrapped_module'):
+        if isinstance(children.get(name), nn.Module): return children[name]
+    if not isinstance(model, nn.Module): # timm's first ModelEma is no Module
+        inner = next((vars(model)[n] for n in ('module', 'ema') if n in getattr(model, '__dict__', {})), None)
+        return inner if isinstance(inner, nn.Module) else None
+    inner = getattr(model, 'module', None)
+    if not isinstance(inner, nn.Module) or inner is model or model._parameters: return None
+    if any(b is not None and b.numel()>1 for b in model._buffers.values()): return None # a count of averages is no layer
+    core = unwrap(inner)
+    return inner if all(unwrap(child) is core for child in children.values()) else None
+
 def unwrap(
-    model:nn.Module, # Perhaps compiled, or one of several data-parallel replicas
+    model:nn.Module, # Perhaps compiled, data-parallel, or an average: `AveragedModel`, timm's `ModelEmaV3`, Fabric's module
 )->nn.Module: # The model as it was made
-    "The model inside wrappers of `torch.compile` and of data-parallel training"
+    "The model inside wrappers: whatever holds one Module called `module` and adds no layers, parameters or statistics to it"
+    while (inner := _wrapped(model)) is not None: model = inner
+    return model
+
+def model_spec(
+    model:nn.Module, # Perhaps wrapped
+)->dict: # Empty where nothing is known
+    "How a model was made, as `create_student` notes it, also through wrappers"
     while True:
-        inner = getattr(model, '_orig_mod', None) or (model.module if isinstance(model, (nn.DataParallel, DistributedDataParallel)) else None)
-        if inner is None: return model
+        spec,inner = getattr(model, '__dict__', {}).get('spec'),_wrapped(model)
+        if isinstance(spec, dict) or inner is None: return spec if isinstance(spec, dict) else {}
         model = inner
+
+def input_channels(
+    model:nn.Module, # Any image model, perhaps wrapped
+    default:int=3,   # For a model that begins with no convolution and says nothing
+)->int: # 1 for gray images, 3 for color
+    "Channels of the images that a model takes: as it was made, else as its first convolution has them"
+    options = model_spec(model).get('options') or {}
+    if 'in_chans' in options: return options['in_chans']
+    first = next((m for m in unwrap(model).modules() if isinstance(m, (nn.Conv2d, nn.LazyConv2d))), None)
+    return first.in_channels if first is not None and first.in_channels else default
 
 # %% ../nbs/00_core.ipynb #fc98f426
 def get_layer(
@@ -189,6 +219,7 @@ def evaluating(
 # %% ../nbs/00_core.ipynb #ca2c347d
 def _example(model, size, channels, batch):
     "A random batch on the device and in the precision of `model`"
+    if channels is None: channels = input_channels(model)
     p = next(model.parameters(), torch.zeros(1))
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, channels, size, size, generator=generator).to(p.device, p.dtype)
@@ -196,7 +227,7 @@ def _example(model, size, channels, batch):
 def count_macs(
     model:nn.Module, # Any image model
     size:int,        # Image side, in pixels
-    channels:int=3,  # Image channels
+    channels:int=None, # Image channels; those the model takes by default
 )->int: # Multiply–accumulates for one image
     "Multiply–accumulates of one forward pass, from PyTorch's operator counter"
     counter = FlopCounterMode(display=False)
@@ -295,7 +326,7 @@ class _LiveBytes(TorchDispatchMode):
 def measure_memory(
     model:nn.Module, # Any image model; runs on the device it is on
     size:int,        # Image side, in pixels
-    channels:int=3,  # Image channels
+    channels:int=None, # Image channels; those the model takes by default
     batch:int=1,     # Images in one pass
 )->int: # Bytes, images included
     "Peak memory of one forward pass without gradients: the weights, and the tensors alive at once"

@@ -6,18 +6,21 @@ Docs: https://kdmed.github.io/kdmed/data.html.md"""
 
 # %% auto #0
 __all__ = ['UNLABELED', 'ImageRow', 'ImageDL', 'ClassLossFlat', 'FindingsLossFlat', 'BinaryLossFlat', 'FindingsAccuracy',
-           'TableLoaders', 'image_dls', 'ReplayMixUp', 'ReplayCutMix', 'SPLITS', 'TASKS', 'WindowedImage', 'card',
-           'check_table', 'describe', 'image_table', 'is_unlabeled', 'open_image', 'show_images', 'synthetic_table',
-           'check_leakage', 'kfold_groups', 'leakage_report', 'official_split', 'repeat_splits', 'split_groups',
-           'decode_images', 'pack_images']
+           'TableLoaders', 'available_memory', 'decoded_bytes', 'load_distributed', 'image_dls', 'own_loader',
+           'ReplayMixUp', 'ReplayCutMix', 'SPLITS', 'TASKS', 'WindowedImage', 'card', 'check_table', 'describe',
+           'image_table', 'is_unlabeled', 'open_image', 'show_images', 'synthetic_table', 'check_copies',
+           'check_leakage', 'group_copies', 'guess_groups', 'kfold_groups', 'leakage_report', 'official_split',
+           'repeat_splits', 'split_groups', 'decode_images', 'pack_images']
 
 # %% ../nbs/11_data.ipynb #a4f6e4c6
-import os, zlib
+import ctypes, os, sys, zlib
 from collections import namedtuple
 from difflib import get_close_matches
-from numbers import Integral
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
+import fastai.callback.progress # Learner.no_bar
 import numpy as np
 import pandas as pd
 import torch
@@ -26,24 +29,25 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, Category, IntToFloatTensor, MultiCategorize, MultiCategory, Normalize, ToTensor
 from fastai.learner import Metric
-from fastai.distributed import DistributedDL
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
-from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory, default_device, to_device
+from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory, default_device, num_distrib, to_device
 from fastai.vision.core import imagenet_stats
 from fastcore.basics import chunked, listify, patch
 from fasttransform import Transform
 from torch import nn
 
-from .core import check_in
+from .copies import check_copies, group_copies, guess_groups, leakage_report
+from .core import check_in, check_integer
+from .folders import file_identity, some_names
 from .images import (SPLITS, TASKS, WindowedImage, _present, card, check_table, class_counts, describe, image_table, is_unlabeled, name_of,
                           open_image, parse_findings, show_images, synthetic_table)
-from .splits import check_leakage, kfold_groups, leakage_report, official_split, repeat_splits, split_groups
-from .store import ImageStore, _digest, _text, decode_images, pack_images
+from .splits import check_leakage, kfold_groups, official_split, repeat_splits, split_groups
+from .store import ImageStore, digest, value_text, decode_images, default_store_folder, pack_images
 from .transforms import Augment, cutmix, mix_partners, mix_weights, mixup
 
 # %% ../nbs/11_data.ipynb #32a05b86
 _all_ = ['SPLITS', 'TASKS', 'WindowedImage', 'card', 'check_table', 'describe', 'image_table', 'is_unlabeled', 'open_image',
-         'show_images', 'synthetic_table', 'check_leakage', 'kfold_groups', 'leakage_report', 'official_split', 'repeat_splits', 'split_groups', 'decode_images', 'pack_images']
+         'show_images', 'synthetic_table', 'check_copies', 'check_leakage', 'group_copies', 'guess_groups', 'kfold_groups', 'leakage_report', 'official_split', 'repeat_splits', 'split_groups', 'decode_images', 'pack_images']
 
 # %% ../nbs/11_data.ipynb #ef29b0c6
 _SECOND_DRAW = 1 << 20 # views of an image's second draw in an epoch start here, those of the third at twice that
@@ -246,9 +250,7 @@ def _label_tfms(classes, task):
 def _check_trainable(table, allow_leakage):
     "Raise an error for a table that cannot be trained on, or whose splits share groups"
     check_table(table)
-    if table.split.isna().any(): raise ValueError(f'{table.split.isna().sum()} of {len(table)} rows have no split; deal them out with split_groups')
-    if (~table.split.isin(SPLITS)).any(): raise ValueError(f'split must be one of {SPLITS} in every row, got {sorted(map(str, set(table.split)-set(SPLITS)))}')
-    if absent := [s for s in SPLITS[:2] if s not in set(table.split)]: raise ValueError(f'no images in split {absent}')
+    _check_split(table)
     labeled = table[~is_unlabeled(table)]
     if mute := [s for s in SPLITS[:2] if s not in set(labeled.split)]: raise ValueError(f'no image in split {mute} has a label')
     if absent := [c for c,n in class_counts(labeled[labeled.split=='train']).items() if not n]:
@@ -257,12 +259,43 @@ def _check_trainable(table, allow_leakage):
         check_leakage(table)
         _check_files(table)
 
+def _check_split(table):
+    "Raise an error for rows without a split, and for training or validation without images, with what can be done about it"
+    blank = table.split.isna()
+    if blank.all(): raise ValueError(f'{len(table)} of {len(table)} rows have no split; deal them out with split_groups')
+    if blank.any():
+        raise ValueError(f'{blank.sum()} of {len(table)} rows have no split, such as {some_names(map(name_of, table.image[blank]), 3)}; leave them out with '
+                         "official_split(table, 'split', unlisted='drop'), fill the column, or deal all rows out anew with split_groups")
+    if (~table.split.isin(SPLITS)).any(): raise ValueError(f'split must be one of {SPLITS} in every row, got {sorted(map(str, set(table.split)-set(SPLITS)))}')
+    if absent := [s for s in SPLITS[:2] if s not in set(table.split)]: raise ValueError(f'no images in split {absent}{_cure(table, absent)}')
+
+def _cure(table, absent):
+    "What can be done about a table without training or validation images"
+    groups = table.group.nunique()
+    if groups==1:
+        return (f': all {len(table)} images are of one group, {table.group.iloc[0]!r}, and a group is never split; '
+                'if they are of several patients, read them with groups, or without any')
+    if groups<3: return f': there are only {groups} groups, and a group is never split; it takes one each for train and valid, and one for test'
+    if 'train' in absent: return '; deal all images out anew with split_groups(table)'
+    train = table.group[table.split=='train'].nunique()
+    if train<2: return ': all training images are of one group, so none can be set aside for validation; deal all out anew with split_groups(table)'
+    return "; official_split(table, 'split') takes some groups out of train for validation, split_groups(table) deals all images out anew"
+
 def _check_files(table):
-    "Raise an error for a file that is in more than one split"
-    files = [os.path.abspath(str(i)) if isinstance(i, (str, Path, WindowedImage)) else id(i) for i in table.image]
+    "Raise an error for a file that is in more than one split, by whatever name"
+    files = [_identity(i) for i in table.image]
     splits = pd.Series(table.split.to_numpy()).groupby(files).nunique()
     shared = splits.index[splits>1]
-    if len(shared): raise ValueError(f'{len(shared)} images are in more than one split, such as {shared[0]}; keep one row of each, or allow_leakage=True to go on')
+    if not len(shared): return
+    where = next(i for i,f in zip(table.image, files) if f==shared[0])
+    raise ValueError(f'{len(shared)} images are in more than one split, such as {name_of(where)}; keep one row of each, or allow_leakage=True to go on')
+
+def _identity(image):
+    "What an image is known by: its file, or the array itself"
+    if not isinstance(image, (str, Path, WindowedImage)): return str(id(image))
+    path = image.path if isinstance(image, WindowedImage) else image
+    try: return str(file_identity(path))
+    except (OSError, ValueError): return os.path.abspath(path)
 
 # %% ../nbs/11_data.ipynb #43575648
 def _balanced_weights(train):
@@ -293,15 +326,76 @@ def _check_loading(store, unreadable, augment, preprocess, views, stats):
     if augment is not None and not isinstance(augment, Augment): raise TypeError(f'augment must be an Augment, such as skin_augment() or Augment(HorizontalFlip()), got {augment!r}')
     for f in listify(preprocess):
         if not callable(f) or isinstance(f, type): raise TypeError(f'preprocess must be functions or filters, such as CLAHE(), got {f!r}')
-    if views is not None and (not isinstance(views, int) or views<1): raise ValueError(f'views must be a whole number of at least 1, got {views}')
+    if views is not None: check_integer(views, 'views', 1)
     if np.shape(stats)!=(2, 3) or not np.all(np.asarray(stats[1], float)>0): raise ValueError(f'stats must be three means and three positive deviations, got {stats}')
 
 # %% ../nbs/11_data.ipynb #e3db5d2a
+_SHARE = 4 # decoded images may take one part in so many of the free memory
+
+def available_memory()->int: # Bytes; None where the system does not say
+    "Memory that this process can still use: what is free, or less where a container has a limit"
+    free = _free_memory()
+    limits = [b for b in map(_container_memory, _CONTAINERS) if b is not None]
+    return min([*([free] if free is not None else []), *limits], default=None)
+
+def _free_memory():
+    "Bytes that are free on this machine, by what its system offers"
+    try:
+        with open('/proc/meminfo') as f: facts = dict(line.split(':') for line in f)
+        return int(facts['MemAvailable'].split()[0])*1024
+    except (OSError, KeyError, ValueError, IndexError): pass
+    if os.name=='nt': return _free_on_windows()
+    for name,share in (('SC_AVPHYS_PAGES', 1), ('SC_PHYS_PAGES', 2)): # where free pages are not counted, half of all
+        try: return os.sysconf(name)*os.sysconf('SC_PAGE_SIZE')//share
+        except (ValueError, OSError, AttributeError): continue
+
+def _free_on_windows():
+    class Status(ctypes.Structure):
+        _fields_ = [('length', ctypes.c_ulong), ('load', ctypes.c_ulong)] + [(n, ctypes.c_ulonglong) for n in ('total', 'free', 'page', 'free_page', 'virtual', 'free_virtual', 'extended')]
+    status = Status(length=ctypes.sizeof(Status))
+    return int(status.free) if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+
+_CONTAINERS = (('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current', '/sys/fs/cgroup/memory.stat', 'inactive_file'),
+    ('/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes', '/sys/fs/cgroup/memory/memory.stat', 'total_inactive_file'))
+
+def _container_memory(files):
+    "Bytes left below a container's limit, counting file pages that can be given back as free; None without a limit"
+    limit,used,stat,given_back = files
+    try:
+        left = int(Path(limit).read_text()) - int(Path(used).read_text())
+        reclaimed = dict(line.split() for line in Path(stat).read_text().splitlines())
+        return max(left + int(reclaimed.get(given_back, 0)), 0)
+    except (OSError, ValueError): return None # no container, or `max`
+
+def decoded_bytes(
+    n:int,    # Images
+    size:int, # Side, in pixels
+)->int: # Bytes
+    "Memory that decoded images take, uint8 [n, 3, size, size]"
+    return 3*n*size**2
+
+def _bytes_text(n): return f'{n/1e9:,.1f} GB' if n>=1e9 else f'{n/1e6:,.1f} MB'
+
+def _check_batch(size, bs):
+    "Raise an error for batches that cannot fit into memory, before anything is allocated"
+    needed,free = 4*decoded_bytes(bs, size),available_memory()
+    if free is not None and needed>free:
+        raise ValueError(f'a batch of {bs} images of {size:,} pixels takes {_bytes_text(needed)}, {_bytes_text(free)} of memory are free; choose a smaller size or bs')
+
+def _fitting_store(store, n, size):
+    "Where images are kept: in memory, or, if they would take more than a quarter of what is free, in a packed store, which is said"
+    free,needed = available_memory(),decoded_bytes(n, size)
+    if store!='memory' or free is None or needed<=free/_SHARE: return store
+    print(f'{n:,} decoded images of {size} pixels would take {_bytes_text(needed)}, more than a quarter of the {_bytes_text(free)} of memory that are free: '
+          f'they are kept in a packed store in {default_store_folder()}')
+    return True
+
 def _read_images(table, size, preprocess, store, unreadable, progress):
     "Images by row of the table (None for the stock way), and row: reason of those that cannot be read"
     if store is False:
         if unreadable!='error': raise ValueError("unreadable='quarantine' needs the images read beforehand: store='memory' or True")
         return None,{}
+    store = _fitting_store(store, len(table), size)
     if store=='memory':
         bad = None if unreadable=='error' else {}
         return decode_images(table.image, size, preprocess, progress, bad),bad or {}
@@ -320,6 +414,15 @@ def _read_table(table, *how):
     images = None if images is None else _Part(images, np.searchsorted(rows, kept))
     return images,table.iloc[kept],table.iloc[sorted(bad)].assign(reason=[bad[i] for i in sorted(bad)]),kept
 
+# %% ../nbs/11_data.ipynb #c41d07a6
+def load_distributed()->None:
+    "Import `fastai.distributed` where several processes train (`WORLD_SIZE`): it gives `Learner` its `distrib_ctx`, and needs accelerate"
+    if num_distrib()<=1: return
+    if find_spec('accelerate') is None:
+        raise ImportError(f"several processes (WORLD_SIZE={num_distrib()}) train together through accelerate, which is not installed: "
+                          "pip install 'kdmed[distributed]'")
+    import_module('fastai.distributed')
+
 # %% ../nbs/11_data.ipynb #8bcbafa1
 def image_dls(
     table:pd.DataFrame,  # Image table with `split` filled; images without a label are trained on, and left out elsewhere
@@ -328,7 +431,7 @@ def image_dls(
     augment=None,        # `Augment` of `kdmed.transforms`: replayable views of training images
     batch_tfms=(),       # fastai augmentations, applied to whole training batches on the device; not replayable
     preprocess=(),       # Functions from uint8 [H, W, 3] to the same, applied once to every image before it is resized
-    store='memory',      # Where images are kept once read: `memory`, True (packed, in `default_store_folder()`), a folder for packed stores, or False: nowhere, fastai's stock way
+    store='memory',      # Where images are kept once read: `memory` (packed all the same if they would take more than a quarter of what is free), True (packed, in `default_store_folder()`), a folder for packed stores, or False: nowhere, fastai's stock way
     sampling='natural',  # Training images of an epoch: each once (`natural`), classes evenly (`balanced`), or a weight for each
     views=None,          # Different views of each image, then they repeat; always new ones if left out
     unreadable:str='error', # Images that cannot be read: one `error` that lists them, or `quarantine`: go on without them, and list them in `dls.quarantine`
@@ -339,8 +442,9 @@ def image_dls(
     allow_leakage:bool=False, # Accept groups that are in more than one split
 )->DataLoaders: # `train` and `valid`, and `test` where the table has test images; with `task`, `classes`, `counts` (training images of each class), `unlabeled` (those without a label), `size`, `table`, `quarantine`
     "fastai `DataLoaders` of an image table"
-    for name,value in (('size', size), ('bs', bs)):
-        if not isinstance(value, Integral) or value < 1: raise ValueError(f'{name} must be a positive whole number, got {value!r}')
+    load_distributed()
+    size,bs,num_workers = check_integer(size, 'size', 1),check_integer(bs, 'bs', 1),check_integer(num_workers, 'num_workers', 0)
+    _check_batch(size, bs)
     _check_loading(store, unreadable, augment, preprocess, views, stats)
     _check_trainable(table, allow_leakage)
     weights = _sampling_weights(sampling, table[table.split=='train'])
@@ -416,20 +520,24 @@ def pixels_key(self:ImageDL):
     "16 hexadecimal digits that differ wherever an image's view could: by its number, its decoded bytes, the augmentation, the normalization"
     split_idx = getattr(self.dataset, 'split_idx', None)
     texts = [_pixels_text(t) for t in self.after_batch.fs if t.split_idx in (None, split_idx)]
-    return _digest('pixels 1', self.size, self.ids.astype('<i8').tobytes(), self.checksums().astype('<u4').tobytes(), *texts)
+    return digest('pixels 1', self.size, self.ids.astype('<i8').tobytes(), self.checksums().astype('<u4').tobytes(), *texts)
 
 def _pixels_text(tfm):
     "What a batch transform does to pixels, as text; an error if that cannot be known"
-    if isinstance(tfm, IntToFloatTensor): return _text([tfm.div, tfm.div_mask])
-    if isinstance(tfm, _Replay): return _text([tfm.augment, *tfm.augment.transforms])
-    if isinstance(tfm, Normalize): return _text([tfm.mean.cpu(), tfm.std.cpu()])
+    if isinstance(tfm, IntToFloatTensor): return value_text([tfm.div, tfm.div_mask])
+    if isinstance(tfm, _Replay): return value_text([tfm.augment, *tfm.augment.transforms])
+    if isinstance(tfm, Normalize): return value_text([tfm.mean.cpu(), tfm.std.cpu()])
     raise ValueError(f'{tfm.name.split()[0]} in batch_tfms may show other pixels each time, so no answer to them can be kept; '
                      'use augment=Augment(…) for random changes, and preprocess= for fixed ones')
 
 # %% ../nbs/11_data.ipynb #6fcc7ea0
-def _own_loader(dl):
-    "The loader inside fastai's for several processes"
-    return dl.dl if isinstance(dl, DistributedDL) else dl
+def own_loader(
+    dl, # A loader, or fastai's `DistributedDL` around one
+): # The loader itself
+    "The loader that fastai's loader for several processes wraps"
+    distributed = sys.modules.get('fastai.distributed') # needs accelerate; where nobody has imported it, no loader comes from it
+    if distributed is None: return dl
+    return dl.dl if isinstance(dl, distributed.DistributedDL) else dl
 
 # %% ../nbs/11_data.ipynb #0f6158cb
 class ReplayMixUp(MixHandler):
@@ -444,7 +552,7 @@ class ReplayMixUp(MixHandler):
     def before_batch(self):
         "Mix images, and the targets or their losses"
         if not hasattr(self.x, 'replay'): raise TypeError(f'{self.name} needs the numbers of its images: use the loaders of image_dls')
-        (ids,views),dl = self.x.replay,_own_loader(self.dl)
+        (ids,views),dl = self.x.replay,own_loader(self.dl)
         x,y = dl.views_of(mix_partners(ids, views, len(dl.ids), self.seed), views)
         mixed,kept = self.mix(x, mix_weights(ids, views, self.alpha, self.seed).to(x.device), ids, views)
         mixed.replay = ids,views
@@ -463,7 +571,7 @@ class ReplayMixUp(MixHandler):
     @property
     def policy(self):
         "What decides pairs and shares, beside image and view: kind, alpha, seed, and how many images there are to choose from"
-        return type(self).__name__,float(self.alpha),int(self.seed),len(_own_loader(self.learn.dls.train).ids)
+        return type(self).__name__,float(self.alpha),int(self.seed),len(own_loader(self.learn.dls.train).ids)
 
 # %% ../nbs/11_data.ipynb #0bfc8809
 class ReplayCutMix(ReplayMixUp):

@@ -6,11 +6,11 @@ Docs: https://kdmed.github.io/kdmed/datasets.html.md"""
 
 # %% auto #0
 __all__ = ['LC25000_CLASSES', 'HAM10000_CLASSES', 'BREAKHIS_SUBTYPES', 'BREAKHIS_IMAGES', 'CHESTXRAY14_FINDINGS', 'MEDMNIST',
-           'read_lc25000', 'read_ham10000', 'read_breakhis', 'read_chestxray14', 'read_medmnist', 'read_csv',
-           'read_dicom_folder', 'read_folder']
+           'files_below', 'read_lc25000', 'read_ham10000', 'read_breakhis', 'read_chestxray14', 'read_medmnist',
+           'read_csv', 'read_dicom_folder', 'read_folder']
 
 # %% ../nbs/13_datasets.ipynb #09de9e5f
-import hashlib, os, shutil, tempfile, warnings, zipfile, zlib
+import hashlib, math, os, shutil, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .copies import group_copies, guessed_note
 from .core import check_in
+from .folders import check_file, existing_path, find_files, some_names
 from .images import SPLITS, class_counts, image_table
-from .readers import (_NO_GROUPS, _existing, _files_below, _finish, _keep_found, _need_columns, _read_rows, _some, _years, read_csv,
-                           read_dicom_folder, read_folder)
-from .splits import group_copies
+from .lists import keep_found, need_columns, read_list
+from .readers import NO_GROUPS, finish_table, read_csv, read_dicom_folder, read_folder, years
 from .store import default_store_folder
 
 # %% ../nbs/13_datasets.ipynb #63bcd9c3
@@ -75,11 +76,11 @@ def _find_set(
     loose:bool=False, # Take `path` itself when nothing below it has a sign
 )->Path:
     "Folder of a published set"
-    start = _input_folder() if path is None else _existing(path, f'{known.name} folder')
+    start = _input_folder() if path is None else existing_path(path, f'{known.name} folder')
     if path is not None and not start.is_dir(): raise NotADirectoryError(f'{known.name}: expected a folder, got the file {start}')
     found = _folders_with(start, known.signs, accept=accept)
     if len(found)==1: return found[0]
-    if found: raise ValueError(f'{known.name} is {len(found)} times below {start}: {_some(found)}; pass the folder of one of them as path')
+    if found: raise ValueError(f'{known.name} is {len(found)} times below {start}: {some_names(found)}; pass the folder of one of them as path')
     if loose and path is not None: return start
     raise FileNotFoundError(_not_found(known, start, ' or '.join(known.signs)))
 
@@ -89,6 +90,10 @@ def _not_found(known, start, looked):
             'elsewhere, pass its folder or one above it as path, or set KDMED_INPUT')
 
 # %% ../nbs/13_datasets.ipynb #7849b8d1
+def files_below(folder, suffixes=''):
+    "Files at or below a folder whose names end so, in any case, sorted by path; a link that leads nowhere is no file"
+    return find_files(folder, suffixes).files
+
 def _one_for_each_name(files, key):
     "{key of a file: the first such file}, and a note if there were several"
     named = {}
@@ -131,7 +136,7 @@ def _tiles(lists):
     "{image name without its ending: source tile}, from either form of the published list"
     tiles = {}
     for file in lists:
-        rows = _read_rows(file, ('stem', 'group_id', 'cluster_label', 'img_path'))
+        rows = read_list(file, ('stem', 'group_id', 'cluster_label', 'img_path'))
         if {'stem', 'group_id'} <= set(rows): found = zip(rows.stem, 'tile ' + rows.group_id)
         elif {'cluster_label', 'img_path'} <= set(rows):
             stems = rows.img_path.str.extract(r'([^/\\]+?)(?:\.\w+)?$')[0] # lungaca12, of a path
@@ -145,7 +150,7 @@ def _tiles(lists):
 def _tile_lists(groups, near):
     "Files that list source tiles: what `groups` names, or the first found in the folders `near`"
     if groups is not None:
-        groups = _existing(groups, 'list of LC25000 groups')
+        groups = existing_path(groups, 'list of LC25000 groups')
         if groups.is_file(): return [groups]
         near = [groups]
     for folder in near:
@@ -161,9 +166,9 @@ def _lc25000_files(folder, classes):
         there = list(_class_folders(folder, _LC25000_NAMES))
         raise FileNotFoundError(f'{folder}: no folder of images for {absent}, only for {there}; '
                                 f'choose another tissue, or complete the set: {_LC25000.slug}')
-    files = [(f, c) for c in classes for f in _files_below(folders[c], _LC25000_ENDINGS)]
+    files = [(f, c) for c in classes for f in files_below(folders[c], _LC25000_ENDINGS)]
     odd = [f.name for f,c in files if f.stem.rstrip('0123456789')!=_LC25000_NAMES[c]]
-    return *map(list, zip(*files)),[f'{len(odd):,} files are not named like the others of their class: {_some(odd, 3)}'] if odd else []
+    return *map(list, zip(*files)),[f'{len(odd):,} files are not named like the others of their class: {some_names(odd, 3)}'] if odd else []
 
 # %% ../nbs/13_datasets.ipynb #87ba93e0
 def _lc25000_groups(files, groups, near, progress):
@@ -172,7 +177,7 @@ def _lc25000_groups(files, groups, near, progress):
     if lists:
         tiles = _tiles(lists)
         absent = [f.name for f in files if f.stem not in tiles]
-        if absent: raise ValueError(f'{lists[0]}: {len(absent):,} images are not in the list of groups: {_some(absent)}')
+        if absent: raise ValueError(f'{lists[0]}: {len(absent):,} images are not in the list of groups: {some_names(absent)}')
         return [tiles[f.stem] for f in files],[],'; groups: Batchkala et al., DEMI at MICCAI 2024 (CC BY 4.0)'
     what = 'each image its own group' if groups=='none' else 'groups guessed by look'
     note = f'source tiles unknown, {what}: about 20 copies of every tile are in this set, and any split may leak'
@@ -186,6 +191,7 @@ def read_lc25000(
     tissue:str='lung',    # `lung` (3 classes), `colon` (2) or `both` (5)
     groups=None,          # List of source tiles (file or folder), `fingerprint` (guess by look) or `none`; searched, else guessed, if left out
     print_card:bool=True, # Print the card of the set
+    positive:str='',      # Class of a binary task (`colon`) whose probability models give; default: cancer
 )->pd.DataFrame: # Image table; groups are source tiles
     "Image table of LC25000"
     check_in(tissue, (*LC25000_CLASSES, 'both'), 'tissue')
@@ -195,9 +201,10 @@ def read_lc25000(
     found,more,cite = _lc25000_groups(files, groups, [folder, Path(path or folder), _input_folder()], print_card)
     about = {**_LC25000.about, 'citation': _LC25000.citation + cite}
     table = image_table(files, labels, found, classes, 'binary' if tissue=='colon' else 'multiclass', **about)
+    if found is not None and not cite: table.attrs['guessed_groups'] = guessed_note()
     tiles = 1246 if tissue=='both' and cite else None
     published = _published_notes(table, 5000*len(classes), dict.fromkeys(classes, 5000), tiles)
-    return _finish(table, {}, [*more, *notes, *published], print_card)
+    return finish_table(table, {}, [*more, *notes, *published], print_card, positive)
 
 # %% ../nbs/13_datasets.ipynb #207f2855
 HAM10000_CLASSES = {'akiec': 327, 'bcc': 514, 'bkl': 1099, 'df': 115, 'mel': 1113, 'nv': 6705, 'vasc': 142} # images of each
@@ -207,10 +214,10 @@ _HAM10000 = _Published('HAM10000', 'kmader/skin-cancer-mnist-ham10000', ('HAM100
 # %% ../nbs/13_datasets.ipynb #6be6dd28
 def _listed_rows(csv, key, text, needed):
     "Rows of a set's list, one for each `key`; and a note on repeated ones"
-    rows = _read_rows(csv, text)
-    _need_columns(csv, rows, needed)
+    rows = read_list(csv, text)
+    need_columns(csv, rows, needed)
     once = rows.drop_duplicates()
-    if once[key].duplicated().any(): raise ValueError(f'{csv}: rows of one {key} differ: {_some(once[key][once[key].duplicated()])}')
+    if once[key].duplicated().any(): raise ValueError(f'{csv}: rows of one {key} differ: {some_names(once[key][once[key].duplicated()])}')
     repeats = len(rows)-len(once)
     return once.set_index(key, drop=False),[f'{repeats:,} rows of {csv.name} repeat another, left out'] if repeats else []
 
@@ -225,12 +232,12 @@ def read_ham10000(
     folder = _find_set(_HAM10000, path)
     csv = _look(folder, _HAM10000.signs)[0][0]
     rows,notes = _listed_rows(csv, 'image_id', ('lesion_id', 'image_id', 'dx'), ['lesion_id', 'image_id', 'dx'])
-    files,doubles = _one_for_each_name(_files_below(folder, '.jpg') or _files_below(path or folder, '.jpg'), lambda f: f.stem)
+    files,doubles = _one_for_each_name(files_below(folder, '.jpg') or files_below(path or folder, '.jpg'), lambda f: f.stem)
     if unlisted := len(set(files)-set(rows.image_id)): notes.append(f'{unlisted:,} images that {csv.name} does not list, left out')
-    rows,images,absent = _keep_found(rows, [files.get(i) for i in rows.image_id], missing, f'{folder} ({_HAM10000.slug} on Kaggle)')
+    rows,images,absent = keep_found(rows, [files.get(i) for i in rows.image_id], missing, f'{folder} ({_HAM10000.slug} on Kaggle)')
     table = image_table(images, rows.dx, rows.lesion_id, list(HAM10000_CLASSES), 'multiclass', **_HAM10000.about)
     notes += [*doubles, *absent, *_published_notes(table, 10015, HAM10000_CLASSES, 7470)]
-    return _finish(table, rows.drop(columns=['lesion_id', 'image_id', 'dx']), notes, print_card)
+    return finish_table(table, rows.drop(columns=['lesion_id', 'image_id', 'dx']), notes, print_card)
 
 # %% ../nbs/13_datasets.ipynb #824db9d9
 BREAKHIS_SUBTYPES = { # code: name, images
@@ -247,7 +254,7 @@ def _breakhis_rows(files, magnification=None):
     "What the names of BreakHis files say: a row for each name; notes on names that are doubled or say nothing"
     named,notes = _one_for_each_name(files, lambda f: f.stem)
     rows = pd.Series(list(named), dtype=str).str.extract(_BREAKHIS_NAME).assign(name=list(named), image=list(named.values()))
-    if odd := rows.name[rows.code.isna()].tolist(): notes.append(f'{len(odd):,} files not named like BreakHis, left out: {_some(odd, 3)}')
+    if odd := rows.name[rows.code.isna()].tolist(): notes.append(f'{len(odd):,} files not named like BreakHis, left out: {some_names(odd, 3)}')
     rows = rows[rows.code.notna()]
     rows = rows.assign(magnification=rows.magnification.astype(int), slide=rows.patient + rows.block,
                        tumor=rows.kind.map({'B': 'benign', 'M': 'malignant'}),
@@ -277,7 +284,7 @@ def _breakhis_doubts(rows):
 # %% ../nbs/13_datasets.ipynb #8c9130fb
 def _fold_files(folder, folds):
     "`Folds.csv`, or `dsfold1.txt` to `dsfold5.txt`: at `folds`, in the set's folder, or up to three above it"
-    if folds is not None and _existing(folds, 'BreakHis folds').is_file(): return [Path(folds)]
+    if folds is not None and existing_path(folds, 'BreakHis folds').is_file(): return [Path(folds)]
     near = [folder, *folder.resolve().parents[:3]] if folds is None else [Path(folds)]
     for f in near:
         if found := _look(f, ['Folds.csv', *(f'dsfold{k}.txt' for k in range(1, 6))])[0]:
@@ -288,14 +295,14 @@ def _fold_files(folder, folds):
 def _read_folds(files):
     "Columns fold1, fold2, … with `train` or `test`, by image name, from either form of the official folds"
     if not files: return pd.DataFrame()
-    if files[0].suffix.lower()=='.csv': listed = _read_rows(files[0])
+    if files[0].suffix.lower()=='.csv': listed = read_list(files[0])
     else: listed = pd.concat([pd.read_csv(f, sep='|', names=['filename', 'mag', 'fold', 'grp']) for f in files])
-    _need_columns(files[0], listed, ['filename', 'fold', 'grp'])
+    need_columns(files[0], listed, ['filename', 'fold', 'grp'])
     listed = listed.assign(name=listed.filename.str.extract(r'([^/\\]+?)(?:\.png)?\s*$')[0], grp=listed.grp.str.strip())
     if odd := sorted(set(listed.grp) - {'train', 'test'}): raise ValueError(f'{files[0]}: grp must be train or test, got {odd}')
     listed = listed.drop_duplicates(['name', 'fold', 'grp'])
     twice = listed.name[listed.duplicated(['name', 'fold'])]
-    if len(twice): raise ValueError(f'{files[0]}: {_some(twice, 3)} in train and in test of one fold')
+    if len(twice): raise ValueError(f'{files[0]}: {some_names(twice, 3)} in train and in test of one fold')
     return listed.pivot(index='name', columns='fold', values='grp').rename(columns=lambda k: f'fold{k}')
 
 # %% ../nbs/13_datasets.ipynb #ac81bef7
@@ -303,7 +310,7 @@ def _fold_notes(groups, folds):
     "Notes on groups that stand on both sides of an official fold, and on images in no fold"
     if not len(folds.columns): return ['neither Folds.csv nor dsfold1.txt to dsfold5.txt found: no columns of official folds']
     sides = {f: folds[f].groupby(groups.to_numpy()).nunique() for f in folds}
-    leaks = [f'{f} {_some(n.index[n>1], 4)}' for f,n in sides.items() if (n>1).any()]
+    leaks = [f'{f} {some_names(n.index[n>1], 4)}' for f,n in sides.items() if (n>1).any()]
     notes = [f'groups in train and in test of official folds: {"; ".join(leaks)}'] if leaks else []
     absent = folds.isna().any(axis=1).sum()
     return notes + ([f'{absent:,} images are missing in official folds'] if absent else [])
@@ -322,13 +329,14 @@ def read_breakhis(
     group:str='patient',  # `patient`: the slide's number, or `slide`: with the letters of its block, as the makers count
     folds=None,           # `Folds.csv`, or the folder of `dsfold1.txt` to `dsfold5.txt`; looked for with the images if left out
     print_card:bool=True, # Print the card of the set
+    positive:str='',      # Class of the binary task whose probability models give; default: `malignant`
 )->pd.DataFrame: # Image table with magnification, subtype, slide, patient, and fold1 to fold5 (`train`, `test`) where folds were found
     "Image table of BreakHis"
     check_in(task, ('binary', 'multiclass'), 'task')
     check_in(group, ('patient', 'slide'), 'group')
     if magnification is not None: check_in(magnification, BREAKHIS_IMAGES, 'magnification')
     folder = _find_set(_BREAKHIS, path, loose=True)
-    rows,notes = _breakhis_rows(_files_below(folder, '.png'), magnification)
+    rows,notes = _breakhis_rows(files_below(folder, '.png'), magnification)
     looked = f'files named like SOB_M_DC-14-2523-{magnification or 40}-010.png'
     if not len(rows): raise FileNotFoundError(_not_found(_BREAKHIS, folder, looked))
     folds = _read_folds(_fold_files(folder, folds)).reindex(rows.name).reset_index(drop=True)
@@ -336,7 +344,7 @@ def read_breakhis(
     table = image_table(rows.image, rows.tumor if task=='binary' else rows.subtype, rows[group], classes, task, **_BREAKHIS.about)
     published = _published_notes(table, *_breakhis_counts(task, magnification, group))
     notes += [*_breakhis_doubts(rows), *_fold_notes(rows[group], folds), *published]
-    return _finish(table, pd.concat([rows[['magnification', 'subtype', 'slide', 'patient']], folds], axis=1), notes, print_card)
+    return finish_table(table, pd.concat([rows[['magnification', 'subtype', 'slide', 'patient']], folds], axis=1), notes, print_card, positive)
 
 # %% ../nbs/13_datasets.ipynb #4fe74dec
 CHESTXRAY14_FINDINGS = { # images of each
@@ -360,7 +368,7 @@ def _chest_labels(csv, findings, no_finding):
 def _chest_columns(rows, folder):
     "Further columns under tidy names, with `official` from the two lists of file names if they are there; and notes"
     more = rows.drop(columns=[c for c in rows if c.startswith('Unnamed') or c in _CHEST_NEEDED]).rename(columns=_CHEST_COLUMNS)
-    if 'age' in more: more['age'] = more.age.map(_years)
+    if 'age' in more: more['age'] = more.age.map(years)
     old = (more.age>110).sum() if 'age' in more else 0
     notes = [f'{old:,} images of patients said to be older than 110 years'] if old else []
     lists = _look(folder, ['train_val_list.txt', 'test_list.txt'])[0]
@@ -384,14 +392,14 @@ def read_chestxray14(
     csv = _look(folder, _CHESTXRAY14.signs)[0][0]
     rows,notes = _listed_rows(csv, 'Image Index', _CHEST_NEEDED, _CHEST_NEEDED)
     rows['Finding Labels'] = _chest_labels(csv, rows['Finding Labels'], no_finding)
-    files,doubles = _one_for_each_name(_files_below(folder, '.png') or _files_below(path or folder, '.png'), lambda f: f.name)
+    files,doubles = _one_for_each_name(files_below(folder, '.png') or files_below(path or folder, '.png'), lambda f: f.name)
     if unlisted := len(set(files)-set(rows.index)): notes.append(f'{unlisted:,} images that {csv.name} does not list, left out')
-    rows,images,absent = _keep_found(rows, [files.get(n) for n in rows.index], missing, f'{folder} ({_CHESTXRAY14.slug} on Kaggle)')
+    rows,images,absent = keep_found(rows, [files.get(n) for n in rows.index], missing, f'{folder} ({_CHESTXRAY14.slug} on Kaggle)')
     classes = [*CHESTXRAY14_FINDINGS, *['No Finding']*no_finding]
     table = image_table(images, rows['Finding Labels'], rows['Patient ID'], classes, 'multilabel', **_CHESTXRAY14.about)
     more,odd = _chest_columns(rows, folder)
     published = _published_notes(table, 112120, {**CHESTXRAY14_FINDINGS, 'No Finding': 60361}, 30805)
-    return _finish(table, more, [*notes, *doubles, *absent, *odd, *published], print_card)
+    return finish_table(table, more, [*notes, *doubles, *absent, *odd, *published], print_card)
 
 # %% ../nbs/13_datasets.ipynb #7c1ddeb2
 _ORGANS = 'bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|pancreas|spleen'
@@ -423,7 +431,7 @@ class _Header:
     dtype:np.dtype
 
     @property
-    def bytes(self): return int(np.prod(self.shape))*self.dtype.itemsize
+    def bytes(self): return math.prod(self.shape)*self.dtype.itemsize
 
 def _npy_header(stream):
     "Header of the array that a stream of `.npy` bytes begins with; nothing is unpickled"
@@ -431,13 +439,22 @@ def _npy_header(stream):
     read = np.lib.format.read_array_header_1_0 if version==(1, 0) else np.lib.format.read_array_header_2_0
     return _Header(*read(stream))
 
+def _member_header(file, archive, member):
+    "Header of one array of an archive; an error if it claims another length than there is"
+    with archive.open(member) as stream:
+        header = _npy_header(stream)
+        held = archive.getinfo(member).file_size - stream.tell()
+    if not header.dtype.hasobject and header.bytes!=held:
+        raise ValueError(f'{member} should have {header.bytes:,} bytes by its header, shape {header.shape}, but has {held:,}')
+    return header
+
 def _npz_headers(file):
     "{name: header} of the arrays in an npz file"
     headers = {}
     try:
         with zipfile.ZipFile(file) as archive:
             for member in archive.namelist():
-                with archive.open(member) as stream: headers[member.removesuffix('.npy')] = _npy_header(stream)
+                headers[member.removesuffix('.npy')] = _member_header(file, archive, member)
     except (zipfile.BadZipFile, ValueError, EOFError) as e: raise ValueError(f'{file} is no whole npz file: {e}') from e
     return headers
 
@@ -447,6 +464,7 @@ def _check_medmnist(file, headers, several):
     needed = [f'{s}_{what}' for s in _MEDMNIST_SPLITS for what in ('images', 'labels')]
     if missing := [k for k in needed if k not in headers]: raise ValueError(f'{file}: missing {missing}; it has {sorted(headers)}')
     for s in _MEDMNIST_SPLITS:
+        if not headers[f'{s}_images'].shape or not headers[f'{s}_images'].shape[0]: raise ValueError(f'{file}: {s}_images holds no images')
         images,labels = headers[f'{s}_images'],headers[f'{s}_labels']
         if images.dtype!=np.uint8 or len(images.shape) not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)) or images.by_column:
             raise ValueError(f'{file}: {s}_images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {images.shape}')
@@ -489,17 +507,23 @@ def _medmnist_file(path, flag, size, download):
     if path is None and not flag: raise ValueError(f'path must be an npz file, its folder, or one of {list(MEDMNIST)}')
     wanted = f'{flag}{"" if size==28 else f"_{size}"}.npz'
     if path is None: return _find_npz(wanted, flag, size, download),flag
-    file = _existing(path, 'MedMNIST file')
+    file = existing_path(path, 'MedMNIST file')
     if file.is_dir(): file = _npz_in(file, wanted if flag else '')
-    names = [flag] if flag else [f for f in MEDMNIST if f in file.stem.lower()]
-    if len(names)!=1: raise ValueError(f'the name of {file} says none of the sets; pass flag as one of {list(MEDMNIST)}')
-    return file,names[0]
+    check_file(file, 'MedMNIST file')
+    return file,flag or _flag_of(file)
+
+def _flag_of(file):
+    "The set that a file's name says; an error if it says none, or several"
+    names = [f for f in MEDMNIST if f in file.stem.lower()]
+    if len(names)==1: return names[0]
+    said = f'several of the sets, {names}' if names else 'none of the sets'
+    raise ValueError(f'the name of {file} says {said}; pass flag as one of {list(MEDMNIST)}, or rename it, such as breastmnist.npz')
 
 def _npz_in(folder, wanted):
     "The file called `wanted` at or below a folder; without a name, the only npz file in it"
     if wanted: found = [_look(f, [wanted])[0][0] for f in _folders_with(folder, [wanted])]
     else: found = sorted(folder.glob('*.npz'))
-    if len(found)!=1: raise FileNotFoundError(f'{folder}: expected one {wanted or "npz file, or a flag"}, found {_some(found) or "none"}')
+    if len(found)!=1: raise FileNotFoundError(f'{folder}: expected one {wanted or "npz file, or a flag"}, found {some_names(found) or "none"}')
     return found[0]
 
 # %% ../nbs/13_datasets.ipynb #3551282f
@@ -533,7 +557,7 @@ def _medmnist_labels(file, key, numbers, names, several):
 def _medmnist_notes(flag, found, published):
     "Notes on missing groups and on counts that differ from those published"
     derma = '; it is made of HAM10000, and images of one lesion stand on both sides of the official split' if flag=='dermamnist' else ''
-    return [_NO_GROUPS + derma, *(f'{n:,} images in {s}, where {p:,} are published' for s,n,p in zip(SPLITS, found, published) if n!=p)]
+    return [NO_GROUPS + derma, *(f'{n:,} images in {s}, where {p:,} are published' for s,n,p in zip(SPLITS, found, published) if n!=p)]
 
 # %% ../nbs/13_datasets.ipynb #687d9a09
 def _medmnist_name(flag):
@@ -567,6 +591,7 @@ def read_medmnist(
     memory:float=1.,      # GiB of images to hold in memory; a larger set is unpacked to `cache` and mapped
     cache=None,           # Folder for what is unpacked; that of the stores if left out
     print_card:bool=True, # Print the card of the set
+    positive:str='',      # Class of a binary set whose probability models give; default: the second, as published
 )->pd.DataFrame: # Image table of uint8 arrays [H, W] or [H, W, 3]; `split` and `official` are the official split
     "Image table of a 2-D MedMNIST set"
     check_in(size, (28, 64, 128, 224), 'size')
@@ -581,4 +606,4 @@ def read_medmnist(
     table = image_table(images, labels, classes=names, task=task, name=_medmnist_name(flag),
         licence='CC BY-NC 4.0' if flag=='dermamnist' else 'CC BY 4.0', citation='Yang et al., Scientific Data 10:41, 2023')
     notes = _medmnist_notes(flag, [(splits==s).sum() for s in SPLITS], published)
-    return _finish(table, {'split': splits, 'official': splits}, notes, print_card)
+    return finish_table(table, {'split': splits, 'official': splits}, notes, print_card, positive)

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, distributed, nn
 
-from .core import COLORS, capture_activations, check_in, count_macs, evaluating, figure, get_layer, unwrap
+from .core import COLORS, capture_activations, check_in, check_integer, check_number, count_macs, evaluating, figure, get_layer, input_channels, model_spec, unwrap
 from .data import TASKS
 from .models import WRAPPERS, _staged, _thawed, pooled_features, stage_names
 
@@ -105,9 +105,11 @@ def _check_task(task, spec, n_out):
 def _check_source(model, layers, size):
     "Raise an error unless exits can be added to `model` at `layers`, tried with images of `size`"
     if isinstance(model, ExitModel) or not isinstance(model, nn.Module): raise TypeError(f'model must be a Module without exits, got {type(model).__name__}')
-    if isinstance(layers, str) or not layers: raise ValueError(f'layers must be a list of layer names, got {layers!r}')
+    if isinstance(layers, str) or not hasattr(layers, '__len__') or not len(layers):
+        raise ValueError(f'layers must be a list of layer names, got {layers!r}')
     if len(set(layers))<len(layers): raise ValueError(f'layers must differ, got {layers}')
-    if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
+    if size is None: raise ValueError('size must be given: the model has no spec that says which images it takes')
+    check_integer(size, 'size', least=1)
 
 # %% ../nbs/21_exits.ipynb #ee0451c1
 def add_exits(
@@ -119,11 +121,12 @@ def add_exits(
     dropout:float=0., # Share of features dropped before each new head, in training
 )->ExitModel: # A copy of the model in the same mode, weights included, with exits that must be trained; a frozen model's copy is not
     "A model with classifiers on the way"
-    model,spec = unwrap(model),getattr(model, 'spec', {})
-    layers,size = _default_layers(model) if layers is None else layers,size or spec.get('size')
+    spec,model = model_spec(model),unwrap(model)
+    layers,size = _default_layers(model) if layers is None else layers,size if size is not None else spec.get('size')
     _check_source(model, layers, size)
+    check_number(dropout, 'dropout', least=0, below=1)
     backbone,p = _thawed(deepcopy(model)),next(model.parameters())
-    images = torch.randn(len(layers)+1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(p)
+    images = torch.randn(len(layers)+1, input_channels(model), size, size, generator=torch.Generator().manual_seed(0)).to(p)
     widths,out = _trace(backbone, layers, images)
     if not isinstance(out, Tensor) or out.ndim!=2: raise ValueError(f'model must turn images into logits [B, C], got {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}')
     task,n_out = _check_task(task, spec, out.shape[1]),out.shape[1]
@@ -193,9 +196,10 @@ def _can_shrink(model, images):
 
 def _thresholds(threshold, n):
     "One threshold for each of `n` exits"
-    values = [float(t) for t in threshold] if isinstance(threshold, (list, tuple)) else [float(threshold)]*n
-    if len(values)!=n or any(t!=t for t in values): raise ValueError(f'threshold must be a number, or one for each of {n} exits, got {threshold}')
-    return values
+    values = list(threshold) if hasattr(threshold, '__len__') and not isinstance(threshold, str) else [threshold]*n
+    good = all(isinstance(t, (int, float, np.integer, np.floating)) and not isinstance(t, bool) and t==t for t in values)
+    if len(values)!=n or not good: raise ValueError(f'threshold must be a number, or one for each of {n} exits, got {threshold}')
+    return [float(t) for t in values]
 
 # %% ../nbs/21_exits.ipynb #933e2c57
 def early_exit(
@@ -207,7 +211,7 @@ def early_exit(
     model = unwrap(model)
     if not isinstance(model, ExitModel): raise TypeError(f'model must have exits, made by add_exits, got {type(model).__name__}')
     thresholds = _thresholds(threshold, len(model.exits))
-    if not len(images): raise ValueError('images must hold at least one image')
+    if not len(images): raise ValueError('images must contain at least one image')
     def sure(k, logits): return exit_confidence(logits, model.task) >= thresholds[k]
     with evaluating(model):
         batches = [images] if len(images)==1 or _can_shrink(model, images) else images.split(1)
@@ -228,7 +232,7 @@ def exit_macs(
 )->list: # Multiply–accumulates for one image: to each exit, first exit first, and to the network's end
     "Multiply–accumulates that an image costs when it leaves at each exit"
     model = unwrap(model)
-    size = size or getattr(model, 'spec', {}).get('size')
+    size = size or model_spec(model).get('size')
     if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
     return [count_macs(_UntilExit(model, k), size) for k in range(len(model.exits)+1)]
 

@@ -19,9 +19,9 @@ from fastcore.foundation import L
 from torch import nn
 
 from .callbacks import DistillCallback, at_progress
-from .core import capture_activations, get_layer, unwrap
+from .core import capture_activations, check_number, get_layer, unwrap
 from .feature_losses import FEATURE_WEIGHTS, attention_transfer_loss, channel_loss, hint_loss, relational_loss, similarity_loss
-from .models import feature_map
+from .models import feature_map, pooled_features
 
 # %% ../nbs/34_features.ipynb #c7cebdd9
 class _SplitterWith:
@@ -184,8 +184,7 @@ def maps(self:FeatureKD,
 
 @patch
 def _ours(self:FeatureKD, features, model):
-    features = feature_map(features, model)
-    return features.mean((2, 3), keepdim=True) if self.pool else features
+    return pooled_features(features, model)[..., None, None] if self.pool else feature_map(features, model)
 
 @patch
 def _theirs(self:FeatureKD, taught, layer): return taught[layer, 'pooled'][..., None, None] if self.pool else taught[layer, 'map']
@@ -210,8 +209,14 @@ def forget(self:FeatureKD):
 
 @patch
 def after_fit(self:FeatureKD):
-    "Take the projectors back from the optimizer"
+    "A learning rate test puts back an optimizer that had no projectors yet"
     super(FeatureKD, self).after_fit()
+    if self.finding_lr: _take_from_optimizer(self.learn)
+
+@patch
+def after_all(self:FeatureKD):
+    "Take the projectors back from the optimizer, which until here is as it was saved during training"
+    super(FeatureKD, self).after_all()
     _take_from_optimizer(self.learn)
     if self.finding_lr: self.projectors,self.finding_lr = self.kept,False
 
@@ -273,7 +278,7 @@ class ChannelKD(FeatureKD):
 # %% ../nbs/34_features.ipynb #84075484
 class RelationalKD(FeatureKD):
     "Match distances and angles between the images of a batch, in pooled features"
-    projects = 'never'
+    projects,fewest_images = 'never',2
     def __init__(self,
         teacher,          # `Teacher`, or what makes one
         pairs,            # `[(student layer, teacher layer), …]`; any numbers of channels
@@ -283,13 +288,13 @@ class RelationalKD(FeatureKD):
         angle_weight:float=50.,    # Factor on the part of angles
     ):
         super().__init__(teacher, pairs, weight, label_weight, pool=True)
-        self.distance_weight,self.angle_weight = distance_weight,angle_weight
+        self.distance_weight,self.angle_weight = check_number(distance_weight, 'distance_weight', least=0),check_number(angle_weight, 'angle_weight', least=0)
 
     def distance(self, ours, theirs): return relational_loss(ours.flatten(1), theirs.flatten(1), self.distance_weight, self.angle_weight)
 
 class SimilarityKD(FeatureKD):
     "Match which images of a batch are alike: the cosines between all of their feature maps"
-    projects,same_size = 'never',False
+    projects,same_size,fewest_images = 'never',False,2
     def __init__(self,
         teacher,          # `Teacher`, or what makes one
         pairs,            # `[(student layer, teacher layer), …]`; any numbers of channels, any sizes

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import gaussian_blur
 from .core import COLORS, check_in, figure
 from .intervals import _check_whole, _group_codes, _interval, group_weights
 from .models import stage_names
-from .saliency import (SALIENCY_METHODS, _check_images, _ClassScores, _needed, _observed, _subject, _target_indices, overlay, plot_explanations,
+from .saliency import (SALIENCY_METHODS, _ClassScores, _needed, _observed, _subject, _target_indices, images_for, overlay, plot_explanations,
                             saliency_layers, saliency_maps)
 
 # %% ../nbs/47_interpret.ipynb #e94b91ac
@@ -161,11 +161,12 @@ def deletion_insertion(
     task:str=None,   # `binary`, `multiclass` or `multilabel`; that of the Learner or of `model.spec` if left out
     bs:int=64,       # Altered images in one pass
     seed:int=0,      # Of the order of equal pixels
+    stats=None,      # Means and deviations the images are normalized with, where they may not be the model's own
 )->PixelCurves:
     "How the probability of a class changes as the pixels a map ranks first are hidden, or shown alone"
     if isinstance(baseline, str): check_in(baseline, ('blur', 'mean'), 'baseline')
     module,classes,task = _subject(model, task)
-    x,rows = _check_images(images, module),_rows(maps, 'maps')
+    x,rows = images_for(model, images, stats),_rows(maps, 'maps')
     if np.shape(maps)!=(len(x), *x.shape[2:]): raise ValueError(f'maps must be {(len(x), *x.shape[2:])}, as large as the images, got {np.shape(maps)}')
     for name,number in (('steps', steps), ('bs', bs)): _check_whole(number, name)
     targets = _target_indices(targets, len(x), classes)
@@ -251,11 +252,12 @@ def randomization_check(
     groups=None,         # Patient of each image, for the intervals
     n_boot:int=1000,     # Bootstrap draws of groups
     seed:int=0,          # Of the new weights and of the draws
+    stats=None,          # Means and deviations the images are normalized with, where they may not be the model's own
     **kwargs,            # Passed on to `saliency_maps`
 )->pd.DataFrame: # A row for each stage, from the head down: `spearman` with its interval, images it is defined for, note, and `ssim`
     "How alike maps stay while the model is destroyed, stage after stage from the head down"
     module,classes,task = _subject(model, kwargs.pop('task', None))
-    x,targets = _check_images(images, module),_target_indices(targets, len(images), classes)
+    x,targets = images_for(model, images, stats),_target_indices(targets, len(images), classes)
     scores = _ClassScores(module, task, max(targets or [-1]))
     with _observed(module), torch.no_grad(): predicted = scores(x).argmax(1).tolist()
     targets,copy = targets or predicted,deepcopy(module)

@@ -21,11 +21,12 @@ __all__ = ['ALL', 'SEVERAL', 'METHODS', 'TEACHERLESS', 'fit_classifier', 'Method
 
 # %% ../nbs/38_kd.ipynb #aa7dc3a7
 import random, warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Callable
 
 import pandas as pd
+import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds, fit_one_cycle
 from fastai.learner import Learner
@@ -35,17 +36,19 @@ from fastai.optimizer import Adam
 from fastcore.foundation import L
 from torch import nn
 
+from .adapt import find_normalization, fixed_size, needed_channels
 from .callbacks import DecoupledKD, DistillCallback, DistillTokenKD, DistKD, FocalKD, LogitKD, LossTerms, NormalizedKD, check_token, few_images, same_random_numbers
 from .cache import TeacherCache
-from .core import check_in, evaluating, seed_everything, unwrap
-from .data import FindingsAccuracy
+from .core import check_in, check_integer, check_number, check_seed, evaluating, model_spec, seed_everything, unwrap
+from .data import FindingsAccuracy, own_loader
 from .exits import ExitModel, add_exits, early_exit, exit_curve
 from .features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
 from .losses import (FEATURE_WEIGHTS, attention_map, attention_transfer_loss, bernoulli_focal_loss, bernoulli_hard_token_loss, bernoulli_soft_target_loss,
                           channel_loss, cosine_loss, decoupled_loss, dist_loss, focal_loss, hard_token_loss, hint_loss, inverse_frequency_weights,
                           logit_mse_loss, normalized_loss, relational_loss, similarity_loss, soft_cross_entropy_loss, soft_target_loss, soft_token_loss,
                           standardize_logits)
-from .models import add_distillation_token, create_fused_teacher, create_student, create_teacher, feature_map, load_student, save_student, stage_names, truncate_vit
+from .models import (add_distillation_token, create_fused_teacher, create_student, create_teacher, feature_map, load_student, model_stats, same_stats,
+                          save_student, set_model_stats, stage_names, truncate_vit, usable_stages)
 from .multidim import MultiDimKD, ViTKD, pair_blocks
 from .multistage import MultiStageKD, during, staged
 from .resume import Resume, StopOnNaN, load_checkpoint, save_checkpoint
@@ -66,9 +69,11 @@ _all_ = ['SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_sc
 def _make(model, dls, seed):
     "A model out of a timm name or a function that makes one, on a seed; a Module is taken as it is"
     seed_everything(seed)
-    if not isinstance(model, str): return model if isinstance(model, nn.Module) else model()
-    if not hasattr(dls, 'task'): raise ValueError(f'only with data of image_dls can a model be given by name; pass a Module, got {model!r}')
-    return create_student(model, dls.classes, dls.size, dls.task)
+    if isinstance(model, str) and not hasattr(dls, 'task'): raise ValueError(f'only with data of image_dls can a model be given by name; pass a Module, got {model!r}')
+    if isinstance(model, str): return create_student(model, dls.classes, dls.size, dls.task)
+    made = model() if callable(model) and not isinstance(model, nn.Module) else model
+    if not isinstance(made, nn.Module): raise TypeError(f'model must be a Module, a function that makes one, or the name of a timm model, got {made if made is None else type(made).__name__}')
+    return made
 
 def _task_settings(dls, model):
     "Metrics to watch, and a loss where the data's own does not suit the outputs"
@@ -82,6 +87,90 @@ def _task_settings(dls, model):
     if task=='binary': return dict(metrics=[accuracy, BalancedAccuracy()], loss_func=CrossEntropyLossFlat())
     return dict(loss_func=BCEWithLogitsLossFlat() if yb[0].is_floating_point() or outputs.numel()==len(outputs) else CrossEntropyLossFlat())
 
+# %% ../nbs/38_kd.ipynb #b38488c4
+_TOO_LARGE = 1e6 # of a learning rate or decay: weights would leave single precision in a few steps
+
+def _check_training(dls, epochs, lr, seed, cbs, weight_decay, schedule):
+    "Raise an error for arguments of a fit that are out of range, before anything is made"
+    if not hasattr(dls, 'train'): raise TypeError(f'dls must be DataLoaders, such as those of image_dls, got {type(dls).__name__}')
+    check_integer(epochs, 'epochs', least=1)
+    check_number(lr, 'lr', above=0, below=_TOO_LARGE)
+    check_seed(seed)
+    if weight_decay is not None: check_number(weight_decay, 'weight_decay', least=0, below=_TOO_LARGE)
+    check_in(schedule, ('one_cycle', 'constant'), 'schedule')
+    for cb in L(cbs):
+        if not isinstance(cb, (Callback, type)): raise TypeError(f'cbs must be fastai callbacks, got {cb!r}')
+
+def _check_channels(dls, model):
+    "Raise an error unless the model takes images with the channels of the loaders"
+    images = few_images(dls, 1)[0][0].to(next(model.parameters()).device)
+    with same_random_numbers(): takes = needed_channels(model, images)
+    if takes is None: return
+    raise ValueError(f'the model takes images of {takes} channels, those of the loaders have {images.shape[1]}: make it with in_chans={images.shape[1]}'
+                     + ' (a gray image is loaded as three equal channels)'*(images.shape[1]==3))
+
+# %% ../nbs/38_kd.ipynb #d2171de9
+def _smallest_batch(dls):
+    "Images in the smallest batch of an epoch; None where the loader does not tell"
+    train = own_loader(dls.train)
+    bs,n = getattr(train, 'bs', None) or getattr(train, 'batch_size', None),len(getattr(train, 'dataset', ()))
+    if not bs or not n: return None
+    drops = getattr(train, 'drop_last', False)
+    return bs if drops or n%bs==0 else n%bs
+
+def _check_batch_norm(dls, model):
+    "Raise an error if a batch of one image would leave a BatchNorm a single value of each channel"
+    if _smallest_batch(dls)!=1: return
+    norms = {name: m for name,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    single,handles = [],[]
+    def note(name): return lambda m, inputs: single.append(name) if inputs[0].numel()==inputs[0].shape[1] else None
+    try:
+        for name,m in norms.items(): handles.append(m.register_forward_pre_hook(note(name)))
+        with same_random_numbers(), evaluating(model): model(*(x.to(next(model.parameters()).device) for x in few_images(dls, 1)[0]))
+    finally:
+        for handle in handles: handle.remove()
+    if single: raise ValueError(f'a batch of one image cannot be trained on: BatchNorm layer {single[0]!r} sees one value of each channel. Choose a bs of 2 or more that leaves '
+                                'no batch of one (or a loader that drops it), larger images, or a model without BatchNorm')
+
+# %% ../nbs/38_kd.ipynb #fdebc9a6
+def _note_normalization(model, dls):
+    "Record in a model what it is about to be trained with; warn if that was another so far"
+    own,loaders = model_stats(model),find_normalization(dls)
+    if own is not None and loaders is None: warnings.warn('the model was trained on normalized images; these loaders have no Normalize, so it is trained on images as they are')
+    if loaders is None: return
+    loaders = tuple(tuple(round(v, 6) for v in part) for part in loaders) # they come in single precision
+    if own is not None and not same_stats(own, loaders):
+        warnings.warn(f'so far the model was trained on images normalized with {own}; it is trained on with those of the loaders, {loaders}, '
+                      'which are its own from now on. image_dls(…, stats=model_stats(model)) keeps the former')
+    try: set_model_stats(model, *loaders)
+    except ValueError: unwrap(model).spec = model_spec(model) | dict(zip(('mean', 'std'), map(list, loaders))) # its first convolution by name is not what meets the images
+
+# %% ../nbs/38_kd.ipynb #32eb9fb4
+class _StopAtNaN(StopOnNaN):
+    "Stop a fit with `FloatingPointError` when its loss, or at the end of an epoch a weight, is not finite"
+    order,name = StopOnNaN.order+1,'stop_at_nan' # after one that keeps the batch
+    def __init__(self): "Nothing is kept"
+
+    def before_step(self):
+        if not self.total.isfinite().all(): self._stop(f'the loss is {self.total.mean().item()} in epoch {self.epoch}, batch {self.iter}')
+
+    def after_train(self):
+        state = self.learn.model.state_dict()
+        broken = [name for name,t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+        if broken: self._stop(f'after epoch {self.epoch} the weights are not finite, such as {broken[0]!r}')
+
+    def _stop(self, what):
+        raise FloatingPointError(f'{what}: is the learning rate too high (now {self.learn.opt.hypers[-1]["lr"]:.3g}), or are there images that are not finite? '
+                                 'cbs=StopOnNaN(folder) keeps the batch')
+
+@contextmanager
+def _plain_errors():
+    "Without fastai's preface, which says in which callback an error was raised"
+    try: yield
+    except Exception as e:
+        if e.args and str(e.args[0]).startswith('Exception occured in `'): e.args = (str(e.args[0]).split(':\n\t', 1)[-1], *e.args[1:])
+        raise
+
 # %% ../nbs/38_kd.ipynb #05abc6ed
 def _checked_metrics(metrics, dls):
     "fastai metrics, those that can asked whether they suit the data"
@@ -89,6 +178,27 @@ def _checked_metrics(metrics, dls):
         if not callable(m) and not hasattr(m, 'accumulate'): raise TypeError(f"metrics must be fastai metrics, such as kdmed.metrics.MetricByName('macro_auroc'), got {m!r}")
         if hasattr(m, 'check'): m.check(dls)
     return L(metrics)
+
+def _make_learner(dls, model, seed, metrics, optimizer, weight_decay):
+    "A Learner that is ready to be fitted, on a seed; errors for a model that cannot be trained on the data"
+    model = _make(model, dls, seed)
+    if not any(p.requires_grad for p in model.parameters()): raise ValueError('the student has nothing to train: it is frozen, perhaps because it was a teacher; model.requires_grad_(True) thaws it')
+    _check_channels(dls, model)
+    _check_batch_norm(dls, model)
+    learn = Learner(dls, model, opt_func=optimizer, wd=weight_decay, **_task_settings(dls, model))
+    learn.metrics = learn.metrics + _checked_metrics(metrics, dls)
+    learn.seed = seed
+    return learn
+
+def _fit(learn, epochs, lr, cbs, progress, schedule):
+    "Fit a Learner from its seed on"
+    seed_everything(learn.seed)
+    train = learn.dls.train
+    train.rng = random.Random(learn.seed)
+    if hasattr(train, 'set_epoch'): train.set_epoch(0)
+    cbs = [*L(cbs), _StopAtNaN()]
+    with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging(), _plain_errors():
+        learn.fit_one_cycle(epochs, lr, cbs=cbs) if schedule=='one_cycle' else learn.fit(epochs, lr, cbs=cbs)
 
 def fit_classifier(
     dls,            # From `image_dls`, or any `DataLoaders`
@@ -100,22 +210,14 @@ def fit_classifier(
     progress:bool=True, # Show progress bars and the training log
     metrics=(),     # More fastai metrics to watch, such as `kdmed.metrics.MetricByName('macro_auroc')`
     optimizer=Adam, # fastai optimizer: `Adam`, whose decay is decoupled as in AdamW, `SGD`, …
-    weight_decay:float=None, # fastai's .01 if left out
+    weight_decay:float=None, # Default: fastai's .01
     schedule:str='one_cycle', # Of the learning rate: `one_cycle`, or `constant`
 )->Learner: # Fitted; `history` holds its training log
-    "Train a classifier, repeatably"
-    check_in(schedule, ('one_cycle', 'constant'), 'schedule')
-    if epochs<1 or lr<=0: raise ValueError(f'epochs and lr must be positive, got epochs={epochs}, lr={lr}')
-    model = _make(model, dls, seed)
-    if not any(p.requires_grad for p in model.parameters()): raise ValueError('the student has nothing to train: it is frozen, perhaps because it was a teacher; model.requires_grad_(True) thaws it')
-    learn = Learner(dls, model, opt_func=optimizer, wd=weight_decay, **_task_settings(dls, model))
-    learn.metrics = learn.metrics + _checked_metrics(metrics, dls)
-    learn.seed = seed
-    seed_everything(seed)
-    dls.train.rng = random.Random(seed)
-    if hasattr(dls.train, 'set_epoch'): dls.train.set_epoch(0)
-    with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
-        learn.fit_one_cycle(epochs, lr, cbs=cbs) if schedule=='one_cycle' else learn.fit(epochs, lr, cbs=cbs)
+    "Train a classifier, repeatably; the normalization of the data becomes the model's own"
+    _check_training(dls, epochs, lr, seed, cbs, weight_decay, schedule)
+    learn = _make_learner(dls, model, seed, metrics, optimizer, weight_decay)
+    _note_normalization(learn.model, dls)
+    _fit(learn, epochs, lr, cbs, progress, schedule)
     names = [n for n in learn.recorder.metric_names if n not in ('epoch', 'time')]
     learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
     return learn
@@ -132,7 +234,18 @@ class Method:
 
 ALL,SEVERAL = 'binary, multiclass, multilabel','multiclass with 3 or more classes'
 
-def _last(student, teacher): return [(stage_names(student)[-1], stage_names(teacher.model)[-1])]
+def _trial_size(model):
+    "Image side to try a model's stages at, in pixels"
+    config = getattr(unwrap(model), 'pretrained_cfg', None) or {}
+    return model_spec(model).get('size') or fixed_size(model) or (config.get('input_size') or [64])[-1]
+
+def _usable(model):
+    "Stages of a model whose features can be compared; none where a trial fails"
+    try: return usable_stages(model, _trial_size(model))
+    except ValueError: return []
+
+def _last_stage(model): return (_usable(model) or stage_names(model))[-1] # or an error
+def _last(student, teacher): return [(_last_stage(student), _last_stage(teacher.model))]
 def _stages(student, teacher):
     last_first = zip(reversed(stage_names(student)), reversed(stage_names(teacher.model))) # some models count their stem as a stage
     return list(last_first)[::-1]
@@ -185,7 +298,7 @@ def distill_callbacks(
     student:nn.Module, # timm model
     teacher=None,      # `Teacher`, or what makes one; `mean_teacher` needs none
 )->list: # Callbacks, for `fit`
-    "The callbacks a method stands for; `auto` is `hard_token` for a student with that token, `multi_stage` for one with exits, else `logit+feature`, or `logit` where stages are not known"
+    "The callbacks a method stands for; `auto` is `hard_token` for a student with that token, `multi_stage` for one with exits, else `logit+feature`, or `logit` where a model has no stages whose features can be used"
     check_in(method, ['auto', *METHODS], 'method')
     if teacher is None and method not in TEACHERLESS: raise ValueError(f'method {method!r} needs a teacher; without one there are {TEACHERLESS}')
     teacher,student = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher),unwrap(student)
@@ -199,7 +312,7 @@ def _suits(student, teacher):
     "The method `auto` stands for"
     if hasattr(student, 'set_distilled_training'): return 'hard_token'
     if isinstance(student, ExitModel): return 'multi_stage'
-    staged = len(teacher.models)==1 and hasattr(student, 'feature_info') and hasattr(teacher.model, 'feature_info')
+    staged = len(teacher.models)==1 and _usable(student) and _usable(teacher.model)
     return 'logit+feature' if staged else 'logit'
 
 def _weighed(cb):
@@ -238,6 +351,7 @@ def distill(
 )->Learner: # Fitted, with its training log in `history`; `learn.model` is the student alone
     "Train a student with a teacher; `fit_classifier` with the same arguments is its control"
     check_in(method, ['auto', *METHODS], 'method')
+    _check_training(dls, epochs, lr, seed, cbs, weight_decay, schedule)
     teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
     student = _make(student, dls, seed)
     return fit_classifier(dls, student, epochs, lr, seed, [*distill_callbacks(method, student, teacher), *L(cbs)], progress, metrics, optimizer, weight_decay, schedule)
@@ -251,8 +365,11 @@ def check_fit(
     model,  # One to throw away
     cbs=(), # Callbacks that would train it
 )->None:
-    "Raise the error that a fit would raise, before anything is trained"
+    "Raise the error that a fit would raise, before anything is trained: `ValueError`, but for those that speak of the machine"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # they come when it is meant
-        try: fit_classifier(dls, model, 1, cbs=[*L(cbs), _StopAtFirstBatch()], progress=False)
-        except Exception as e: raise ValueError(str(e).split(':\n\t', 1)[-1]) from e # fastai says first in which callback it was
+        try: _fit(_make_learner(dls, model, 0, (), Adam, None), 1, 3e-3, [*L(cbs), _StopAtFirstBatch()], False, 'one_cycle')
+        except (MemoryError, ImportError, OSError, torch.OutOfMemoryError): raise # of the machine, not of the fit
+        except Exception as e:
+            if "can't allocate memory" in str(e): raise MemoryError(str(e)) from e
+            raise ValueError(str(e)) from e

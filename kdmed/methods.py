@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/methods.html.md"""
 __all__ = ['compare_methods', 'predict_teacher', 'methods_comparison', 'plot_methods']
 
 # %% ../nbs/51_methods.ipynb #88981758
-import io, json, os
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,85 +18,72 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
-from .core import COLORS, check_in, figure
-from .kd import METHODS, SEVERAL, Teacher, _make, check_fit, distill_callbacks, fit_classifier
+from .core import COLORS, check_in, check_integer, check_number, check_seed, figure
+from .kd import METHODS, SEVERAL, Teacher, check_fit, distill_callbacks, fit_classifier
 from .metrics import evaluate, paired_difference, predict
-from .store import _digest, _text
+from .resume import Resume
+from .store import digest, value_text
+from .study import check_study, claimed_folder, data_facts, model_facts, new_model, note_study, read_study, run_cell, weights_checksum
 
 # %% ../nbs/51_methods.ipynb #c8ae6099
-def _study_key(dls, student, epochs, lr, on):
-    "What must be the same when a study goes on"
-    data = dict(data=dls.table.attrs['name'], classes=list(dls.classes), train=len(dls.train_ds), on=on, judged=len(getattr(dls, on).table))
-    return data | dict(size=dls.size, bs=dls.train.bs, views=_views_of(dls.train), student=_about(student), epochs=epochs, lr=lr)
+def _study_facts(dls, student, teacher, epochs, lr):
+    "What must be the same when a study resumes"
+    teachers = dict(teacher=[weights_checksum(m) for m in teacher.models])
+    return dict(kind='methods', **data_facts(dls), views=_views_of(dls.train), student=model_facts(student), **teachers, settings=dict(epochs=epochs, lr=lr))
 
 def _views_of(dl):
     "What decides the pixels a student sees, as far as that can be known"
     try: return f'{dl.pixels_key()} × {dl.views}'
     except (AttributeError, ValueError): return None
 
-def _about(model): return f'{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters'
+def _open_study(folder, facts, methods):
+    "Raise an error if a folder holds a study of other settings, data or teacher, or other methods of these names; else note the methods"
+    before = read_study(folder).get('methods', {})
+    check_study(folder, facts | dict(methods=before))
+    if other := [name for name,m in methods.items() if before.get(name, m)!=m]: raise ValueError(f'{folder} holds another study: method {other[0]!r} was {before[other[0]]}, is {methods[other[0]]}. Choose another folder, or another name')
+    note_study(folder, facts | dict(methods=before | methods))
 
-def _check_study(folder, key, methods, teacher_probs):
-    "Raise an error if a folder holds a study of other settings, or of another teacher; else note the methods"
-    folder.mkdir(parents=True, exist_ok=True)
-    file,told = folder/'study.json',_remember(folder/'teacher.npy', lambda: teacher_probs)
-    if told.shape!=teacher_probs.shape or np.abs(told-teacher_probs).max()>1e-3: raise ValueError(f'{folder} holds a study of another teacher; choose another folder')
-    held = json.loads(file.read_text()) if file.is_file() else key | dict(methods={})
-    other = {k: (held.get(k), v) for k,v in key.items() if held.get(k)!=v} | {f'method {k!r}': (held['methods'][k], v) for k,v in methods.items() if held['methods'].get(k, v)!=v}
-    if other: raise ValueError(f'{folder} holds another study: ' + ', '.join(f'{k} was {a}, is {b}' for k,(a,b) in other.items()) + '; choose another folder')
-    _write(file, json.dumps(held | dict(methods=held['methods'] | methods), indent=1).encode())
-
-def _identity(method): return method if isinstance(method, str) else _digest(_text(method))
-
-def _write(file, data):
-    "Write a file, or nothing"
-    part = file.with_name(file.name + '.part')
-    with open(part, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, file)
-
-def _remember(file, train):
-    "Probabilities in a file, or those of a model that `train` makes"
-    if file.is_file(): return np.load(file)
-    probs,held = train().astype(np.float32),io.BytesIO()
-    np.save(held, probs)
-    _write(file, held.getvalue())
-    return probs
+def _identity(method): return method if isinstance(method, str) else digest(value_text(method))
 
 # %% ../nbs/51_methods.ipynb #17b8fde8
 def compare_methods(
     dls,              # From `image_dls`, with test images
     teacher,          # Trained: `Teacher`, Module or Learner
     student,          # timm name, or function that makes a model: the same for every method
-    methods=None,     # Names in `METHODS`, or a dict from names of your own to functions (student, teacher) → callbacks; all that suit any student if left out
+    methods=None,     # Names in `METHODS`, or a dict from names of your own to functions (student, teacher) → callbacks; all that suit any student by default
     epochs:int=10,    # Passes over the training images, for every student
     lr:float=3e-3,    # Peak learning rate
     seeds=(0, 1, 2),  # One student of each method, and one plain one, for each
-    folder=None,      # Where predictions are kept, so that an interrupted study goes on; not kept if left out
+    folder=None,      # Where predictions are kept, so that an interrupted study resumes; not kept by default
     progress:bool=True, # Print which student is trained
     on:str='test',    # Images by which they are judged: `valid` to choose a method, and `test` to report what it does
 )->dict: # Name: probabilities [N, C] for these images, one for each seed; `teacher` and `plain` first
     "Train students by many methods, with equal budget, and predict images that none was trained on"
     _check_on(dls, on)
     if isinstance(student, nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each one starts afresh')
-    if isinstance(seeds, int) or not len(seeds): raise ValueError(f'seeds must be one or more integers, such as (0, 1, 2), got {seeds!r}')
+    _check_numbers(epochs, lr, seeds)
     methods,teacher = _named(methods, dls),teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-    taps,model = teacher.taps,_make(student, dls, 0)
+    taps,model = teacher.taps,new_model(student, dls, 0)
     _rehearse(dls, model, teacher, methods, taps)
     predictions = {'teacher': [predict_teacher(teacher, dls, on)], 'plain': []} | {name: [] for name in methods}
     folder = Path(folder) if folder is not None else None
-    if folder is not None: _check_study(folder, _study_key(dls, model, epochs, lr, on), {name: _identity(m) for name,m in methods.items()}, predictions['teacher'][0])
-    for seed in seeds:
-        for name in ['plain', *methods]:
-            def train():
-                if progress: print(f'seed {seed}: {name}', flush=True)
-                teacher.taps,teacher.capture = taps,None # not those of the method before
-                learn = _train(dls, student, teacher, methods.get(name), epochs, lr, seed)
-                return predict(learn, getattr(dls, on))[0]
-            predictions[name].append(train().astype(np.float32) if folder is None else _remember(folder/f'{name}-{seed}.npy', train))
+    with nullcontext() if folder is None else claimed_folder(folder, 'study'):
+        if folder is not None: _open_study(folder, _study_facts(dls, model, teacher, epochs, lr), {name: _identity(m) for name,m in methods.items()})
+        for seed in seeds:
+            for name in ['plain', *methods]:
+                def train(home=None):
+                    if progress: print(f'seed {seed}: {name}', flush=True)
+                    teacher.taps,teacher.capture = taps,None # not those of the method before
+                    return _train(dls, student, teacher, methods.get(name), epochs, lr, seed, home)
+                predictions[name].append(predict(train(), getattr(dls, on))[0].astype(np.float32) if folder is None else getattr(run_cell(folder/f'{name}-{seed}', dls, train, keep_model=False), on))
     return predictions
+
+def _check_numbers(epochs, lr, seeds):
+    "Raise an error for numbers that cannot be meant"
+    check_integer(epochs, 'epochs', least=1)
+    check_number(lr, 'lr', above=0)
+    if isinstance(seeds, int) or not len(seeds): raise ValueError(f'seeds must be one or more integers, such as (0, 1, 2), got {seeds!r}')
+    for seed in seeds: check_seed(seed, 'seeds')
 
 # %% ../nbs/51_methods.ipynb #1170493f
 def _named(methods, dls):
@@ -110,10 +97,11 @@ def _named(methods, dls):
     if taken := {'teacher', 'plain'} & set(methods): raise ValueError(f'{sorted(taken)} cannot be names of methods')
     return methods
 
-def _train(dls, student, teacher, method, epochs, lr, seed):
-    "A student of one method; None is the plain one"
-    made = _make(student, dls, seed)
-    return fit_classifier(dls, made, epochs, lr, seed, cbs=[] if method is None else _callbacks(method, made, teacher), progress=False)
+def _train(dls, student, teacher, method, epochs, lr, seed, home=None):
+    "A student of one method; None is the plain one. With a folder for checkpoints it resumes where it was"
+    made = new_model(student, dls, seed)
+    cbs = [] if method is None else _callbacks(method, made, teacher)
+    return fit_classifier(dls, made, epochs, lr, seed, cbs=[*cbs, *([] if home is None else [Resume(home, minutes=10)])], progress=False)
 
 def _callbacks(method, student, teacher): return distill_callbacks(method, student, teacher) if isinstance(method, str) else L(method(student, teacher))
 

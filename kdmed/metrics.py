@@ -14,6 +14,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric
 
+from .adapt import OutputReader, prepared_for
 from .calibration import (TemperatureScaling, apply_thresholds, calibrate, expected_calibration_error, fit_temperature, fit_thresholds,
                                plot_reliability, reliability, threshold_scores, threshold_transfer)
 from .core import check_in, evaluating, unwrap
@@ -62,20 +63,29 @@ def _in_order(probs, columns):
     return 1-probs if probs.ndim == 1 or probs.shape[1] == 1 else probs[:, columns]
 
 # %% ../nbs/44_metrics.ipynb #f8cd2c09
+class _LogitReader:
+    "Logits of a model for so many classes, or an error that says why there are none"
+    def __init__(self, n, task): self.columns,self.exclusive,self.reader = ({1, 2} if task=='binary' else {n}),task!='multilabel',OutputReader()
+
+    def __call__(self, output, images):
+        logits = self.reader(output, images, self.columns, self.exclusive)
+        if self.reader.refusal: raise TypeError(self.reader.refusal)
+        if (n := logits.reshape(len(logits), -1).shape[1]) not in self.columns: raise ValueError(f'the model must have {max(self.columns)} outputs, one for each class of the loader, got {n}')
+        return logits
+
 def predict(
-    model,   # Module or fitted Learner
+    model,   # Module or fitted Learner; one that gives probabilities is noticed
     dl,      # A loader of `image_dls` that does not shuffle, such as `dls.test`
 )->tuple: # Probabilities [N, C] (binary: [N, 1], of the second class), columns in the loader's order of classes, and targets, as arrays
-    "Probabilities for the images of a loader, in its order, and what is true"
+    "Probabilities for the images of a loader, in its order, and their targets; the images are brought to the normalization and channels of the model"
     _check_loader(dl)
-    module = _module(model)
-    if not isinstance(module, torch.nn.Module): raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
-    columns = _columns_for(model, dl)
-    device,task = next(module.parameters()).device,dl.table.attrs['task']
-    logits,targets = [],[]
+    if not isinstance(_module(model), torch.nn.Module): raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
+    columns,module,task = _columns_for(model, dl),prepared_for(model, dl),dl.table.attrs['task']
+    device = next((p.device for p in module.parameters()), torch.device('cpu'))
+    logits,targets,reader = [],[],_LogitReader(len(columns), task)
     with evaluating(module):
         for x,y in dl:
-            logits.append(module(x.to(device)).double().cpu())
+            logits.append(reader(module(x.to(device)), len(x)).double().cpu())
             targets.append(y.cpu())
     return _in_order(_probabilities(torch.cat(logits), task).numpy(), columns),torch.cat(targets).numpy()
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .callbacks import SeveralTerms, _check_setting, at_progress
-from .core import check_in, unwrap
+from .callbacks import SeveralTerms, at_progress, check_setting
+from .core import check_in, check_integer, check_number, unwrap
 from .feature_losses import FEATURE_WEIGHTS, attention_transfer_loss, channel_loss, cosine_loss, hint_loss
 from .features import FeatureKD, _same_size
 from .logit_losses import _apart
@@ -81,8 +81,8 @@ class MultiDimKD(SeveralTerms, FeatureKD):
     ):
         check_in(class_token, ('cosine', 'mse'), 'class_token')
         self.weights = dict(spatial=spatial_weight, channel=channel_weight, class_token=class_token_weight, response=response_weight)
-        for name,w in self.weights.items(): _check_setting(f'{name}_weight', w)
-        for name,tau in dict(temperature=temperature, channel_temperature=channel_temperature).items(): _check_setting(name, tau, positive=True)
+        for name,w in self.weights.items(): check_setting(f'{name}_weight', w)
+        for name,tau in dict(temperature=temperature, channel_temperature=channel_temperature).items(): check_setting(name, tau, positive=True)
         self.temperature,self.channel_temperature,self.token_loss = temperature,channel_temperature,cosine_loss if class_token=='cosine' else hint_loss
         self.automatic,self.tokens,self.uses_logits = pairs is None,bool(class_token_weight),bool(response_weight)
         self.projects = 'widths' if channel_weight or class_token_weight else 'never'
@@ -214,9 +214,9 @@ class ViTKD(SeveralTerms, FeatureKD):
         mask_ratio:float=.5, # Share of the student's places that are hidden, between 0 and 1
         seed:int=0,        # Another seed, other places
     ):
-        if not 0 < mask_ratio < 1: raise ValueError(f'mask_ratio must be between 0 and 1, got {mask_ratio}')
+        mask_ratio,seed = check_number(mask_ratio, 'mask_ratio', above=0, below=1),check_integer(seed, 'seed', least=0)
         self.weights = dict(mimic=mimic_weight, generation=generation_weight)
-        for name,w in self.weights.items(): _check_setting(f'{name}_weight', w)
+        for name,w in self.weights.items(): check_setting(f'{name}_weight', w)
         self.given,self.mask_ratio,self.seed,self.drawn,self.automatic = (shallow, deep),mask_ratio,seed,0,shallow is None or deep is None
         super().__init__(teacher, _LATER if self.automatic else [*shallow, deep], weight, label_weight)
 

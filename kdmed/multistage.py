@@ -14,7 +14,7 @@ from itertools import accumulate
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds
 from fastcore.basics import patch
 
-from .callbacks import DistillCallback, SeveralTerms, _check_setting, at_progress, check_weights
+from .callbacks import DistillCallback, SeveralTerms, at_progress, check_setting, check_weights
 from .core import unwrap
 from .exits import ExitModel
 
@@ -42,7 +42,7 @@ def staged(
     shares = [1]*len(values) if shares is None else list(shares)
     if not values or len(shares)!=len(values): raise ValueError(f'expected as many shares as values, and at least one, got {len(values)} values and {len(shares)} shares')
     if not all(0 < s < float('inf') for s in shares): raise ValueError(f'shares must be positive, got {shares}')
-    for k,value in enumerate(values, 1): _check_setting(f'value {k}', value)
+    for k,value in enumerate(values, 1): check_setting(f'value {k}', value)
     return _Staged(values, [s/sum(shares) for s in accumulate(shares)])
 
 # %% ../nbs/36_multistage.ipynb #f005f5f9
@@ -70,8 +70,8 @@ class MultiStageKD(SeveralTerms, DistillCallback):
         shares=None,         # What each exit has of the two, first exit first; scaled to sum to 1. Equal if left out
         weight=1.,           # Factor on all terms but the label loss
     ):
-        for name,w in dict(final_weight=final_weight, exit_label_weight=exit_label_weight, exit_weight=exit_weight).items(): _check_setting(name, w)
-        _check_setting('temperature', temperature, positive=True)
+        for name,w in dict(final_weight=final_weight, exit_label_weight=exit_label_weight, exit_weight=exit_weight).items(): check_setting(name, w)
+        check_setting('temperature', temperature, positive=True)
         if shares is not None and not (len(shares) and min(shares)>=0 and 0 < sum(shares) < float('inf')): raise ValueError(f'shares must be numbers of 0 or more, not all 0, got {shares}')
         super().__init__(teacher, weight, label_weight)
         self.temperature,self.final_weight,self.exit_label_weight,self.exit_weight,self.shares = temperature,final_weight,exit_label_weight,exit_weight,shares

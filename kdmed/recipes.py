@@ -7,15 +7,13 @@ Docs: https://kdmed.github.io/kdmed/recipes.html.md"""
 # %% auto #0
 __all__ = ['ORIGINS', 'stated', 'in_code', 'ours', 'AUGMENTATIONS', 'OPTIMIZERS', 'deit_lung', 'kd_convnext', 'multi_dim_kd',
            'multi_stage_kd', 'RECIPES', 'Row', 'Recipe', 'narrow_options', 'DeiTLung', 'KDConvNeXt', 'MultiDim',
-           'MultiStage', 'LabelLoss', 'KeepBest', 'train_row', 'check_study', 'note_study', 'Cell', 'run_cell', 'deal',
-           'study_facts', 'run', 'told', 'rehearse']
+           'MultiStage', 'LabelLoss', 'KeepBest', 'train_row', 'deal', 'study_facts', 'run', 'told', 'rehearse']
 
 # %% ../nbs/70_recipes.ipynb #20e96d7c
-import io, json, shutil, tempfile, zlib
+import json, tempfile, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from numbers import Integral
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -35,21 +33,21 @@ from timm.models.davit import DaVit
 from torch import nn
 
 from .callbacks import DistillTokenKD, FocalKD, LogitKD
-from .core import check_in, seed_everything
+from .core import check_in, check_integer, check_number, seed_everything
 from .data import image_dls, split_groups
 from .exits import add_exits
 from .features import FeatureKD
 from .filters import SuperResolution
-from .images import check_table, name_of
+from .files import write_atomic
+from .images import check_table
 from .kd import check_fit, fit_classifier
 from .losses import FEATURE_WEIGHTS, bernoulli_focal_loss, focal_loss, inverse_frequency_weights, is_known
-from .methods import _write
-from .metrics import predict
-from .models import add_distillation_token, create_fused_teacher, create_student, load_student, save_student, stage_names, truncate_vit
+from .models import add_distillation_token, create_fused_teacher, create_student, stage_names, truncate_vit
 from .multidim import MultiDimKD
 from .multistage import MultiStageKD, during
-from .report import REPORT_FILES, Comparison, compare, markdown_table
+from .report import Comparison, compare, markdown_table
 from .resume import Resume
+from .study import check_study, claimed_folder, in_words, note_study, run_cell, table_checksum
 from .teacher import Teacher
 from .transforms import deit_lung_augment, kd_convnext_augment, mskd_augment, tissue_augment
 
@@ -105,11 +103,29 @@ OPTIMIZERS = dict(adam=Adam, adamw=Adam) # fastai's decouples its decay; without
 def _check_recipe(r):
     "Raise an error that names the setting that cannot be"
     for name,allowed in dict(optimizer=OPTIMIZERS, schedule=('one_cycle', 'constant'), augment=AUGMENTATIONS, sampling=('natural', 'balanced'), keep=('best', 'last')).items(): check_in(getattr(r, name), allowed, name)
-    for name in ('size', 'epochs', 'teacher_epochs', 'batch_size', 'views'):
-        if not isinstance(getattr(r, name), Integral) or getattr(r, name) < 1: raise ValueError(f'{name} must be a positive whole number, got {getattr(r, name)!r}')
-    for name in ('lr', 'lr_from_scratch', 'width'):
-        if not getattr(r, name) > 0: raise ValueError(f'{name} must be positive, got {getattr(r, name)}')
-    if r.weight_decay < 0: raise ValueError(f'weight_decay must not be negative, got {r.weight_decay}')
+    for f in fields(r): _check_kind(f.name, getattr(r, f.name), type(f.default))
+    check_number(r.scale, 'scale', above=0, most=1)
+    for name in ('lr', 'lr_from_scratch', 'width', *(n for n in ('temperature',) if hasattr(r, n))): check_number(getattr(r, name), name, above=0)
+    for name in ('teacher_weight', 'feature_share', 'response_weight'):
+        if hasattr(r, name): check_number(getattr(r, name), name, least=0, most=1)
+    for name in ('teacher', 'student'): _check_models(name, getattr(r, name))
+    _check_shares(r.shares)
+
+def _check_kind(name, value, kind):
+    "Raise an error unless a setting is of its kind, and in the range that all settings of it have"
+    if kind is bool and not isinstance(value, bool): raise TypeError(f'{name} must be True or False, got {value!r}')
+    if kind is int: check_integer(value, name, least=1)
+    if kind is float: check_number(value, name, least=0)
+    if kind is str and not isinstance(value, (str, tuple, list)): raise TypeError(f'{name} must be a text, got {value!r}')
+
+def _check_models(name, models):
+    "Raise an error unless a setting names timm models"
+    for model in [models] if isinstance(models, str) else list(models): check_in(str(model).split('.')[0], timm.list_models(), f'timm model of {name}')
+
+def _check_shares(shares):
+    "Raise an error unless shares are three positive numbers that sum to 1"
+    good = isinstance(shares, (tuple, list)) and len(shares)==3 and all(isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < 1 for s in shares)
+    if not good or abs(sum(shares)-1) > 1e-6: raise ValueError(f'shares must be three positive numbers that sum to 1, of train, valid and test, got {shares}')
 
 @patch(as_prop=True)
 def learning_rate(self:Recipe)->float:
@@ -348,7 +364,6 @@ class KDConvNeXt(Recipe):
     def __post_init__(self):
         super().__post_init__()
         check_in(self.class_weights, ('inverse', 'none'), 'class_weights')
-        if not 0 <= self.feature_share <= 1: raise ValueError(f'feature_share must be in [0, 1], got {self.feature_share}')
 
 # %% ../nbs/70_recipes.ipynb #79ac9406
 @patch
@@ -397,6 +412,25 @@ class MultiDim(Recipe):
         'multi_dim_kd': Row('all four', dict(accuracy=.9487))}
     full:ClassVar[str] = 'multi_dim_kd'
     pairs:ClassVar[tuple] = tuple(('multi_dim_kd', f'no_{d}') for d in ('spatial', 'channel', 'class_token', 'response'))
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_blocks(self.blocks, self.teacher)
+
+def _check_blocks(blocks, teacher):
+    "Raise an error unless blocks are rising numbers of blocks that the teacher has"
+    rising = isinstance(blocks, (tuple, list)) and len(blocks) and all(isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in blocks) and list(blocks)==sorted(set(blocks))
+    if not rising: raise ValueError(f'blocks must be rising whole numbers, counted from 0, got {blocks}')
+    depth = _depth_of(teacher)
+    if blocks[-1] >= depth: raise ValueError(f'blocks must be in [0, {depth}), the blocks of {teacher}, got {blocks}')
+
+@lru_cache(maxsize=8)
+def _depth_of(name):
+    "How many blocks a ViT has; its weights are not made"
+    with torch.device('meta'): model = timm.create_model(name, pretrained=False)
+    if not isinstance(model, VisionTransformer): raise ValueError(f'teacher must be a ViT, got {name}')
+    return len(model.blocks)
+
 
 # %% ../nbs/70_recipes.ipynb #ea9c9cd4
 _DIMENSIONS = 'spatial','channel','class_token','response'
@@ -548,67 +582,20 @@ def loaders(self:Recipe,
     store='memory', # Where decoded images are kept, as in `image_dls`
     seed:int=0,     # Of the augmentation
     progress:bool=False, # Show a progress bar while images are read
+    loading=None,   # Further arguments of `image_dls`: `allow_leakage`, `unreadable`, `num_workers`, `device`
 ): # DataLoaders
     "The loaders a recipe trains with"
     make = AUGMENTATIONS[self.augment]
     preprocess = [SuperResolution(self.super_resolution)] if getattr(self, 'super_resolution', '') else ()
-    return image_dls(table, self.size, self.batch_size, make and make(seed), preprocess=preprocess, store=store, sampling=self.sampling, views=self.views if make else None, progress=progress)
+    return image_dls(table, self.size, self.batch_size, make and make(seed), preprocess=preprocess, store=store, sampling=self.sampling, views=self.views if make else None, progress=progress, **_loading(loading))
 
-# %% ../nbs/70_recipes.ipynb #6113c65b
-def _checksum(table):
-    "A number that differs where images, labels, groups or splits do"
-    columns = [table.image.map(lambda i: zlib.crc32(np.ascontiguousarray(i)) if isinstance(i, np.ndarray) else name_of(i)), table.label, table.group, table.split]
-    return zlib.crc32('\n'.join('|'.join(map(str, row)) for row in zip(*columns)).encode())
+def _loading(arguments):
+    "Arguments of `image_dls` that are not settings of a recipe"
+    for name in arguments or (): check_in(name, ('allow_leakage', 'unreadable', 'num_workers', 'device'), 'argument in loading')
+    return dict(arguments or {})
 
 # %% ../nbs/70_recipes.ipynb #e472d586
 def _plain_settings(recipe): return json.loads(json.dumps({f.name: getattr(recipe, f.name) for f in fields(recipe)}))
-
-def check_study(folder, facts):
-    "Raise an error if a folder holds another study"
-    file = folder/'study.json'
-    if not file.is_file() and (there := [f for f in REPORT_FILES if (folder/f).exists()]): raise FileExistsError(f'{folder} holds {there}, but of no study of this kind; choose another folder')
-    held = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else dict(facts)
-    if wrong := _changes(held.pop('settings', {}), facts.get('settings', {})) + _changes(held, {k: v for k,v in facts.items() if k!='settings'}): raise ValueError(f'{folder} holds another study: {"; ".join(wrong)}. Choose another folder')
-
-def _changes(held, now): return [f'{k} was {held.get(k)}, is {now.get(k)}' for k in {**held, **now} if held.get(k) != now.get(k)]
-
-def note_study(folder, facts):
-    "Write down what a folder's study is"
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder/'study.json', json.dumps(facts, indent=1, ensure_ascii=False).encode())
-
-# %% ../nbs/70_recipes.ipynb #b464817f
-class Cell(NamedTuple):
-    "A finished row on one seed"
-    folder:Path
-    valid:np.ndarray # Probabilities [N, C] for the validation images
-    test:np.ndarray  # The same for the test images
-
-    @property
-    def model(self): return load_student(self.folder)
-    @property
-    def history(self): return pd.read_csv(self.folder/'history.csv')
-
-def run_cell(
-    folder,  # Of this cell
-    dls,     # Its data, or a function that loads them when they are needed
-    train,   # Function from a folder for checkpoints to a fitted Learner; not called if the cell is finished
-    keep_model:bool=True, # Save the weights, too
-)->Cell:
-    "A row's predictions, out of its folder; trained first, if they are not there"
-    folder = Path(folder)
-    if not (folder/'test.npy').is_file():
-        learn = train(folder/'fit')
-        learn.history.to_csv(folder/'history.csv', index=False)
-        if keep_model: save_student(learn.model, folder)
-        for name in ('valid', 'test'): _save_array(folder/f'{name}.npy', predict(learn, getattr(dls() if callable(dls) else dls, name))[0]) # the test's come last: with them a cell is finished
-        shutil.rmtree(folder/'fit')
-    return Cell(folder, *(np.load(folder/f'{name}.npy').astype(float) for name in ('valid', 'test')))
-
-def _save_array(file, values):
-    held = io.BytesIO()
-    np.save(held, values.astype(np.float32))
-    _write(file, held.getvalue())
 
 # %% ../nbs/70_recipes.ipynb #77bde620
 def deal(
@@ -624,7 +611,7 @@ def deal(
 
 def study_facts(recipe, table, **more):
     "What must be the same for a study to go on"
-    return dict(recipe=recipe.name, settings=_plain_settings(recipe), data=table.attrs.get('name', 'images'), classes=list(table.attrs['classes']), images=len(table), checksum=_checksum(table), **more)
+    return dict(recipe=recipe.name, settings=_plain_settings(recipe), data=table.attrs.get('name', 'images'), classes=list(table.attrs['classes']), images=len(table), checksum=table_checksum(table), **more)
 
 # %% ../nbs/70_recipes.ipynb #2b9c4795
 def run(
@@ -635,36 +622,62 @@ def run(
     scale:float=1.,  # Share of the published epochs, image side and widths
     store='memory',  # Where decoded images are kept, as in `image_dls`
     subgroups=(),    # Columns of the table by which the models are also compared
-    progress:bool=True, # Show what is trained, and how long it will take
+    progress=True,   # Show what is trained, and how long it will take; or a function that is given a line for each model
+    loading=None,    # Further arguments of `image_dls`, as in `Recipe.loaders`
+    about=None,      # What the report says of the data, as `comparison.about['data']`
 )->Comparison: # Of `teacher`, `plain` and `distilled`
     "Train a published system, its teacher and its control, and write the report"
     if not isinstance(recipe, Recipe): raise TypeError(f'recipe must be one of {list(RECIPES)} of kdmed.recipes, or like them, got {recipe!r}')
-    if not isinstance(repeats, int) or repeats < 1: raise ValueError(f'repeats must be a number of 1 or more, got {repeats!r}')
+    check_integer(repeats, 'repeats', least=1)
     recipe,table,out = recipe.scaled(scale),deal(table, recipe.shares),Path(out)
     if missing := [c for c in ([subgroups] if isinstance(subgroups, str) else subgroups) if c not in table]: raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
     check_study(out, facts := study_facts(recipe, table, kind='run'))
-    dls = recipe.loaders(table, store, progress=progress)
+    dls = recipe.loaders(table, store, progress=progress is True, loading=loading)
     rehearse(recipe, dls, ('plain', recipe.full))
-    note_study(out, facts)
+    with claimed_folder(out, 'recipe'):
+        note_study(out, facts)
+        cells = _run_rows(recipe, dls, out, repeats, progress)
+        comparison = compare({name: [c.model.to(dls.device) for c in group] for name,group in cells.items()}, dls.test, valid=dls.valid, subgroups=subgroups)
+        comparison.about.update(note=recipe.note, recipe=recipe.name)
+        if about: comparison.about['data'] = about
+        comparison.history = pd.concat([c.history.assign(model=name, run=i).rename_axis('epoch').reset_index() for name,group in cells.items() for i,c in enumerate(group)], ignore_index=True)
+        comparison.save(out, overwrite=True)
+        write_atomic(out/'recipe.md', f'# {recipe.name}\n\n{recipe.paper}\n\n{recipe.note}\n\n{markdown_table(recipe.settings())}\n')
+    return comparison
+
+def _run_rows(recipe, dls, out, repeats, progress):
+    "Cells of teacher, plain and full rows; trained where they are not there"
     cells = {'teacher': [], 'plain': [], 'distilled': []}
     todo = [('teacher', 'teacher', 0)] + [(name, row, seed) for seed in range(repeats) for name,row in (('plain', 'plain'), ('distilled', recipe.full))]
     for name,row,seed in told(todo, progress):
         teacher = cells['teacher'][0].model if row!='teacher' else None
         cells[name].append(run_cell(out/'cells'/f'{row}-{seed}', dls, lambda home: train_row(recipe, row, dls, teacher, seed, home)))
-    comparison = compare({name: [c.model.to(dls.device) for c in group] for name,group in cells.items()}, dls.test, valid=dls.valid, subgroups=subgroups)
-    comparison.about.update(note=recipe.note, recipe=recipe.name)
-    comparison.history = pd.concat([c.history.assign(model=name, run=i).rename_axis('epoch').reset_index() for name,group in cells.items() for i,c in enumerate(group)], ignore_index=True)
-    comparison.save(out, overwrite=True)
-    _write(out/'recipe.md', f'# {recipe.name}\n\n{recipe.paper}\n\n{recipe.note}\n\n{markdown_table(recipe.settings())}\n'.encode())
-    return comparison
+    return cells
+
 
 # %% ../nbs/70_recipes.ipynb #66c7b896
-def told(todo, progress):
-    "What is to be done, with a progress bar that says what, and how long it will take"
-    bar = progress_bar(todo) if progress else todo
-    for what in bar:
-        if progress: bar.comment = ', '.join(map(str, what[1:]))
+def told(
+    todo,     # Tuples: the first entry is left out, the others say what is trained
+    progress, # True: a bar; False: nothing; or a function that a line is given to before each
+):
+    "What is to be done, one after the other, with what is trained and how long it will take"
+    if callable(progress): yield from _told_in_lines(list(todo), progress)
+    else:
+        bar = progress_bar(todo) if progress else todo
+        for what in bar:
+            if progress: bar.comment = ', '.join(map(str, what[1:]))
+            yield what
+
+def _told_in_lines(todo, tell):
+    "A line for each; the time left from what was done here, once something was"
+    spent = []
+    for i,what in enumerate(todo):
+        left = f"about {in_words(np.mean(spent)*(len(todo)-i))} left" if spent else 'time left is known after the first'
+        tell(f"{i+1}/{len(todo)}: {', '.join(map(str, what[1:]))}; {left}")
+        start = time.monotonic()
         yield what
+        seconds = time.monotonic()-start
+        if seconds > 1: spent.append(seconds) # else it was there already
 
 def rehearse(recipe, dls, rows):
     "Raise an error before the first hour for what would fail in the fifth: build every model, and show it one batch"

@@ -6,7 +6,7 @@ Docs: https://kdmed.github.io/kdmed/report.html.md"""
 
 # %% auto #0
 __all__ = ['MOST_CLASSES_DRAWN', 'DISCLAIMER', 'HEAVIEST_SVG', 'FORMAT', 'REPORT_FILES', 'Section', 'escape_markdown',
-           'markdown_table', 'load_comparison', 'rehearse_report', 'distillation_study']
+           'markdown_table', 'load_comparison', 'rehearse_report']
 
 # %% ../nbs/49_report.ipynb #dad2eb86
 import base64, errno, html, io, json, os, re, shutil, tempfile, textwrap
@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.learner import Learner
 from fastcore.basics import patch
 from PIL import Image
 
@@ -25,14 +24,12 @@ from .comparison import (HEADLINE, Comparison, _cell, _check_metrics, attempt, c
                               shared_groups_note, subgroup_labels, without_private)
 from .core import check_in, check_integer, figure
 from .files import check_format, check_room
-from .kd import METHODS, _make, check_fit, distill, distill_callbacks, fit_classifier
 from .metrics import plot_reliability as _draw_reliability, predict, reliability
 from .plots import (_folded, model_style, plot_confusion as _draw_confusion, plot_history, plot_roc as _draw_roc, plot_tradeoff, tradeoff_table,
                          training_history)
-from .teacher import Teacher
 
 # %% ../nbs/49_report.ipynb #448927ea
-__all__ = ['distillation_study', 'load_comparison', 'markdown_table', 'escape_markdown', 'rehearse_report', 'HEADLINE', 'Comparison', 'compare', 'compare_predictions', 'measure_cost',
+__all__ = ['load_comparison', 'markdown_table', 'escape_markdown', 'rehearse_report', 'HEADLINE', 'Comparison', 'compare', 'compare_predictions', 'measure_cost',
            'predict', 'training_history']
 
 # %% ../nbs/49_report.ipynb #3feaac2e
@@ -694,57 +691,3 @@ def rehearse_report(
     with tempfile.TemporaryDirectory(dir=parent, prefix='.rehearsal-') as place: failed += load_comparison(comparison.save(place)).about.get('missing', [])
     if failed: raise RuntimeError('the report cannot be made: ' + ' '.join(dict.fromkeys(failed)))
     return shared
-
-# %% ../nbs/49_report.ipynb #43c3c253
-def distillation_study(
-    dls,                  # From `image_dls`, with test images
-    teacher,              # timm name or function that makes a model, trained here; or trained: a Module, a Learner, a `Teacher`, or several in a list
-    student,              # timm name or function that makes a model, trained on each seed
-    method:str='auto',    # A name in `kdmed.kd.METHODS`
-    teacher_epochs:int=10, # Passes over the training images for a teacher that is trained here
-    epochs:int=10,        # The same for every student
-    lr:float=3e-3,        # Peak learning rate
-    seeds=(0, 1, 2),      # One plain and one distilled student each
-    progress:bool=True,   # Show progress bars and training logs
-    subgroups=(),         # Columns of the image table by which the models are also compared
-)->tuple: # Comparison on the test images, and the fitted models by name
-    "Teacher, plain students and distilled students, trained alike and compared on the test images"
-    if isinstance(teacher, (list, tuple)): teacher = Teacher(teacher)
-    trained = isinstance(teacher, (torch.nn.Module, Learner, Teacher))
-    _check_study(dls, seeds, subgroups, dict(teacher_epochs=teacher_epochs, epochs=epochs, lr=lr))
-    _check_pair(dls, teacher, student, method)
-    def tell(what):
-        if progress: print(what, flush=True)
-    if not trained:
-        tell(f'Teacher, {teacher_epochs} epochs')
-        teacher = fit_classifier(dls, teacher, teacher_epochs, lr, seeds[0], progress=progress)
-    models = {'teacher': teacher.as_module(dls) if isinstance(teacher, Teacher) else teacher, 'plain': [], 'distilled': []}
-    for seed in seeds:
-        tell(f'Plain student, seed {seed}, {epochs} epochs')
-        models['plain'].append(fit_classifier(dls, student, epochs, lr, seed, progress=progress))
-        tell(f'Distilled student, seed {seed}, {epochs} epochs')
-        models['distilled'].append(distill(dls, student, teacher, method, epochs, lr, seed, progress=progress))
-    comparison = compare(models, dls.test, valid=dls.valid, subgroups=subgroups)
-    comparison.history = training_history(models)
-    if len(dls.quarantine): comparison.about['left_out'] = dls.quarantine.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
-    return comparison,models
-
-# %% ../nbs/49_report.ipynb #6ed12691
-def _check_study(dls, seeds, subgroups, positive):
-    "What a study needs of data and settings"
-    if not hasattr(dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
-    columns = [subgroups] if isinstance(subgroups, str) else subgroups
-    if missing := [c for c in columns if c not in dls.test.table]: raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
-    for c in columns: subgroup_labels(dls.test.table[c]) # before training, not after
-    if isinstance(seeds, int) or not len(seeds): raise ValueError(f'seeds must hold at least one seed, such as (0, 1, 2), got {seeds!r}')
-    for name,value in positive.items():
-        if not value > 0: raise ValueError(f'{name} must be positive, got {value}')
-
-def _check_pair(dls, teacher, student, method):
-    "Raise an error where teacher and student cannot be made, or do not suit the method, before either is trained"
-    if isinstance(student, torch.nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each seed starts afresh')
-    check_in(method, ['auto', *METHODS], 'method')
-    model = _make(student, dls, 0)
-    teaches = teacher if isinstance(teacher, (torch.nn.Module, Learner, Teacher)) else _make(teacher, dls, 0)
-    try: check_fit(dls, model, distill_callbacks(method, model, teaches))
-    except ValueError as e: raise ValueError(f'method {method!r}: {e}') from e

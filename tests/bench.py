@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench_cache import cached_epoch
+from bench_copies import copies_speed
 from bench_metrics import bootstrap_speed
 from bench_report import report_cost
 from bench_saliency import saliency_speed
@@ -235,7 +236,7 @@ print(status('VmHWM')-before)"""
     return dict(name=f'memory growth while {len(files):,} images are packed', value=round(float(done.stdout)), unit='MB', limit=300)
 
 
-BENCHES = [distillation_step, cached_epoch, bootstrap_speed, report_cost, saliency_speed, input_small, input_large, input_augmented, packing_time, packing_memory]
+BENCHES = [distillation_step, cached_epoch, bootstrap_speed, report_cost, saliency_speed, input_small, input_large, input_augmented, packing_time, packing_memory, copies_speed]
 
 
 def main():

@@ -4,6 +4,7 @@ The scripts train; this file's last part starts each of them many times, in fork
 kills them at random moments, and prints as JSON whether what came out at last is what comes out of a run that nobody killed.
 """
 import json, os, random, signal, sys, time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -98,6 +99,11 @@ def quiet(learn, fit):
     with learn.no_bar(), learn.no_logging(): fit()
     return learn
 
+def shown(learn, fit):
+    "With progress bars and the log, as by default; nobody looks"
+    with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere): fit()
+    return learn
+
 # -- scripts: each takes the folder of its checkpoints, or None, and one for its other files
 
 TISSUE = split_groups(synthetic_table(n=150, classes=3, size=16))
@@ -119,7 +125,7 @@ def best_of(resume, home):
     cbs = [ReplayMixUp(seed=3), GradientClip(.5), SaveModelCallback(fname='best'), EarlyStoppingCallback(monitor='accuracy', min_delta=.9, patience=2)]
     if resume: cbs.append(Resume(resume, every=3))
     learn = Learner(dls, cnn(), opt_func=partial(SGD, mom=.9), metrics=accuracy, cbs=cbs, path=home)
-    return quiet(learn, lambda: (learn.fit(5, 1e-2), learn.fit_one_cycle(1, 1e-3, cbs=MovingAverage(), reset_opt=True)))
+    return shown(learn, lambda: (learn.fit(5, 1e-2), learn.fit_one_cycle(1, 1e-3, cbs=MovingAverage(), reset_opt=True)))
 
 
 class Noisy(Dataset):
@@ -155,7 +161,7 @@ def distilled(resume, home):
            FocalKD(gamma=1), ReplayMixUp(seed=1), GradientAccumulation(24)]
     if resume: cbs.append(Resume(resume, every=2))
     learn = Learner(dls, cnn(), splitter=body_and_head, metrics=accuracy, cbs=cbs)
-    return quiet(learn, lambda: learn.fine_tune(2, 1e-2, freeze_epochs=1))
+    return shown(learn, lambda: learn.fine_tune(2, 1e-2, freeze_epochs=1))
 
 SCRIPTS = dict(fine_tuned=fine_tuned, best_of=best_of, plain_pytorch=plain_pytorch, workers=workers, distilled=distilled)
 
@@ -192,7 +198,7 @@ def within_write(n, place):
     "While the n-th checkpoint is written: half of it on the disk, before its first or second change of names, or when it is there"
     writes,replace,save = [0],os.replace,torch.save
     def deadly_save(state, f, **kwargs):
-        if not str(getattr(f, 'name', '')).endswith('.tmp'): return save(state, f, **kwargs)
+        if not str(getattr(f, 'name', '')).endswith('.part'): return save(state, f, **kwargs)
         writes[0] += 1
         if writes[0]==n and place=='half':
             f.write(os.urandom(1000))

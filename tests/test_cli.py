@@ -1,5 +1,6 @@
 "The command line from outside: installed entry point, a small demo, folders and CSV files as users have them."
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdmed import cli
+from kdmed import cli, commands
 from kdmed.data import split_groups, synthetic_table
 
 SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teacher_epochs=1, epochs=1)
@@ -17,17 +18,17 @@ SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teache
 
 def test_installed_command_explains_itself():
     kdmed = Path(sys.executable).with_name('kdmed')
-    for command,words in {'demo': ['--out', 'replace a run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model that learns'], 'recipe': ['deit_lung, kd_convnext, multi_dim_kd, multi_stage_kd', '--scale', '--ablate', 'NAME=VALUE']}.items():
-        printed = subprocess.run([kdmed, command, '--help'], capture_output=True, text=True, check=True).stdout
+    for command,words in {'demo': ['--out', 'replace the run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model that learns', '--resplit', '--config'], 'recipe': ['deit_lung', 'multi_stage_kd', '--scale', '--ablate', 'NAME=VALUE']}.items():
+        printed = subprocess.run([kdmed, command, '--help'], capture_output=True, text=True, check=True, env=dict(os.environ, COLUMNS='200')).stdout
         assert all(w in printed for w in words)
 
 
 def test_demo_writes_a_whole_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, 'DEMO', cli.DEMO | SMALL)
-    monkeypatch.setattr(cli, 'synthetic_table', lambda n, **kwargs: synthetic_table(240, **kwargs))
+    monkeypatch.setattr(commands, 'DEMO', commands.DEMO | SMALL)
+    monkeypatch.setattr(commands, 'DEMO_IMAGES', 240)
     assert cli.main(['demo', '--out', str(tmp_path/'run')]) == 0
     run = tmp_path/'run'
-    assert sorted(f.name for f in run.iterdir()) == sorted(cli.RUN_FILES)
+    assert sorted(f.name for f in run.iterdir() if not f.name.startswith('.lock')) == sorted(commands.RUN_FILES)
     metrics = json.loads((run/'metrics.json').read_text())
     for name in ('teacher', 'plain', 'distilled'):
         assert {'parameters', 'macs', 'latency_ms'} <= metrics[name].keys()
@@ -50,8 +51,8 @@ def findings_csv(tmp_path):
 
 
 def arguments(csv, out, **more):
-    args = dict(data=csv, dataset='csv', label='Finding Labels', group='Patient ID', task='multilabel', teacher='test_resnet', student='test_efficientnet',
-                size=32, epochs=1, teacher_epochs=1, bs=16, out=out) | more
+    listed = {} if more.get('dataset') == 'folder' else dict(label='Finding Labels', group='Patient ID', task='multilabel')
+    args = dict(data=csv, dataset='csv', **listed, teacher='test_resnet', student='test_efficientnet', size=32, epochs=1, teacher_epochs=1, bs=16, out=out) | more
     return ['distill', *[text for k,v in args.items() for text in (f"--{k.replace('_', '-')}", str(v))]]
 
 
@@ -100,7 +101,7 @@ def test_images_left_out_are_on_record(tmp_path, capsys):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(row.image).save(file)
     file.write_bytes(b'')
-    args = arguments(tmp_path/'tissue', tmp_path/'run', dataset='folder', group_pattern=r'(\d+)_', task='auto', store=tmp_path/'stores', sampling='balanced', augment='tissue', repeats=1)
+    args = arguments(tmp_path/'tissue', tmp_path/'run', dataset='folder', group_pattern=r'(\d+)_', store=tmp_path/'stores', sampling='balanced', augment='tissue', repeats=1)
     assert cli.main(args) == 2 and '1 of 90 images cannot be read' in capsys.readouterr().err
     assert cli.main([*args, '--unreadable', 'quarantine']) == 0
     left_out = json.loads((tmp_path/'run/settings.json').read_text())['left_out']
@@ -114,7 +115,7 @@ def test_images_without_a_label_teach_the_distilled_student_alone(tmp_path, caps
         file = tmp_path/'tissue'/('more' if i%5==0 else row.label)/f"{row.group.split()[1]}_{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(row.image).save(file)
-    args = arguments(tmp_path/'tissue', tmp_path/'run', dataset='folder', group_pattern=r'(\d+)_', task='auto', repeats=1, unlabeled='more')
+    args = arguments(tmp_path/'tissue', tmp_path/'run', dataset='folder', group_pattern=r'(\d+)_', repeats=1, unlabeled='more')
     assert cli.main(args) == 0
     assert json.loads((tmp_path/'run/student.json').read_text())['classes'] == sorted(table.attrs['classes'])
     assert cli.main([*args[:-1], 'moore', '--force']) == 2 and "no folder ['moore'] with images" in capsys.readouterr().err
@@ -143,10 +144,11 @@ def test_recipe_from_the_shell_writes_its_table_and_goes_on(tmp_path, capsys):
     assert {f: f.stat().st_mtime_ns for f in tmp_path.glob('run/split-*/*/test.npy')} == times
 
 def test_known_set_is_not_read_as_class_folders(tmp_path, capsys):
+    data = tmp_path/'data'
     for name in ('HAM10000_images_part_1/a.jpg', 'HAM10000_images_part_2/b.jpg'):
-        (tmp_path/name).parent.mkdir()
-        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path/name)
-    (tmp_path/'HAM10000_metadata.csv').write_text('lesion_id,image_id,dx\n')
-    assert cli.main(['recipe', 'kd_convnext', '--data', str(tmp_path), '--out', str(tmp_path/'out')]) == 2
+        (data/name).parent.mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(data/name)
+    (data/'HAM10000_metadata.csv').write_text('lesion_id,image_id,dx\n')
+    assert cli.main(['recipe', 'kd_convnext', '--data', str(data), '--out', str(tmp_path/'out')]) == 2
     assert 'looks like ham10000, not like a folder for each class: give --dataset ham10000' in capsys.readouterr().err
     assert not (tmp_path/'out').exists()

@@ -10,9 +10,10 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import train_test_split
 
+from kdmed.copies import find_copies, fingerprints, group_copies, has_opencv, leakage_report
 from kdmed.datasets import read_ham10000
 from kdmed.images import image_table
-from kdmed.splits import check_leakage, find_copies, fingerprints, group_copies, leakage_report, split_groups
+from kdmed.splits import check_leakage, split_groups
 
 DATA = Path(__file__).parents[2]/'shared/data'
 
@@ -68,12 +69,12 @@ def test_random_split_has_lesion_mates_and_grouped_split_none(lesions, prints):
         train,test = train_test_split(np.arange(len(lesions)), test_size=.2, random_state=seed)
         split = np.full(len(lesions), 'test', object)
         split[train] = 'train'
-        report = leakage_report(lesions.assign(split=split), prints=prints)
+        report = leakage_report(lesions.assign(split=split), prints=prints, how='fingerprints')
         mates.append(report.share('group_mates'))
         assert mates[-1] == np.isin(lesions.group[test], lesions.group[train]).mean()
     assert abs(np.mean(mates)-.387) < .015, mates # a single split is off by .010 (standard deviation)
     assert .005 < report.share('copies') < .03 and not report.unreadable
-    clean = leakage_report(split_groups(lesions), prints=prints)
+    clean = leakage_report(split_groups(lesions), prints=prints, how='fingerprints')
     assert clean.counts.group_mates.sum() == clean.counts.groups.sum() == 0
     check_leakage(split_groups(lesions))
 
@@ -130,10 +131,19 @@ def test_augmented_copies_are_grouped(name, side, request):
         one_each = request.getfixturevalue('lesions').drop_duplicates('group').image.sample(150, random_state=0)
         sources = [opened(p).crop((25, 0, 175, 150)) for p in one_each]
     images = [turn_and_crop(s, rng, side) for s in sources for _ in range(12)]
-    recall,precision,rand = score(group_copies(images), np.repeat(np.arange(len(sources)), 12))
+    recall,precision,rand = score(group_copies(images, how='rings'), np.repeat(np.arange(len(sources)), 12))
     assert recall > .985 and precision > .95 and rand > .97, (recall, precision, rand)
+
+@pytest.mark.skipif(not has_opencv(), reason='OpenCV is not installed (extra copies)')
+@pytest.mark.parametrize('side', [224, 64])
+def test_augmented_copies_are_grouped_by_features(side):
+    rng = np.random.default_rng(0)
+    sources = slide_crops(150)[:16]
+    images = [turn_and_crop(s, rng, side) for s in sources for _ in range(6)]
+    recall,precision,rand = score(group_copies(images, how='features'), np.repeat(np.arange(len(sources)), 6))
+    assert recall > .98 and precision > .98 and rand > .98, (recall, precision, rand)
 
 def test_different_lesions_do_not_chain_into_giants(lesions):
     one_each = lesions.drop_duplicates('group').image
-    sizes = pd.Series(group_copies(one_each)).value_counts()
+    sizes = pd.Series(group_copies(one_each, how='rings')).value_counts()
     assert sizes.max() <= 10 and (sizes==1).sum() > .97*len(one_each), sizes.head()

@@ -113,7 +113,7 @@ def kdmed_imports(tree):
     "Names of the kdmed modules that `tree` imports"
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == 'kdmed': names = [f'kdmed.{a.name}' for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == 'kdmed': names = [f'kdmed.{a.name}' for a in node.names if a.name[:2] != '__']
         elif isinstance(node, ast.ImportFrom): names = [node.module or '']
         else: continue
         yield from (n.split('.')[1] for n in names if n.startswith('kdmed.'))

@@ -247,7 +247,7 @@ def test_names_of_models_that_would_be_mistaken_are_refused(name):
 
 # -- what fails costs only its own part
 
-@pytest.mark.parametrize('part,error', [('plot_harm', MemoryError()), ('plot_roc', RuntimeError('no GPU')), ('plot', ValueError('/home/jane/x.png cannot be read')), ('plot_reliability', KeyError('x'))])
+@pytest.mark.parametrize('part,error', [('plot_harm', MemoryError()), ('plot_roc', RuntimeError('no GPU')), ('plot', ValueError('/data/jane/x.png cannot be read')), ('plot_reliability', KeyError('x'))])
 def test_a_picture_that_fails_leaves_the_rest_of_the_report(part, error, tmp_path, monkeypatch):
     def fail(*args, **kwargs): raise error
     c = study()
@@ -401,21 +401,21 @@ def test_bad_input_names_the_argument(argument, value, words):
 
 # -- nothing private
 
-@pytest.mark.parametrize('text,public', [('/home/jane/data', '(path)'), ("cannot read '/mnt/my disk/a b.png'", 'cannot read (path)'), ('C:\\Users\\jane\\x', '(path)'), ('~/x/y', '(path)'),
+@pytest.mark.parametrize('text,public', [('/data/jane/data', '(path)'), ("cannot read '/mnt/my disk/a b.png'", 'cannot read (path)'), ('C:\\Users\\jane\\x', '(path)'), ('~/x/y', '(path)'),
     ('scan_0012.dcm is cut', '(file) is cut'), ('see https://doi.org/10.1/x', 'see https://doi.org/10.1/x'), ('images/s and 1 / 2', 'images/s and 1 / 2'), ('sensitivity/mel', 'sensitivity/mel'),
     (['/a/b', 3, {'x': '/a/b'}], ['(path)', 3, {'x': '(path)'}])])
 def test_paths_and_names_of_files_are_private(text, public): assert without_private(text) == public
 
 def test_no_file_of_a_report_tells_where_data_lie(tmp_path):
     c = study()
-    c.about |= dict(name='/home/jane/skin', data=dict(card=['Read from /home/jane/skin'], left_out={'/home/jane/skin/p01.png: cannot be read': 1}), missing=['p02.png is missing.'],
-                    note='Made from /home/jane/skin.')
+    c.about |= dict(name='/data/jane/skin', data=dict(card=['Read from /data/jane/skin'], left_out={'/data/jane/skin/p01.png: cannot be read': 1}), missing=['p02.png is missing.'],
+                    note='Made from /data/jane/skin.')
     folder = c.save(tmp_path/'r')
     for file in folder.rglob('*'):
         if file.is_file(): assert b'jane' not in file.read_bytes() and b'p01.png' not in file.read_bytes() and b'p02.png' not in file.read_bytes()
 
 def test_errors_are_told_without_paths():
-    assert why_failed(OSError(2, 'No such file', '/home/jane/x.png')) == '[Errno 2] No such file: (path)'
+    assert why_failed(OSError(2, 'No such file', '/data/jane/x.png')) == '[Errno 2] No such file: (path)'
     assert why_failed(ValueError()) == 'ValueError'
 
 # -- rehearsal

@@ -46,11 +46,16 @@ def has_certificates():
     paths = ssl.get_default_verify_paths()
     return bool(paths.cafile or paths.capath and os.listdir(paths.capath))
 
-def install():
-    "uv, then kdmed in place with its dev extra; torch and torchvision come from the same index, so that they fit together"
+def installer_env():
+    "The environment for pip and uv: only the machine's index, so that torch and torchvision come from one place and fit together"
     env = {k: v for k,v in os.environ.items() if k not in ('PIP_FIND_LINKS', 'UV_FIND_LINKS', 'PIP_TARGET', 'PIP_PREFIX', 'PIP_USER')}
     env.setdefault('UV_HTTP_TIMEOUT', '300')
     if has_certificates(): env.setdefault('UV_SYSTEM_CERTS', '1')
+    return env
+
+def install():
+    "uv, then kdmed in place with its dev extra"
+    env = installer_env()
     again = 'installation failed (see above); the same command starts it again'
     run([VENV_PYTHON, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', 'uv'], again, env)
     run([VENV_PYTHON, '-m', 'uv', 'pip', 'install', '--python', VENV_PYTHON, '-e', '.[dev]'], again, env)
