@@ -9,7 +9,7 @@ __all__ = ['PATIENCE', 'make_app', 'read_config', 'Stopped', 'main']
 
 # %% ../nbs/80_cli.ipynb #16a6b0e1
 import os, re, signal, sys, threading, traceback, warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -57,9 +57,10 @@ def make_app(
         return _run('recipe', data, loading, recipe, run, name=name, out=out)
 
     @app.command
-    def check(*, data:DataOptions=DataOptions(), loading:LoadingOptions=LoadingOptions(), pixels:PixelOptions=PixelOptions(), models:ModelOptions=ModelOptions(), training:TrainingOptions=TrainingOptions(), run:RunOptions=RunOptions()):
+    def check(path:Annotated[Optional[str], Parameter(help='folder or file of images, as in --data', show_default=False)]=None, /, *, data:DataOptions=DataOptions(), loading:LoadingOptions=LoadingOptions(), pixels:PixelOptions=PixelOptions(), models:ModelOptions=ModelOptions(), training:TrainingOptions=TrainingOptions(), run:RunOptions=RunOptions()):
         "Look at your images without training: card, classes, splits, copies, unreadable files, and what a run would take in time, memory and disk"
-        return _run('check', data, loading, pixels, models, training, run)
+        if path is not None and data.data is not None: raise ValueError(f'the data are given twice, as {path} and as --data {data.data}; give them once')
+        return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
 
     return app
 
