@@ -155,25 +155,31 @@ def _named(value, versions=True):
 
 @lru_cache(maxsize=64)
 def _parsed(text):
-    "Syntax tree, and every code object, of some source text"
+    "Functions and lambdas by first line and name, every code object, and the lines of some source text"
     def inside(code): return [code, *(c for const in code.co_consts if isinstance(const, types.CodeType) for c in inside(const))]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of somebody else's code
-        tree = ast.parse(text)
-        return tree,set(inside(compile(tree, '<text>', 'exec', dont_inherit=True)))
+        tree,known = ast.parse(text),set(inside(compile(text, '<text>', 'exec', dont_inherit=True)))
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)): found.setdefault((_first_line(node), getattr(node, 'name', '<lambda>')), []).append(node)
+    return found,known,text.encode().splitlines(keepends=True)
 
 def _first_line(node): return min(n.lineno for n in [node, *getattr(node, 'decorator_list', [])])
 
+def _segment(lines, node):
+    "The text of a node; as `ast.get_source_segment`, which splits the whole text anew for each"
+    part = lines[node.lineno-1:node.end_lineno]
+    part[-1] = part[-1][:node.end_col_offset]
+    part[0] = part[0][node.col_offset:]
+    return b''.join(part).decode()
+
 def _source_of(code):
     "Source text of a compiled function, or None where there is none, or no longer that of this code"
-    try:
-        text = ''.join(inspect.findsource(code)[0])
-        tree,known = _parsed(text)
+    try: found,known,lines = _parsed(''.join(inspect.findsource(code)[0]))
     except (OSError, TypeError, ValueError, SyntaxError, IndexError, RecursionError): return None
-    if code not in known: return None
-    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and _first_line(n)==code.co_firstlineno]
-    nodes = [n for n in nodes if getattr(n, 'name', '<lambda>')==code.co_name]
-    return ast.get_source_segment(text, nodes[0]) if len(nodes)==1 else None # of two lambdas in a line it is not known which
+    nodes = found.get((code.co_firstlineno, code.co_name), []) if code in known else []
+    return _segment(lines, nodes[0]) if len(nodes)==1 else None # of two lambdas in a line it is not known which
 
 # %% ../nbs/08_store.ipynb #fp_code
 def _compiled_text(code):
