@@ -284,7 +284,7 @@ class LocalFeatures:
         pixels = np.frombuffer(data, np.uint8, height*width).reshape(height, width)
         return pixels,points.reshape(n, 4),looks/np.linalg.norm(looks, axis=1, keepdims=True).clip(1e-6)
 
-_FEATURE_BYTES,_BLOCK = 60_000,512
+_FEATURE_BYTES,_BLOCK = 60_000,256
 
 # %% ../nbs/09_copies.ipynb #eb812721
 _CODE,_LIST,_SHARD = 40,450,8192 # numbers of a code; features of one word, about; images searched at a time
@@ -360,8 +360,10 @@ def _alike(queries, shard, words, most=10, least=.7, probes=6):
         q,s = asked[begin[w]:begin[w+1]],there[start[w]:start[w+1]]
         if not len(q) or not len(s): continue
         likeness = queries.codes[q]@shard.codes[s].T
-        row,column = np.nonzero(likeness>=least)
-        row,column = (x[queries.image[q[row]]!=shard.image[s[column]]] for x in (row, column))
+        likeness[queries.image[q][:, None]==shard.image[s]] = -1
+        best = np.argpartition(-likeness, min(most, len(s))-1, axis=1)[:, :most] # of films of one kind most features look alike: keep few at once
+        row,column = np.nonzero(np.take_along_axis(likeness, best, 1)>=least)
+        column = best[row, column]
         found.append((q[row], s[column], likeness[row, column]))
     q,s,likeness = map(np.concatenate, zip(*found))
     order = np.lexsort((-likeness, q))
