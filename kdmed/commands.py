@@ -101,7 +101,7 @@ def in_shell_words(
         name,value = found[1],found[2].strip('"\'')
         if name not in options: return found[0]
         return option(name) if value=='True' else f'{option(name)} {value}'.rstrip()
-    message = re.sub(r"(?<![\w/.-])([a-z]\w*)=('[^']*'|\"[^\"]*\"|True|False|[\w.]*)", as_option, message)
+    message = re.sub(r"(?<![\w/.-])(?<!--set )([a-z]\w*)=('[^']*'|\"[^\"]*\"|True|False|[\w.]*)", as_option, message)
     start = re.match(r'(\w+) (must|needs|is|has)\b', message)
     if start and start[1] in options: message = option(start[1]) + message[len(start[1]):]
     for theirs,ours in _WORDS.items(): message = re.sub(theirs, ours, message)
@@ -184,6 +184,7 @@ def deal_out(
         if column!='split' and column not in table: raise ValueError(f'--official: the data has no column {column!r}; it has {[c for c in table if c not in ("image", "label", "group")]}')
         if column=='split' and table.split.isna().all(): raise ValueError('--official: the data has no split of its own')
         return _check_official(official_split(table, column, seed=o['split_seed']), column)
+    if o['resplit'] and table.split.notna().any(): print('The split of the data is ignored (--resplit): images are split by groups')
     if o['resplit']: table = table.assign(split=None)
     if table.split.isna().all(): return split_groups(table, seed=o['split_seed'])
     return _check_own_split(table)
@@ -450,11 +451,11 @@ def _study(o, command, read, asked=None):
     if work is None: return _tell_finished(o)
     start,total = time.time(),2*o['repeats'] + (not o['teacher_checkpoint'])
     STATE['kept'] = lambda: kept_in_words(work, o['out'], total)
-    with _talk(o): table,loading = read()
-    device = loading.get('device')
-    if o['amp'] and torch.device(device or default_device()).type!='cuda': raise ValueError('--amp needs a GPU of NVIDIA; leave it out on this machine')
-    if missing := [c for c in o['subgroups'] or () if c not in table]: raise ValueError(f'--subgroups must be columns of the image table, but {missing} are not among {list(table.columns)}')
     with claimed_folder(o['out']):
+        with _talk(o): table,loading = read()
+        device = loading.get('device')
+        if o['amp'] and torch.device(device or default_device()).type!='cuda': raise ValueError('--amp needs a GPU of NVIDIA; leave it out on this machine')
+        if missing := [c for c in o['subgroups'] or () if c not in table]: raise ValueError(f'--subgroups must be columns of the image table, but {missing} are not among {list(table.columns)}')
         with _talk(o):
             held = work/COPIES # of a run that resumes
             copies = json.loads(held.read_text()) if held.is_file() else look_for_copies(table, o)
@@ -496,7 +497,8 @@ def _tell(comparison, o):
     "Conclusions and the table, on stdout"
     try: said = comparison.findings(o['metric'])
     except ValueError: said = comparison.findings()
-    said += [s for s in comparison.about.get('missing', []) if s not in said]
+    data = comparison.about.get('data')
+    said += [s for s in [*(data.get('copies') or () if isinstance(data, dict) else ()), *comparison.about.get('missing', [])] if s not in said]
     print('\n' + '\n'.join(f'- {s}' for s in said) + f'\n\n{markdown_table(comparison.table())}')
 
 def _tell_finished(o):
