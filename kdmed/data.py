@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import fastai.callback.progress # Learner.no_bar
+import fastai.vision.data # DataLoaders.show_batch of images
 import numpy as np
 import pandas as pd
 import torch
