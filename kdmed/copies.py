@@ -452,9 +452,9 @@ def _fit(a, b, affine):
     return np.array([[cos, -sin, x], [sin, cos, y]])
 
 def _plausible(transform):
-    "Whether a transform [2, 3] zooms by a factor from .3 to 3 and hardly squeezes"
+    "Whether a transform [2, 3] zooms by a factor from .3 to 3, hardly squeezes, and does not mirror"
     least,most = np.linalg.svd(transform[:, :2], compute_uv=False)[::-1]
-    return .3<least and most<3 and most<1.6*least
+    return .3<least and most<3 and most<1.6*least and np.linalg.det(transform[:, :2])>0
 
 def _align(a, b):
     "Transform [2, 3] that takes the points `a` to `b`, [P, 4] both, and how many agree with it; None if hardly any do"

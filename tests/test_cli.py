@@ -105,7 +105,7 @@ def test_images_left_out_are_on_record(tmp_path, capsys):
     assert cli.main(args) == 2 and '1 of 90 images cannot be read' in capsys.readouterr().err
     assert cli.main([*args, '--unreadable', 'quarantine']) == 0
     left_out = json.loads((tmp_path/'run/settings.json').read_text())['left_out']
-    assert list(left_out) == [str(file)] and 'cannot identify image file' in left_out[str(file)]
+    assert list(left_out) == [str(file)] and 'the file is empty' in left_out[str(file)]
     assert len(list(tmp_path.glob('stores/32px-*/store.json'))) == 1
 
 
