@@ -4,7 +4,7 @@
     check.py lessons   every lesson holds, and none leaves files behind
     check.py site      every page can be made, has one title, and its links and images lead somewhere
 """
-import argparse, os, posixpath, re, shutil, subprocess, sys, tempfile
+import argparse, ast, os, posixpath, re, shutil, subprocess, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -51,8 +51,22 @@ def changes(before, after, advice):
         state = 'is missing' if name not in before else 'should not exist' if name not in after else 'is out of date'
         yield f'{name} {state}: {advice}'
 
+def mixed_imports(path):
+    "Messages about the cells of a notebook that import and do something else, too: nbdev runs them, and none before them, for the page"
+    shown = {'export', 'exports', 'exporti', 'exec_doc', 'default_exp'}
+    for i,cell in enumerate(read_nb(path).cells):
+        if cell.cell_type != 'code': continue
+        directives = dict(re.findall(r'^#\| *(\w+)(?:: *(\S+))?', cell.source, re.M))
+        if shown & directives.keys() or directives.get('eval') == 'false': continue
+        try: tree = ast.parse(cell.source)
+        except SyntaxError: continue # a magic: nbdev leaves it alone, too
+        def imports(node): return isinstance(node, (ast.Import, ast.ImportFrom))
+        if any(map(imports, ast.walk(tree))) and not all(map(imports, tree.body)) and not isinstance(tree.body[0], ast.Try):
+            yield f'{path.relative_to(ROOT).as_posix()}: cell {i} imports and does something else; give its imports a cell of their own:\n{cell.source[:200]}'
+
 def check_sources():
-    "Messages about modules that are not what notebooks export, and notebooks that are not clean"
+    "Messages about modules that are not what notebooks export, notebooks that are not clean, and imports among other code"
+    for path in sorted((ROOT/'nbs').rglob('[!_.]*.ipynb')): yield from mixed_imports(path)
     made = 'kdmed/**/*.py', 'nbs/llms.txt'
     with copied_project() as tmp:
         for p in (tmp/'kdmed').rglob('*.py'):
