@@ -13,23 +13,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Optional
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from cyclopts.config import Dict
 
 from . import __version__
 from .options import (FORCE, OUT, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions, RecipeName, RecipeOptions,
-                           RunOptions, TrainingOptions, Whole, one_option, option_names)
+                           RunOptions, TrainingOptions, Whole, check_concerns, check_numbers, one_option, option_names)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 
 # %% ../nbs/80_cli.ipynb #cd46dc9d
 def _run(command, *options, **more):
-    "Import what a command does, and do it"
+    "Refuse what cannot be meant, then import what a command does, and do it"
+    values = {k: v for o in options for k,v in asdict(o).items()} | more
+    check_numbers(values)
+    if 'dataset' in values and (command!='recipe' or values['out'] is not None): check_concerns(values)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
         from kdmed import commands
-    values = {k: v for o in options for k,v in asdict(o).items()} | more
     return getattr(commands, command)(values)
 
 def make_app(
@@ -150,12 +152,13 @@ def main(
     with _Signals():
         try: return _main(argv)
         except Stopped as e:
-            print(_farewell(e.signum), file=sys.stderr, flush=True)
+            print('\n'*sys.stderr.isatty() + _farewell(e.signum), file=sys.stderr, flush=True) # after ^C, or an unfinished bar
             STATE.pop('armed', None)
             return 128+e.signum
         except KeyboardInterrupt:
             print(_farewell(signal.SIGINT), file=sys.stderr, flush=True)
             return 130
+        except MissingArgumentError as e: return _refuse(f'kdmed {" ".join(e.command_chain or ())} needs {e.argument.name}: {e.argument.parameter.help}')
         except CycloptsError as e: return _refuse(' '.join(str(e).split()))
         except Exception as e: return _explain(e, argv)
 
@@ -165,13 +168,18 @@ def _refuse(said):
 
 _HINTS = {MemoryError: 'not enough memory: choose a smaller --bs or --size, or --store to keep images on the disk', FloatingPointError: 'choose a smaller --lr'}
 
+def _in_shell_words(said):
+    "A message of a command, with arguments as options"
+    commands = sys.modules.get('kdmed.commands')
+    return commands.in_shell_words(said, option_names()) if commands else said
+
 def _explain(error, argv):
     "One line for an error, in the words of the command line"
     if '--verbose' in argv: traceback.print_exc()
     said = str(error).strip() or type(error).__name__
     said = re.sub(r'^\[Errno \d+\] ', '', said)
     if said.startswith('Exception occured in'): said = said.split(':\n\t', 1)[-1].strip() # fastai says first in which callback it was
-    if 'kdmed.commands' in sys.modules: said = sys.modules['kdmed.commands'].in_shell_words(said, option_names())
+    said = _in_shell_words(said)
     hint = next((h for kind,h in _HINTS.items() if isinstance(error, kind)), '')
     if 'out of memory' in said.lower(): hint = _HINTS[MemoryError]
     known = OSError,ValueError,TypeError,ImportError,MemoryError,RuntimeError,FloatingPointError
@@ -188,6 +196,6 @@ def _main(argv):
         command = next((a for a in argv if not a.startswith('-')), '')
         config = Dict(read_config(path, command), use_commands_as_keys=False, source=str(path))
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f'kdmed: warning: {message}', file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(f'kdmed: warning: {_in_shell_words(str(message))}', file=sys.stderr)
         status = make_app(config)(argv, exit_on_error=False, print_error=False)
     return status if isinstance(status, int) else 0

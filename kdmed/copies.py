@@ -303,9 +303,10 @@ class _Words:
 
     def nearest(self, codes, n):
         "The `n` nearest words of each code [F, n]"
-        n = min(n, len(self.words))
-        parts = [np.argpartition(-codes[s:s+4096]@self.words.T, n-1, axis=1)[:, :n] for s in range(0, len(codes), 4096)]
-        return np.concatenate(parts) if parts else np.zeros((0, n), int)
+        nearest = np.zeros((len(codes), min(n, len(self.words))), int)
+        for s in range(0, len(codes), 1024): # into one array: parts of what argpartition gives would keep all of it
+            nearest[s:s+1024] = np.argpartition(-codes[s:s+1024]@self.words.T, nearest.shape[1]-1, axis=1)[:, :nearest.shape[1]]
+        return nearest
 
 def _learn_words(features, seed=0):
     "Words from the features of up to 400 images; None if there are no features"
@@ -348,6 +349,8 @@ def _gather(features, rows, words, mirrored):
             parts.append((words.codes(what), where, image, size, np.full(n, bool(flipped))))
     return _Features(*map(np.concatenate, zip(*parts)))
 
+_AT_ONCE = 2**20 # likenesses
+
 def _alike(queries, shard, words, most=10, least=.7, probes=6):
     "Features of `shard` that look like a feature of `queries`, of other images: two arrays of feature numbers"
     def by_word(features, n):
@@ -357,14 +360,16 @@ def _alike(queries, shard, words, most=10, least=.7, probes=6):
     (asked,begin),(there,start) = by_word(queries, probes),by_word(shard, 1)
     found = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))]
     for w in range(len(words.words)):
-        q,s = asked[begin[w]:begin[w+1]],there[start[w]:start[w+1]]
-        if not len(q) or not len(s): continue
-        likeness = queries.codes[q]@shard.codes[s].T
-        likeness[queries.image[q][:, None]==shard.image[s]] = -1
-        best = np.argpartition(-likeness, min(most, len(s))-1, axis=1)[:, :most] # of films of one kind most features look alike: keep few at once
-        row,column = np.nonzero(np.take_along_axis(likeness, best, 1)>=least)
-        column = best[row, column]
-        found.append((q[row], s[column], likeness[row, column]))
+        every,s = asked[begin[w]:begin[w+1]],there[start[w]:start[w+1]]
+        if not len(s): continue
+        step = max(1, _AT_ONCE//len(s)) # of films of one kind most features look alike, and fall on few words
+        for q in (every[i:i+step] for i in range(0, len(every), step)):
+            likeness = queries.codes[q]@shard.codes[s].T
+            likeness[queries.image[q][:, None]==shard.image[s]] = -1
+            best = np.argpartition(-likeness, min(most, len(s))-1, axis=1)[:, :most]
+            row,column = np.nonzero(np.take_along_axis(likeness, best, 1)>=least)
+            column = best[row, column]
+            found.append((q[row], s[column], likeness[row, column]))
     q,s,likeness = map(np.concatenate, zip(*found))
     order = np.lexsort((-likeness, q))
     q,s = q[order],s[order]
@@ -402,8 +407,8 @@ def _votes(a, b, n):
     return pd.DataFrame({'a': key//2//n, 'b': key//2%n, 'mirrored': key%2==1, 'votes': votes})
 
 def _take(features, rows):
-    "Some of the features"
-    return _Features(*(getattr(features, f.name)[rows] for f in fields(features)))
+    "Some of the features, without their codes, which take most room"
+    return _Features(None, *(getattr(features, f.name)[rows] for f in fields(features)[1:]))
 
 def _most_votes(pairs, most):
     "Each pair once, and for each of `a` the `most` of `b` with the most votes"

@@ -170,7 +170,7 @@ def choose_positive(
     if table.attrs['task']!='binary':
         raise ValueError(f"positive={positive!r} needs a binary task, got {table.attrs['task']} with classes {table.attrs['classes']}; order classes with classes=")
     positive = _class_text(positive, 'positive')[0]
-    check_in(positive, table.attrs['classes'], 'positive class')
+    check_in(positive, table.attrs['classes'], 'positive')
     table = table.copy()
     table.attrs['classes'] = [c for c in table.attrs['classes'] if c!=positive] + [positive]
     table.attrs['class_order'] = 'chosen'

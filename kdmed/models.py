@@ -6,10 +6,10 @@ Docs: https://kdmed.github.io/kdmed/models.html.md"""
 
 # %% auto #0
 __all__ = ['STUDENT_FORMAT', 'WRAPPERS', 'class_names', 'check_stats', 'set_model_stats', 'model_stats', 'find_normalization',
-           'same_stats', 'create_student', 'create_teacher', 'save_student', 'read_settings', 'load_student',
-           'luminance', 'predict_images', 'truncate_vit', 'DistillationTokenViT', 'add_distillation_token',
-           'FusedTeacher', 'create_fused_teacher', 'stage_names', 'feature_map', 'pooled_features', 'usable_stages',
-           'load_weights', 'input_channels', 'model_spec', 'PIP_WEIGHTS']
+           'same_stats', 'normalization_of', 'create_student', 'create_teacher', 'save_student', 'read_settings',
+           'load_student', 'luminance', 'predict_images', 'truncate_vit', 'DistillationTokenViT',
+           'add_distillation_token', 'FusedTeacher', 'create_fused_teacher', 'stage_names', 'feature_map',
+           'pooled_features', 'usable_stages', 'load_weights', 'input_channels', 'model_spec', 'PIP_WEIGHTS']
 
 # %% ../nbs/20_models.ipynb #3e87c6ec
 import difflib, importlib, json, os, warnings
@@ -172,6 +172,15 @@ def same_stats(
     if a is None or b is None: return a is b
     return np.shape(a)==np.shape(b) and np.allclose(a, b, atol=1e-4)
 
+def normalization_of(
+    model, # Module, wrapped or not, or Learner
+): # Means and deviations; None where nothing tells
+    "The statistics that a model was trained with"
+    if not isinstance(model, Learner): return model_stats(model)
+    own,loaders = model_stats(model.model),find_normalization(model.dls)
+    has_trained = bool(getattr(getattr(model, 'recorder', None), 'values', None))
+    return loaders if own is None or (loaders is not None and has_trained) else own
+
 # %% ../nbs/20_models.ipynb #mdl10021
 def _source_of(pretrained, checkpoint, weights):
     "(`new`, `hub`, `pip`, `start` or `whole`; path): where weights come from; an error if two sources are named"
@@ -285,9 +294,10 @@ def _version(package):
 
 def _stats_to_save(model, learner, mean, std):
     "The normalization to write: given, the Learner's, or the model's own; an error where two contradict each other"
-    channels,trained = input_channels(model),learner and find_normalization(learner.dls)
+    channels = input_channels(model)
     given = check_stats(mean, std, channels)
-    known = check_stats(*trained, channels) if trained else model_stats(model)
+    known = normalization_of(learner or model)
+    known = check_stats(*known, channels) if known else None
     if given and known and not same_stats(given, known):
         raise ValueError(f'mean and std contradict those the model was trained with: got {given}, the model has {known}; leave them out, '
                          'or change the model with set_model_stats')

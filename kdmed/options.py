@@ -7,14 +7,17 @@ Docs: https://kdmed.github.io/kdmed/options.html.md"""
 # %% auto #0
 __all__ = ['DATASETS', 'Dataset', 'Augmentation', 'Preprocessing', 'MethodName', 'RecipeName', 'Optimizer', 'OPTION_DATASETS',
            'Whole', 'OptionalWhole', 'IMAGES', 'SPLITTING', 'MODELS', 'TRAINING', 'RUNNING', 'OUT', 'FORCE',
-           'OPTION_KINDS', 'STATE', 'whole_number', 'one_option', 'DataOptions', 'LoadingOptions', 'PixelOptions',
-           'ModelOptions', 'TrainingOptions', 'RunOptions', 'RecipeOptions', 'option_names']
+           'OPTION_KINDS', 'STATE', 'NUMBERS', 'whole_number', 'one_option', 'DataOptions', 'LoadingOptions',
+           'PixelOptions', 'ModelOptions', 'TrainingOptions', 'RunOptions', 'RecipeOptions', 'option_names', 'option',
+           'check_numbers', 'check_concerns']
 
 # %% ../nbs/78_options.ipynb #a0b1c2d3
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, Optional
 
 from cyclopts import Group, Parameter
+
+from .checks import check_integer, check_number, check_seed
 
 # %% ../nbs/78_options.ipynb #edc462b6
 DATASETS = {
@@ -176,3 +179,35 @@ def option_names()->set:
     return {f.name for kind in OPTION_KINDS for f in fields(kind)} | {'out', 'force'}
 
 STATE = {} # of the run that this process does: `kept` is a function that says what is on the disk, `begun` whether anything was trained
+
+# %% ../nbs/78_options.ipynb #85ca3888
+def option(name): return '--' + name.replace('_', '-')
+
+NUMBERS = dict(size=(check_integer, dict(least=8)), bs=(check_integer, dict(least=1)), epochs=(check_integer, dict(least=1)), teacher_epochs=(check_integer, dict(least=1)),
+               repeats=(check_integer, dict(least=1)), workers=(check_integer, dict(least=0)), views=(check_integer, dict(least=1)), magnification=(check_integer, dict(least=1)),
+               lr=(check_number, dict(above=0)), weight_decay=(check_number, dict(least=0)), scale=(check_number, dict(above=0, most=1)), seed=(check_seed, {}), split_seed=(check_seed, {}))
+
+def check_numbers(
+    o:dict, # Options by name
+)->None:
+    "Raise an error for a number that cannot be meant"
+    for name,(check,limits) in NUMBERS.items():
+        if o.get(name) is not None: check(o[name], option(name), **limits)
+    if o.get('seed') is not None and o['seed'] + (o.get('repeats') or 1) > 2**32: raise ValueError(f"--seed must leave room for --repeats {o['repeats']} below 2**32, got {o['seed']}")
+
+def check_concerns(
+    o:dict, # Options by name
+)->None:
+    "Raise an error for options that do not concern the data set"
+    for name,sets in OPTION_DATASETS.items():
+        if o.get(name) is None or o['dataset'] in sets: continue
+        hint = '; for class folders --group-pattern or --groups says which images belong together' if name=='group' and o['dataset']=='folder' else ''
+        hint = '; --groups FILE says which images belong together' if name=='group_pattern' else hint
+        raise ValueError(f"{option(name)} concerns --dataset {' and '.join(sets)}, not {o['dataset']}{hint}")
+    if o['data'] is None and o['dataset'] in ('folder', 'csv', 'dicom'): raise ValueError(f"--dataset {o['dataset']} needs --data")
+    if o['data'] is not None and not o['data'].strip(): raise ValueError('--data must be a folder or a file, got an empty text')
+    if o['resplit'] and o['official'] is not None: raise ValueError('--resplit ignores the split that --official asks for: give one of them')
+    for name in ('store', 'official'):
+        if len(o[name] or ()) > 1: raise ValueError(f"{option(name)} takes one value at most, got {' '.join(o[name])}")
+    for name in ('separator', 'group_pattern', 'groups'):
+        if o.get(name)=='': raise ValueError(f'{option(name)} must not be empty')

@@ -28,6 +28,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, trustworthiness
 from torch import Tensor, nn
 
+from .adapt import prepared_for
 from .core import COLORS, capture_activations, check_in, check_integer, evaluating, figure, unwrap
 from .data import decode_images
 from .metrics import _check_loader, _module, confusion, predict
@@ -671,11 +672,11 @@ def embed(
 )->np.ndarray: # float32 [N, D], in the order of the loader
     "Features of a layer, averaged over the places of an image"
     _check_loader(dl)
-    module = unwrap(_module(model))
+    module,ready = unwrap(_module(model)),prepared_for(model, dl)
     layer,device,parts = layer or stage_names(module)[-1],next(module.parameters()).device,[]
     with capture_activations(module, [layer], clone=False) as seen, evaluating(module):
         for batch in dl:
-            module(batch[0].to(device))
+            ready(batch[0].to(device))
             parts.append(pooled_features(seen[layer].as_subclass(Tensor), module).float().cpu())
     return torch.cat(parts).numpy()
 

@@ -142,7 +142,7 @@ def official_split(
     if valid and 'valid' not in set(split): table = _carve_valid(table, valid, seed)
     notes = [f'{missing:,} images that {column} does not list are left out'] if missing else []
     if shared := len(_shared_groups(table)):
-        notes.append(f'{shared:,} groups are in more than one part of the official split ({column}): scores are optimistic')
+        notes.append(f'{shared:,} groups are in more than one part of the official split ({column}): scores are optimistic; to avoid that, use split_groups')
         warnings.warn(notes[-1], stacklevel=2)
     table.attrs['anomalies'] = [*table.attrs.get('anomalies', []), *notes]
     return table

@@ -264,6 +264,7 @@ class StudyProgress:
         return [TellEpochs(lambda *epoch: self.epoch(fit, *epoch))]
     def epoch(self, fit, epoch, epochs, seconds, log): self.left.epoch(fit, epochs-epoch, seconds)
     def end(self, fit): self.left.end(fit)
+    def close(self): "The study is over, or was stopped"
 
 class BarProgress(StudyProgress):
     "fastai's progress bars and training logs, as in a notebook"

@@ -222,7 +222,7 @@ def test_the_positive_class_is_never_silent(tmp_path, names, classes, note):
     for c in names:
         chosen = read(tmp_path, positive=c)
         assert chosen.attrs['classes'][1] == c and 'note: the positive class' not in card(chosen)
-    with pytest.raises(ValueError, match='unknown positive class'): read(tmp_path, positive='other')
+    with pytest.raises(ValueError, match="unknown positive 'other'"): read(tmp_path, positive='other')
 
 def test_positive_needs_two_classes(folders):
     save(folders, 'c', 'x.png')

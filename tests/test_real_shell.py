@@ -96,7 +96,7 @@ def test_readers_know_the_options_they_are_given():
     (['--official'], '--official: the data has no split of its own'),
     (['--teacher-checkpoint', 'no.pth'], '--teacher-checkpoint no.pth: file not found'),
     (['--student-weights', 'no.pth'], '--student-weights no.pth: file not found'),
-    (['--groups', 'no.csv'], 'groups file not found: no.csv'),
+    (['--groups', 'no.csv'], '--groups no.csv: file not found'),
     (['--group-pattern', ''], '--group-pattern must not be empty'),
     (['--config', 'no.toml'], '--config no.toml: file not found'),
     (['--lrr', '1'], 'Unknown option: --lrr. Did you mean --lr?'),
