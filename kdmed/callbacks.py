@@ -373,18 +373,21 @@ class _Watcher(Callback):
         for cb in self.peers:
             if type(cb).watching is not DistillCallback.watching: within_next_forward(self.learn.model, cb.watching(self.learn.model))
 
+class _Closer(Callback):
+    "Ends a fit after all others, such as one that loads the best model with its optimizer; what `Resume` writes last is what remains"
+    order,run_valid = 900,False
+    def __init__(self, peers): self.peers = peers
     def after_fit(self):
-        "The others, such as one that loads the best model with its optimizer, have done their part"
         for cb in self.peers: cb.after_all()
-        self.learn.remove_cb(self)
+        self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, (_Closer, _Watcher))])
 
 @patch
 def _post_watcher(self:DistillCallback):
     self._remove_watcher()
-    self.learn.add_cb(_Watcher(self.peers))
+    self.learn.add_cbs([_Watcher(self.peers), _Closer(self.peers)])
 
 @patch
-def _remove_watcher(self:DistillCallback): self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _Watcher)])
+def _remove_watcher(self:DistillCallback): self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, (_Closer, _Watcher))])
 
 @patch
 def join(self:DistillCallback, learn):

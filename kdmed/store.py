@@ -22,6 +22,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from fastai.torch_core import num_distrib
 from fastcore.basics import chunked, listify, patch
 from fasttransform import Transform
@@ -480,13 +481,17 @@ def _make_store(home, *what):
         if not home.exists(): return _pack(home, part, *what)
         shutil.rmtree(part, ignore_errors=True)
 
+def _together():
+    "Whether this process trains together with others"
+    return num_distrib()>1 or (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1)
+
 def _claim_part(part):
     "Hold an unfinished store; processes of one training wait for the first of them, any other is told at once"
     while True:
         try: return claim(part, 'image store')
         except FileNotFoundError: continue # it was finished, and got its name, at this moment
         except RuntimeError:
-            if num_distrib()<2: raise
+            if not _together(): raise
             time.sleep(.1)
 
 # %% ../nbs/08_store.ipynb #0b803c3d

@@ -452,18 +452,17 @@ def test_a_second_process_that_trains_in_the_same_folder_is_told_at_once(tmp_pat
 
 @linux
 def test_the_workers_of_a_killed_run_are_waited_for(tmp_path):
-    "They hold the lock for a moment; the next start must not fail for that"
+    "With filelock before 4 they hold the lock for a moment; the next start must not fail for that"
     def with_worker():
-        held = claim(tmp_path/'run', 'run')
+        held,parent = claim(tmp_path/'run', 'run'),os.getpid()
         if not os.fork():
-            time.sleep(2)
+            while os.getppid()==parent: time.sleep(.01)
+            time.sleep(1.5)
             os._exit(0)
         (tmp_path/'begun').touch()
         time.sleep(60)
     with another_process(with_worker): wait_for((tmp_path/'begun').exists)
-    start = time.monotonic()
     quietly(learner(Resume(tmp_path/'run')))
-    assert time.monotonic()-start > .5, 'the worker was still there'
 
 @linux
 def test_a_second_process_at_a_teacher_cache_is_told_at_once_and_shares_it(tmp_path):

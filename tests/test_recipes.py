@@ -96,6 +96,6 @@ def test_misspelt_and_foreign_things_are_named_before_anything_is_trained(tmp_pa
     with pytest.raises(ValueError, match="unknown row 'featurs'; did you mean 'features'"): ablate(recipe, table, tmp_path/'a', ['featurs'])
     with pytest.raises(ValueError, match='repeats must be a whole number of at least 1, got 0'): ablate(recipe, table, tmp_path/'a', repeats=0)
     with pytest.raises(ValueError, match='subgroups must be columns of the image table'): run(recipe, table, tmp_path/'a', subgroups=['age'])
-    with pytest.raises(ValueError, match="unknown timm model 'convnext_tinny'; did you mean 'convnext_tiny'"): run(replace(recipe, student='convnext_tinny'), table, tmp_path/'b', progress=False)
+    with pytest.raises(ValueError, match="unknown timm model of student 'convnext_tinny'; did you mean 'convnext_tiny'"): run(replace(recipe, student='convnext_tinny'), table, tmp_path/'b', progress=False)
     assert not (tmp_path/'b'/'cells').exists()
     assert not (tmp_path/'a').exists()
