@@ -392,7 +392,7 @@ def _talk(o):
     "What is said on the way goes to stderr, conclusions alone to stdout"
     with redirect_stdout(io.StringIO() if o['quiet'] else sys.stderr): yield
 
-MOST_SECONDS = 120 # for a search that verifies pairs; where it would take longer, fingerprints alone are compared, and the report says so
+MOST_SECONDS = 600 # for a search that verifies pairs; where it would take longer, fingerprints alone are compared, and the report says so
 
 def look_for_copies(
     table,  # With `split` filled

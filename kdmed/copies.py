@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from itertools import combinations, islice
+from math import ceil
 from os import cpu_count
 from pathlib import Path
 
@@ -303,9 +304,9 @@ class _Words:
 
     def nearest(self, codes, n):
         "The `n` nearest words of each code [F, n]"
-        nearest = np.zeros((len(codes), min(n, len(self.words))), int)
-        for s in range(0, len(codes), 1024): # into one array: parts of what argpartition gives would keep all of it
-            nearest[s:s+1024] = np.argpartition(-codes[s:s+1024]@self.words.T, nearest.shape[1]-1, axis=1)[:, :nearest.shape[1]]
+        n = min(n, len(self.words))
+        nearest = np.zeros((len(codes), n), np.uint16)
+        for s in range(0, len(codes), 1024): nearest[s:s+1024] = np.argpartition(-codes[s:s+1024]@self.words.T, n-1, axis=1)[:, :n]
         return nearest
 
 def _learn_words(features, seed=0):
@@ -349,15 +350,24 @@ def _gather(features, rows, words, mirrored):
             parts.append((words.codes(what), where, image, size, np.full(n, bool(flipped))))
     return _Features(*map(np.concatenate, zip(*parts)))
 
-_AT_ONCE = 2**20 # likenesses
+_AT_ONCE,_PROBES = 2**20,6 # likenesses; words on which a feature is looked for
 
-def _alike(queries, shard, words, most=10, least=.7, probes=6):
-    "Features of `shard` that look like a feature of `queries`, of other images: two arrays of feature numbers"
-    def by_word(features, n):
-        word = words.nearest(features.codes, n)
+def _most_alike(likeness, most, least):
+    "Where each row has its `most` largest values, of those that are at least `least`: rows and columns"
+    enough = likeness>=least
+    crowded = np.flatnonzero(enough.sum(1)>most)
+    if len(crowded):
+        best = np.argpartition(-likeness[crowded], most-1, axis=1)[:, :most]
+        enough[crowded] = False
+        enough[crowded[:, None], best] = True
+    return np.nonzero(enough)
+
+def _alike(queries, probed, shard, words, most=10, least=.7):
+    "Features of `shard` on the words `probed` for each of `queries` that look like it, of other images: two arrays of feature numbers, and how much more alike each pair is than the last one kept"
+    def by_word(word):
         order = np.argsort(word.ravel(), kind='stable')
         return order//word.shape[1],np.searchsorted(word.ravel()[order], np.arange(len(words.words)+1))
-    (asked,begin),(there,start) = by_word(queries, probes),by_word(shard, 1)
+    (asked,begin),(there,start) = by_word(probed),by_word(words.nearest(shard.codes, 1))
     found = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))]
     for w in range(len(words.words)):
         every,s = asked[begin[w]:begin[w+1]],there[start[w]:start[w+1]]
@@ -366,21 +376,22 @@ def _alike(queries, shard, words, most=10, least=.7, probes=6):
         for q in (every[i:i+step] for i in range(0, len(every), step)):
             likeness = queries.codes[q]@shard.codes[s].T
             likeness[queries.image[q][:, None]==shard.image[s]] = -1
-            best = np.argpartition(-likeness, min(most, len(s))-1, axis=1)[:, :most]
-            row,column = np.nonzero(np.take_along_axis(likeness, best, 1)>=least)
-            column = best[row, column]
+            row,column = _most_alike(likeness, most, least)
             found.append((q[row], s[column], likeness[row, column]))
     q,s,likeness = map(np.concatenate, zip(*found))
     order = np.lexsort((-likeness, q))
-    q,s = q[order],s[order]
+    q,s,likeness = q[order],s[order],likeness[order]
     rank = np.arange(len(q)) - np.searchsorted(q, q)
-    return q[rank<most],s[rank<most]
+    last = np.full(len(queries.codes), least, np.float32)
+    last[q[rank==most-1]] = likeness[rank==most-1]
+    kept = rank<most
+    return q[kept],s[kept],likeness[kept]-last[q[kept]]
 
 # %% ../nbs/09_copies.ipynb #6c49fe8b
 # Offsets of place, angle and zoom, in cells: what one grid parts, another keeps together
 _GRIDS = (0, 0, 0), (.5, .5, .5), (.25, .75, .5), (.75, .25, 0)
 _CELLS = 32, 32, 12, 8 # of places across and down, angles, zooms
-_LEAST_VOTES = 3
+_LEAST_VOTES,_LEAST_AGREEING = 2,3 # features that agree on a transform in a cell, and after it was fitted
 
 def _transforms(a, b):
     "Zoom and angle that turn each feature of `a` into its partner in `b`, and where they take the center of a's image"
@@ -389,8 +400,8 @@ def _transforms(a, b):
     cos,sin = zoom*np.cos(angle),zoom*np.sin(angle)
     return zoom,angle,b.points[:, 0] + cos*x - sin*y,b.points[:, 1] + sin*x + cos*y
 
-def _votes(a, b, n):
-    "Pairs of images, of `n` in all, whose features agree on a transform: rows `a` and `b`, `mirrored`, and `votes`"
+def _votes(a, b, n, more):
+    "Pairs of images, of `n` in all, whose features agree on a transform: rows `a` and `b`, `mirrored`, and `votes`; a feature that is `more` alike than others are counts more"
     zoom,angle,x,y = _transforms(a, b)
     possible = (np.abs(np.log(zoom))<1) & (np.abs(x-b.size[:, 0]/2)<_SIDE) & (np.abs(y-b.size[:, 1]/2)<_SIDE)
     pair = (a.image*n + b.image)*2 + a.mirrored
@@ -400,9 +411,10 @@ def _votes(a, b, n):
                  np.floor(angle*6/np.pi+turn)%12, np.floor(2*np.log(zoom)+scale+4))
         key = pair
         for cell,number in zip(cells, _CELLS): key = key*number + cell.astype(np.int64).clip(0, number-1)
-        key,count = np.unique(key[possible], return_counts=True)
-        keys.append(key[count>=_LEAST_VOTES]//np.prod(_CELLS))
-        counts.append(count[count>=_LEAST_VOTES])
+        key,which,count = np.unique(key[possible], return_inverse=True, return_counts=True)
+        enough = count>=_LEAST_VOTES
+        keys.append(key[enough]//np.prod(_CELLS))
+        counts.append(np.bincount(which, weights=more[possible]+.02)[enough])
     key,votes = np.concatenate(keys),np.concatenate(counts)
     return pd.DataFrame({'a': key//2//n, 'b': key//2%n, 'mirrored': key%2==1, 'votes': votes})
 
@@ -419,13 +431,14 @@ def _candidates(features, part, most, progress):
     "Pairs of images of different `part` with the most votes for each image: rows `a` and `b`, and whether `mirrored`"
     words,n = _learn_words(features),len(features)
     if words is None: return pd.DataFrame({'a': [], 'b': [], 'mirrored': []}, dtype=int)
-    found = []
+    found,probed = [],{} # words by block: the same for every shard
     for first in range(0, n, _SHARD):
         shard = _gather(features, range(first, min(first+_SHARD, n)), words, mirrored=False)
         def ask(start):
             asked = _gather(features, range(start, min(start+_BLOCK, n)), words, mirrored=True)
-            q,s = _alike(asked, shard, words)
-            pairs = _votes(_take(asked, q), _take(shard, s), n)
+            if start not in probed: probed[start] = words.nearest(asked.codes, _PROBES)
+            q,s,more = _alike(asked, probed[start], shard, words)
+            pairs = _votes(_take(asked, q), _take(shard, s), n, more)
             return _most_votes(pairs[part[pairs.a]!=part[pairs.b]], most)
         blocks = range(0, n, _BLOCK)
         with ThreadPoolExecutor(cpu_count()) as pool:
@@ -465,7 +478,7 @@ def _align(a, b):
     "Transform [2, 3] that takes the points `a` to `b`, [P, 4] both, and how many agree with it; None if hardly any do"
     agree,transform = _agreeing(a, b),None
     for _ in range(3):
-        if agree.sum()<_LEAST_VOTES: break
+        if agree.sum()<_LEAST_AGREEING: break
         fitted = _fit(a[agree, :2], b[agree, :2], affine=agree.sum()>=8)
         if not _plausible(fitted): break
         transform = fitted
@@ -509,9 +522,9 @@ def _partners(a, b):
 def _match(a, b, mirrored):
     "How one image of `LocalFeatures`, or its mirror image, lies over another: a dict; None if it does not"
     points,looks = _mirror(*a[1:], a[0].shape[1]) if mirrored else a[1:]
-    if min(len(points), len(b[1]))<_LEAST_VOTES: return None
+    if min(len(points), len(b[1]))<_LEAST_AGREEING: return None
     of_a,of_b = _partners(looks, b[2])
-    if len(of_a)<_LEAST_VOTES: return None
+    if len(of_a)<_LEAST_AGREEING: return None
     transform,agreeing = _align(points[of_a], b[1][of_b])
     if transform is None: return None
     pixels = np.ascontiguousarray(a[0][:, ::-1]) if mirrored else a[0]
@@ -564,7 +577,7 @@ def match_copies(
     images,                 # Paths, arrays, or whatever else a table's `image` column holds
     split=None,             # Split of each image [N], to match across splits only; all with all by default
     correlation:float=None, # Least correlation of a copy with its original, in (0, 1]; `least_correlation` by default
-    candidates:int=20,      # Candidates compared for each image
+    candidates:int=10,      # Candidates compared for each image
     progress:bool=False,    # Show progress bars
 )->pd.DataFrame: # Rows `a` and `b`, `correlation`, and what makes `b` of `a`: `mirrored`, turned left by `angle` (°), zoomed, shifted
     "Pairs of images that show one picture under any angle, mirrored, cropped, brighter, saved again; needs OpenCV"
@@ -919,9 +932,9 @@ def expected_seconds(
     read_each(tried[:1], read) # the first takes longer
     start = time.perf_counter()
     read_each(tried, read)
-    return _REST*(time.perf_counter()-start)*len(images)/len(tried)
+    return (_VERIFIED + _SEARCHED*ceil(len(images)/_SHARD))*(time.perf_counter()-start)*len(images)/len(tried)
 
-_REST = 4. # all of the search, in units of the time to read the features
+_VERIFIED,_SEARCHED = 2.5,2. # reading and verifying, and searching so many images, in units of the time to read the features
 
 def _kind(pair):
     "What a pair of copies is called"

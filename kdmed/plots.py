@@ -230,17 +230,17 @@ def _marks(kind, score, actual):
 def _draws(kind, score, actual, group, draws, places):
     "Heights `[R, P]` and areas `[R]` of the curve in every replicate; NaN where it is undefined"
     marks,exact = _marks(kind, score, actual)
-    marks = np.unique(marks) # ascending
+    marks,heights = np.unique(marks),np.empty((len(draws), len(places)), np.float32) # ascending
     step = len(marks)-np.searchsorted(marks, score, side='right') # the first mark, from above, that a score reaches
     step = np.minimum(step, len(marks)-1)
     def by_group(which): return csr_array((np.ones(which.sum(), np.float32), (step[which], group[which])), shape=(len(marks), draws.shape[1]))
-    positive,negative,heights,areas = by_group(actual),by_group(~actual),[],[]
+    positive,negative,areas = by_group(actual),by_group(~actual),[]
     def line(weights): return _line(kind, *(np.asarray(part @ weights, dtype=float).cumsum(0) for part in (positive, negative)))
-    for part in np.array_split(draws, ceil(len(draws)/64)):
-        x,y = line(part.T.astype(np.float32))
+    for first in range(0, len(draws), 64):
+        x,y = line(draws[first:first+64].T.astype(np.float32))
         areas.append(_area(kind, x, y))
-        heights += [_heights(kind, a, b, places) for a,b in zip(np.ascontiguousarray(x.T), np.ascontiguousarray(y.T))]
-    heights,areas = np.array(heights),np.concatenate(areas)
+        for i,(a,b) in enumerate(zip(np.ascontiguousarray(x.T), np.ascontiguousarray(y.T))): heights[first+i] = _heights(kind, a, b, places)
+    areas = np.concatenate(areas)
     areas += exact - _area(kind, *line(np.ones((draws.shape[1], 1), np.float32)))[0] # what following fewer thresholds misses of the area
     heights[np.isnan(areas)] = np.nan
     return heights,areas
@@ -327,8 +327,8 @@ def _curves(kind, probs, targets, classes, groups, task, n_boot, level, seed, ve
     for name,runs in models.items():
         n = len(runs)
         shares = np.random.default_rng([seed, 1]).multinomial(n, np.full(n, 1/n), size=n_boot)/n # as `evaluate` draws them
-        made = [_one_run(kind, _cells(p, targets, classes, task), drawn_groups, 10*vertices if vertices else None) for p in runs]
-        some,more = _one_model(kind, name, made, _cells(runs[0], targets, classes, task), level, shares, vertices)
+        def run(p): return _one_run(kind, _cells(p, targets, classes, task), drawn_groups, 10*vertices if vertices else None)
+        some,more = _one_model(kind, name, list(map(run, runs)), _cells(runs[0], targets, classes, task), level, shares, vertices)
         points,areas = points+some,areas+more
     if not points: raise ValueError('no curve is defined: ' + areas[0]['note'])
     points,areas = pd.concat(points, ignore_index=True),pd.DataFrame(areas)

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 BIN = Path(sys.executable).parent
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore')
-KILLS = int(os.environ.get('KDMED_KILLS') or 0) # by night; minutes
+KILLS = int(os.environ.get('KDMED_KILLS') or 3) # 20 by night
 SEED = os.environ.get('KDMED_KILL_SEED') or str(random.randrange(10**6)) # other moments every time
 
 
@@ -16,7 +16,6 @@ SEED = os.environ.get('KDMED_KILL_SEED') or str(random.randrange(10**6)) # other
 def found(tmp_path_factory):
     "What tests/killed_command.py found"
     if not hasattr(os, 'fork'): pytest.skip('needs os.fork')
-    if not KILLS: pytest.skip('takes many minutes: KDMED_KILLS=20 pytest tests/test_real_kills.py')
     command = [sys.executable, str(ROOT/'tests'/'killed_command.py'), str(tmp_path_factory.mktemp('killed')), SEED, str(KILLS)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=900 + 120*KILLS)
     assert done.returncode==0, f'KDMED_KILL_SEED={SEED}\n{done.stdout}\n{done.stderr[-3000:]}'
