@@ -40,7 +40,7 @@ from . import __version__
 from .options import STATE, check_numbers, option, option_names
 from .ablation import ablate
 from .core import check_in, weights_size
-from .data import available_memory, decode_images, decoded_bytes, image_dls, official_split, split_groups, synthetic_table
+from .data import available_memory, decode_images, decoded_bytes, check_leakage, image_dls, official_split, split_groups, synthetic_table
 from .datasets import read_breakhis, read_chestxray14, read_csv, read_dicom_folder, read_folder, read_ham10000, read_lc25000, read_medmnist
 from .files import claim, is_writable, write_atomic
 from .filters import CLAHE, GaussianFilter, MedianFilter
@@ -56,6 +56,7 @@ from .transforms import chest_augment, deit_lung_augment, kd_convnext_augment, m
 
 # %% ../nbs/79_commands.ipynb #845193a4
 _WORDS = { # pattern in a message of Python: what it is on the command line
+    r"pass split='' to deal all images out anew with split_groups": 'give --resplit to split all images by groups',
     r'give split_groups three positive sizes': '--resplit splits the images anew', r"table\.attrs\['classes'\]": '--classes', r'(?<![\w/.])dls(?![\w/.])': 'the data', r'\bpass (?=--)': 'give ',
     r'\buse split_groups\b': 'use --resplit to split by groups', r'try another split seed': 'try another --split-seed', r'\bto go on\b': 'to continue', r'images are in more than one split(?!.*--resplit)': r'\g<0> (--resplit splits the images by groups)',
 }
@@ -70,6 +71,7 @@ def in_shell_words(
         if name not in options: return found[0]
         return option(name) if value=='True' else f'{option(name)} {value}'.rstrip()
     message = re.sub(r"(?<![\w/.-])(?<!--set )([a-z]\w*)=('[^']*'|\"[^\"]*\"|True|False|[\w.]*)", as_option, message)
+    message = re.sub(r"^(\w+) (?=r?['\"])", lambda found: f'{option(found[1])} ' if found[1] in options else found[0], message)
     message = re.sub(r"^unknown (\w+) (?=')", lambda found: f'unknown {option(found[1])} ' if found[1] in options else found[0], message)
     start = re.match(r'(\w+) (must|needs|is|has)\b', message)
     if start and start[1] in options: message = option(start[1]) + message[len(start[1]):]
@@ -92,6 +94,7 @@ def _reader_arguments(o):
     data = o['data']
     if data is not None and Path(data).expanduser().exists(): data = str(Path(data).expanduser().absolute()) # the same run from elsewhere
     given = {name: o[name] for name in READERS[o['dataset']][1] if o[name] is not None}
+    if o['resplit'] and o['dataset'] in ('csv', 'dicom'): given['split'] = '' # whatever it says
     if given.get('task')=='auto' and o['dataset']=='breakhis': given.pop('task')
     return data,given
 
@@ -102,6 +105,7 @@ def read_table(
     data,given = _reader_arguments(o)
     if data is not None and not Path(data).exists(): raise FileNotFoundError(f'--data {o["data"]}: no such file or folder')
     if o.get('groups') and not Path(o['groups']).expanduser().is_file(): raise FileNotFoundError(f'--groups {o["groups"]}: file not found')
+    if o['dataset']=='folder' and Path(data).is_file(): raise ValueError(f"--data {o['data']} is a file, not a folder with one folder for each class: give --dataset csv for a list of images, --dataset medmnist for an npz of MedMNIST")
     if o['dataset']=='folder' and (known := next((k for k,sign in _SIGNS.items() if list(Path(data).glob(sign))), None)):
         raise ValueError(f"{o['data']} looks like {known}, not like a folder for each class: give --dataset {known}")
     printed = io.StringIO()
@@ -269,6 +273,10 @@ def _remove(path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
+def _has_trained(work):
+    "Whether a run holds a model, or the checkpoint of one"
+    return any(is_finished(f) or (f/'fit').is_dir() for f in work.glob('cells/*'))
+
 def differences(
     held:dict, # Settings of a run that is there
     now:dict,  # Settings of the command
@@ -287,6 +295,10 @@ def open_run(
     state = run_state(out)
     held = read_study(out).get('options', {}) if state in ('finished', 'unfinished') else None
     changed = differences(held, settings) if held is not None else ''
+    if changed and state=='unfinished' and not _has_trained(out): # refused before it trained anything: a corrected command begins anew
+        with claim(out, 'run'):
+            for name in (*RUN_FILES, COPIES): _remove(out/name)
+        return open_run(o)
     if not o.get('force'):
         if state=='foreign': raise FileExistsError(f"--out {o['out']} already holds a run ({', '.join(f for f in RUN_FILES if (out/f).exists())}) that does not say what it is; choose another folder, or give --force to replace it")
         if changed: raise FileExistsError(f"--out {o['out']} already holds a run of other settings: {changed}; choose another folder, or give --force to replace it")
@@ -404,7 +416,14 @@ def look_for_copies(
     if not o['copies']: return ['Copies of images across splits were not looked for (--no-copies).']
     try: from kdmed.copies import check_copies
     except ImportError: return []
-    return check_copies(table, seconds, progress=not o['quiet']).sentences()
+    return check_copies(table, seconds, progress=not o['quiet'] and (sys.stderr.isatty() or 'line')).sentences()
+
+def _shared_said(table):
+    "What groups in more than one split do to scores"
+    shared,test = _shared(table),table[table.split=='test']
+    if not shared: return []
+    known = int(test.group.isin(table.group[table.split=='train']).sum())
+    return [f'{shared:,} groups are in more than one split: {known/max(len(test), 1):.1%} ({known:,}/{len(test):,}) of the test images are of a group that is also in train; scores are optimistic.']
 
 def about_data(
     table,         # With `split` filled
@@ -412,9 +431,8 @@ def about_data(
     left_out=None, # `dls.quarantine`
 )->dict: # Texts and numbers, without file names
     "What a report says of the data"
-    held = io.StringIO()
-    with redirect_stdout(held): card(table)
-    lines = [in_shell_words(line, option_names()) for line in held.getvalue().splitlines() if line.strip()]
+    lines = [in_shell_words(line, option_names()) for line in card(table).splitlines() if line.strip()]
+    copies = [*_shared_said(table), *copies]
     reasons = {} if left_out is None or not len(left_out) else left_out.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
     return dict(name=table.attrs.get('name', 'images'), left_out=reasons, card=lines, copies=list(copies), guessed_groups=table.attrs.get('guessed_groups', False))
 
@@ -431,11 +449,13 @@ def _study(o, command, read, asked=None):
         if o['amp'] and torch.device(device or default_device()).type!='cuda': raise ValueError('--amp needs a GPU of NVIDIA; leave it out on this machine')
         if missing := [c for c in o['subgroups'] or () if c not in table]: raise ValueError(f'--subgroups must be columns of the image table, but {missing} are not among {list(table.columns)}')
         with _talk(o):
+            if not o.get('allow_leakage', True): check_leakage(table) # before the search for copies, which takes minutes
+            with _of_option('--metric'): MetricByName(o['metric'], table.attrs['classes'], table.attrs['task'])
             held = work/COPIES # of a run that resumes
             copies = json.loads(held.read_text()) if held.is_file() else look_for_copies(table, o)
             dls = image_dls(table, o['size'], o['bs'], progress=not o['quiet'] and sys.stderr.isatty(), **loading)
             comparison,models = _train(o, work, dls, {'config.toml': config_text(command, asked or o), COPIES: json.dumps(copies)})
-        comparison.about['data'] = about_data(dls.table, copies, dls.quarantine)
+        comparison.about.update(data=about_data(dls.table, copies, dls.quarantine), metric=o['metric'])
         seconds = round(time.time()-start, 1)
         _save_run(work, comparison, models, o, dls, seconds)
         if work.name==NEW: swap_in(work.parent)
@@ -443,13 +463,19 @@ def _study(o, command, read, asked=None):
     print(f"\nTook {in_words(seconds)}. Report, student and settings are in {o['out']}")
     return 0
 
+@contextmanager
+def _of_option(name):
+    "Errors name the option that they are about"
+    try: yield
+    except ValueError as e: raise ValueError(str(e) if str(e).startswith('--') else f'{name}: {e}') from e
+
 def _train(o, work, dls, files):
     "Train and compare, in the folder of the run"
     teacher,student = _makers(o, dls.classes, dls.task)
     progress = choose_progress(o)
     seeds = tuple(range(o['seed'], o['seed']+o['repeats']))
     amp = (lambda: [MixedPrecision()]) if o['amp'] else None
-    MetricByName(o['metric']).check(dls)
+    with _of_option('--metric'): MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
     STATE['begun'] = True
     try: return distillation_study(dls, teacher() if o['teacher_checkpoint'] else teacher, student, o['method'], o['teacher_epochs'], o['epochs'], float(o['lr']), seeds, progress, o['subgroups'] or (), work,
@@ -471,8 +497,8 @@ def _save_run(work, comparison, models, o, dls, seconds):
 
 def _tell(comparison, o):
     "Conclusions and the table, on stdout"
-    try: said = comparison.findings(o['metric'])
-    except ValueError: said = comparison.findings()
+    known = o['metric'] in next(iter(comparison.scores.values())).index
+    said = comparison.findings(o['metric']) if known else [f"The run does not hold {o['metric']}: conclusions are about balanced accuracy.", *comparison.findings()]
     data = comparison.about.get('data')
     said += [s for s in [*(data.get('copies') or () if isinstance(data, dict) else ()), *comparison.about.get('missing', [])] if s not in said]
     print('\n' + '\n'.join(f'- {s}' for s in said) + f'\n\n{markdown_table(comparison.table())}')
@@ -553,6 +579,7 @@ def recipe(
         table = read_table(o)
         if o['resplit'] or o['official'] is not None: table = deal_out(table, o)
         elif table.split.notna().any(): _check_own_split(table)
+        if table.split.notna().all() and not o['allow_leakage']: check_leakage(table)
         copies = look_for_copies(table, o) if table.split.notna().all() else []
         how = dict(store=_store(o), progress=_recipe_progress(o), loading=dict(allow_leakage=o['allow_leakage'], unreadable=o['unreadable'], num_workers=o['workers'], device=choose_device(o['device'])))
         with claimed_folder(out, 'recipe'):
@@ -606,8 +633,8 @@ def estimate_run(
 )->dict: # seconds of training; bytes in memory and on the disk
     "What a run would take"
     teacher,student = (make().to(choose_device(o['device'])) for make in _makers(o, table.attrs['classes'], table.attrs['task']))
-    n = table.split.value_counts()
-    bs = min(o['bs'], int(n['train']))
+    n = table.split.value_counts().reindex(SPLITS, fill_value=0)
+    bs = max(1, min(o['bs'], int(n['train'])))
     t,s,look = seconds_per_step(teacher, o['size'], bs),seconds_per_step(student, o['size'], bs),seconds_per_step(teacher, o['size'], bs, train=False)
     batches,judged = math.ceil(n['train']/bs),math.ceil((n['valid'])/bs)
     epochs = o['epochs']*o['repeats']*(batches*(2*s+look) + judged*2*s/3) + (not o['teacher_checkpoint'])*o['teacher_epochs']*(batches*t + judged*look)
@@ -623,9 +650,12 @@ def check(
     _check_cache(o)
     check_models(o)
     loading = _loading(o)
-    table = deal_out(read_table(o), o) # prints the card
+    table,notes = read_table(o),[] # prints the card
+    try: table = deal_out(table, o)
+    except ValueError as e:
+        if table.split.isna().any(): raise
+        notes.append(f'kdmed distill refuses this split: {e}')
     print(f'\nImages of each split and class:\n{_counts_frame(table)}')
-    notes = []
     if shared := _shared(table): notes.append(f'{shared} groups are in more than one split: kdmed distill refuses that; --resplit splits by groups, --allow-leakage accepts it')
     if absent := [c for c,k in class_counts(table[table.split=='train']).items() if not k]: notes.append(f'classes {absent} have no training image: try another --split-seed')
     bad = unreadable_images(table, o['size'], loading['preprocess'])

@@ -106,6 +106,7 @@ def compare_predictions(
     columns=None,        # Data frame [N, …], or a dict, whose columns make subgroups: age, sex, site, …
     valid=None,          # Probabilities by name, and targets, of validation images: for temperature scaling
     level:float=.95,     # Of all intervals
+    metrics=(),          # Names of further metrics, as for `kdmed.metrics.scores`
 )->Comparison: # Without costs; `about['missing']` names what could not be made
     "Compare models by their predictions alone"
     classes,columns = _check_classes(classes, task),_check_columns(columns, len(targets))
@@ -114,7 +115,7 @@ def compare_predictions(
     if valid is not None: _check_valid(valid, probs, classes, task)
     groups,missing = np.asarray(check_groups(groups, targets)),[]
     given = dict(targets=targets, classes=classes, groups=groups, task=task, n_boot=n_boot, seed=seed, level=level)
-    found = _replicates(probs, given, _reported(classes, task))
+    found = _replicates(probs, given, list(dict.fromkeys([*_reported(classes, task), *metrics])))
     frames = {name: interval_table(r, level) for name,r in found.items()}
     reference = reference or ('plain' if 'plain' in probs else next(iter(probs)))
     pairs = [(name, reference) for name in probs if name != reference]
@@ -480,9 +481,10 @@ def _cell(row, signed=False):
 
 @patch
 def findings(self:Comparison,
-    metric:str='balanced_accuracy', # What the models are judged by
+    metric:str=None, # What the models are judged by; default: `about['metric']`, else balanced accuracy
 )->list: # Sentences
     "What the comparison shows, in words, and no more than it shows: harm first"
+    metric = metric or self.about.get('metric', 'balanced_accuracy')
     check_in(metric, list(next(iter(self.scores.values())).index), 'metric')
     rest = _subgroups_said(self.subgroups, 1-self.about['level']) + _calibration_said(self.calibration, self.about) + _groups_said(self.about)
     if len(self.scores) == 1: said = [f'{name}: {metric.replace("_", " ")} {_cell(f.loc[metric])}.' for name,f in self.scores.items()]

@@ -713,7 +713,7 @@ def group_copies(
     if neighbors is not None: check_integer(neighbors, 'neighbors', 1)
     images = list(images)
     if len(images)<2: return np.arange(len(images))
-    if how=='features': groups = _groups_by_features(images, correlation, neighbors or 20, progress)
+    if how=='features': groups = _groups_by_features(images, correlation, neighbors or 10, progress)
     else: groups = _groups_by_rings(images, correlation or .7, neighbors or 40, progress)
     return pd.factorize(groups)[0]
 
@@ -971,7 +971,7 @@ def _shares(table, prints, pairs):
 def check_copies(
     table:pd.DataFrame,  # Image table, with `split` filled or not
     seconds:float=None,  # Where a full search would take longer, fingerprints alone are compared; no limit by default
-    progress:bool=False, # Print the time expected, and show progress bars
+    progress=False,      # Print the time expected, and show progress bars; `'line'` prints the time alone
 )->CopyCheck:
     "Look for copies that cross the splits of a table, and for copies with different labels"
     check_table(table)
@@ -980,6 +980,7 @@ def check_copies(
     expected = expected_seconds(images)
     features = has_opencv() and (seconds is None or expected<=seconds)
     if progress: print(f'Looking for copies among {len(images):,} images: about {max(expected, 1):,.0f} s')
+    progress = progress is True
     order = np.argsort(table.split.map(list(SPLITS).index, na_action='ignore').to_numpy(float), kind='stable') # `a` in the earlier split
     table = table.iloc[order].reset_index(drop=True)
     prints = fingerprints(table.image, progress)

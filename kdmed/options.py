@@ -193,6 +193,8 @@ def check_numbers(
     "Raise an error for a number that cannot be meant"
     for name,(check,limits) in NUMBERS.items():
         if o.get(name) is not None: check(o[name], option(name), **limits)
+    for name in ('lr', 'weight_decay'): # weights would leave single precision in a few steps
+        if o.get(name) is not None and o[name] >= 10**6: raise ValueError(f'{option(name)} must be below 1,000,000, got {o[name]}')
     if o.get('seed') is not None and o['seed'] + (o.get('repeats') or 1) > 2**32: raise ValueError(f"--seed must leave room for --repeats {o['repeats']} below 2**32, got {o['seed']}")
 
 def check_concerns(

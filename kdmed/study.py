@@ -32,8 +32,8 @@ from .comparison import Comparison, compare_predictions, measure_costs, shared_g
 from .core import check_in, check_integer, check_number, check_seed, count_parameters, seed_everything, unwrap, weights_size
 from .files import check_format, check_room, claim, write_atomic
 from .images import name_of
-from .kd import METHODS, check_fit, distill, distill_callbacks, fit_classifier
-from .metrics import predict
+from .kd import METHODS, TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier
+from .metrics import MetricByName, predict
 from .models import create_student, load_student, save_student
 from .plots import training_history
 from .report import REPORT_FILES, rehearse_report
@@ -332,7 +332,7 @@ def check(self:Study)->None:
     for seed in self.seeds: check_seed(seed, 'seeds')
     if len(set(self.seeds)) < len(self.seeds): raise ValueError(f'seeds must differ, got {tuple(self.seeds)}')
     for name in ('epochs', 'teacher_epochs', 'n_boot'): check_integer(getattr(self, name), name, least=1)
-    check_number(self.lr, 'lr', above=0)
+    check_number(self.lr, 'lr', above=0, below=TOO_LARGE)
     if self.weight_decay is not None: check_number(self.weight_decay, 'weight_decay', least=0)
     check_in(self.method, ['auto', *METHODS], 'method')
     if isinstance(self.student, torch.nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each seed starts afresh')
@@ -421,7 +421,8 @@ def _judge(self:Study,
     "The comparison of predictions, without costs; `about['missing']` says what was left out and why"
     table,missing = self.dls.test.table,shared_groups_note(self.dls.valid.table, self.dls.test.table)
     comparison = compare_predictions(test, targets_of(self.dls.test), table.attrs['classes'], table.group.to_numpy(), table.attrs['task'], self.n_boot,
-                                     columns=table[list(self.subgroups)] if len(self.subgroups) else None, valid=None if missing else (valid, targets_of(self.dls.valid)))
+                                     columns=table[list(self.subgroups)] if len(self.subgroups) else None, valid=None if missing else (valid, targets_of(self.dls.valid)),
+                                     metrics=[m.metric for m in self.metrics if isinstance(m, MetricByName)])
     comparison.about.update(data=table.attrs['name'], name=table.attrs['name'], split=table.split.iloc[0], size=self.dls.size)
     if missing: comparison.about['missing'] = missing + comparison.about.get('missing', [])
     return comparison

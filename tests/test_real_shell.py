@@ -279,7 +279,7 @@ def test_what_a_user_can_cause_is_one_line(images, tmp_path, capsys, monkeypatch
 
 
 def test_a_learning_rate_without_measure_is_an_error_and_keeps_what_was_trained(images, tmp_path, capsys):
-    status,_,err = kdmed(capsys, *distill(images, tmp_path/'run', '--lr', '1e308'))
+    status,_,err = kdmed(capsys, *distill(images, tmp_path/'run', '--lr', '999999'))
     assert status==2 and 'Traceback' not in err and len([line for line in err.splitlines() if line.startswith('kdmed: error')])==1, err
 
 
