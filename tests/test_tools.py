@@ -30,8 +30,8 @@ def index(tmp_path):
     return notebook(tmp_path/'index.ipynb',
         ('code', '#| hide\nfrom kdmed.kd import *'),
         ('markdown', '# kdmed\n\n> A line'),
-        ('markdown', '#| export\nSee [core](00_core.ipynb#seeds), [page](tutorials/01_start.ipynb), `[code](00_core.ipynb)`,\n'
-                     '![plot](images/plot.png) and [out](https://fast.ai).\n\n```\n[fenced](00_core.ipynb)\n```'),
+        ('markdown', '#| export\nSee [core](01_core.ipynb#seeds), [page](tutorials/01_start.ipynb), `[code](01_core.ipynb)`,\n'
+                     '![plot](images/plot.png) and [out](https://fast.ai).\n\n```\n[fenced](01_core.ipynb)\n```'),
         ('markdown', '## Result'),
         ('code', '#| echo: true\nx = 1 #| hide_line\nx+1', stream('noise', 'stderr'), stream('printed\n'), result(text_plain='2')),
         ('code', 'frame', result(text_html='<table></table>', text_plain='  a\n0 1')),
@@ -41,8 +41,8 @@ def index(tmp_path):
 def test_readme_says_what_the_index_says(index):
     text,images = readme.render(index, SITE)
     assert text == '\n\n'.join([readme.WARNING, '# kdmed\n\n> A line',
-        f'See [core]({SITE}/core.html#seeds), [page]({SITE}/tutorials/start.html), `[code](00_core.ipynb)`,\n'
-        '![plot](nbs/images/plot.png) and [out](https://fast.ai).\n\n```\n[fenced](00_core.ipynb)\n```',
+        f'See [core]({SITE}/core.html#seeds), [page]({SITE}/tutorials/start.html), `[code](01_core.ipynb)`,\n'
+        '![plot](nbs/images/plot.png) and [out](https://fast.ai).\n\n```\n[fenced](01_core.ipynb)\n```',
         '## Result', '```python\nx+1\n```', '```\nprinted\n```', '```\n2\n```', '```python\nframe\n```', '```\n  a\n0 1\n```',
         '```python\ntable\n```', '|a|\n|-|\n|1|', '![Result](README_files/cell7-0.png)']) + '\n'
     assert images == {'cell7-0.png': b'not really a picture'}
@@ -62,21 +62,21 @@ def test_readme_check_sees_every_difference(index, tmp_path):
 class Config: doc_url,git_url,user,repo,branch = SITE,'https://github.com/kdmed/kdmed','kdmed','kdmed','main'
 
 def site_problems(folder, text):
-    notebook(folder/'00_core.ipynb', ('raw', '---\ntitle: Core\n---'), ('markdown', '## A first `step`: done'))
+    notebook(folder/'01_core.ipynb', ('raw', '---\ntitle: Core\n---'), ('markdown', '## A first `step`: done'))
     notebook(folder/'tutorials'/'01_start.ipynb', ('raw', '---\ntitle: Start\n---'), ('markdown', text))
     (folder/'plot.png').write_bytes(b'')
     return list(check.Site(folder, Config).problems())
 
 @pytest.mark.parametrize('link', [
-    '../00_core.ipynb', '../core.html#a-first-step-done', '../00_core.ipynb#a-first-step-done', '#here', '../plot.png',
+    '../01_core.ipynb', '../core.html#a-first-step-done', '../01_core.ipynb#a-first-step-done', '#here', '../plot.png',
     f'{SITE}/core.html#anything', f'{SITE}/', f'{SITE}/core.html.md', 'https://fast.ai', f'{Config.git_url}/blob/main/settings.ini',
-    'https://colab.research.google.com/github/kdmed/kdmed/blob/main/nbs/00_core.ipynb'])
+    'https://colab.research.google.com/github/kdmed/kdmed/blob/main/nbs/01_core.ipynb'])
 def test_site_lets_good_links_pass(link, tmp_path):
     notebook(tmp_path/'index.ipynb', ('raw', '---\ntitle: Home\n---'))
     assert site_problems(tmp_path, f'## Here\n\n[a]({link})') == []
 
 @pytest.mark.parametrize('link', [
-    '00_core.ipynb', '../00_core.ipynb#second', '../other.html', '#there', '../none.png', f'{SITE}/other.html',
+    '01_core.ipynb', '../01_core.ipynb#second', '../other.html', '#there', '../none.png', f'{SITE}/other.html',
     f'{Config.git_url}/blob/main/none.py',
     'attachment:a.png', '../../setup.py'])
 @pytest.mark.parametrize('form', ['[a]({})', '![a]({})', '<img src="{}">', '[a]: {}'])
