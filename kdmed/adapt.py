@@ -103,12 +103,10 @@ class _Prepared(nn.Module):
         super().__init__()
         self.model,self.stats,self.own,self.size,self.channels = model,stats,own,size,{}
 
-    def prepare(self, x):
+    def forward(self, x, *more):
         x = resize_images(x.as_subclass(Tensor), self.size)
         if x.shape[1] not in self.channels: self.channels[x.shape[1]] = needed_channels(self.model, x)
-        return prepare_images(x, self.stats, self.own, self.channels[x.shape[1]])
-
-    def forward(self, x, *more): return self.model(self.prepare(x), *more)
+        return self.model(prepare_images(x, self.stats, self.own, self.channels[x.shape[1]]), *more)
 
 def prepared_for(
     model, # Module or Learner

@@ -121,7 +121,7 @@ def apply_groups(
     "Say which images belong together"
     file = Path(file).expanduser()
     try: rows = read_list(file, ('image', 'group'))
-    except (OSError, ValueError) as e: raise type(e)(f'--groups: {e}') from e
+    except ValueError as e: raise ValueError(f'--groups: {e}') from e
     if missing := [c for c in ('image', 'group') if c not in rows]: raise ValueError(f'--groups {file}: missing column {missing}; expected image and group, got {list(rows.columns)}')
     rows = rows.fillna({'image': '', 'group': ''})
     if (blank := rows.group.str.strip()=='').any(): raise ValueError(f'{file}: {blank.sum()} rows have no group, such as {rows.image[blank].iloc[0]}')

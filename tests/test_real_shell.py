@@ -63,6 +63,8 @@ def test_readers_know_the_options_they_are_given():
     (['--lr', '-1'], '--lr must be a finite number above 0, got -1.0'),
     (['--lr', 'inf'], '--lr must be a finite number above 0, got inf'),
     (['--lr', 'nan'], '--lr must be a finite number above 0, got nan'),
+    (['--lr', '1e308'], '--lr must be below 1,000,000, got 1e+308'),
+    (['--metric', 'nonsense'], "--metric: unknown multiclass metric 'nonsense'"),
     (['--lr', 'abc'], 'unable to convert "abc" into float'),
     (['--epochs', '0'], '--epochs must be a whole number of at least 1, got 0'),
     (['--epochs', '1.5'], 'Invalid value for --epochs: expected a whole number, got 1.5'),
@@ -334,3 +336,71 @@ def test_output_that_is_no_terminal_gets_a_line_an_epoch(images, tmp_path, capsy
     lines = [line for line in err.splitlines() if 'epoch 1/1' in line]
     assert len(lines)==3 and 'time left is known after the first epoch of each kind of model' in lines[0] and lines[2].endswith('left')
     assert '\r' not in err and '|---' not in err and 'epoch 1/1' not in out
+
+
+# -- what a report tells of the data, and what is refused before minutes are spent
+
+@pytest.fixture(scope='module')
+def leaking(tmp_path_factory):
+    "Two classes; every group is in all three splits"
+    folder = tmp_path_factory.mktemp('leaking')/'images'
+    for i,row in synthetic_table(n=90, classes=2, size=32).iterrows():
+        home = folder/('train', 'valid', 'test')[i//10%3]/row.label
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(row.image).save(home/f'{i%10}_{i}.png')
+    return folder
+
+
+def test_a_report_tells_shared_groups_the_card_and_the_metric_that_was_asked_for(leaking, tmp_path, capsys):
+    status,out,err = kdmed(capsys, *distill(leaking, tmp_path/'run', '--allow-leakage', '--metric', 'f1'))
+    assert status==0, err
+    report = (tmp_path/'run'/'report.md').read_text()
+    shared = '10 groups are in more than one split: 100.0% (30/30) of the test images are of a group that is also in train; scores are optimistic.'
+    for text in (out, report):
+        assert shared in text and 'in f1' in text and 'plain student in balanced accuracy' not in text
+    assert 'split: train 30, valid 30, test 30' in report and 'binary: ' in report
+    assert str(tmp_path) not in report
+
+
+def test_groups_in_two_splits_are_refused_before_copies_are_looked_for(leaking, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, 'look_for_copies', lambda *args: pytest.fail('looked for copies first'))
+    command = [c for c in distill(leaking, tmp_path/'run') if c!='--no-copies']
+    status,_,err = kdmed(capsys, *command)
+    assert status==2 and '10 groups are in more than one split' in err and '--resplit' in err and '--allow-leakage' in err, err
+
+
+def test_a_command_that_trained_nothing_does_not_hold_its_folder(images, tmp_path, capsys, monkeypatch):
+    def refuses(*args, **kwargs):
+        commands.write_atomic(tmp_path/'run'/'study.json', json.dumps(dict(settings=dict(options=commands.settings_of(dict(lr=.5))))))
+        raise ValueError('refused')
+    (tmp_path/'run').mkdir()
+    real = commands.distillation_study
+    monkeypatch.setattr(commands, 'distillation_study', refuses)
+    assert kdmed(capsys, *distill(images, tmp_path/'run', '--lr', '.5'))[0]==2 and (tmp_path/'run'/'study.json').exists()
+    monkeypatch.setattr(commands, 'distillation_study', real)
+    status,_,err = kdmed(capsys, *distill(images, tmp_path/'run'))
+    assert status==0, err
+
+
+def test_resplit_ignores_a_split_column_that_is_partly_blank(leaking, tmp_path, capsys):
+    rows = [(f.relative_to(leaking).as_posix(), f.parent.name, f.name.split('_')[0], f.parts[-3]) for f in sorted(leaking.rglob('*.png'))]
+    table = pd.DataFrame(rows, columns=['image', 'label', 'group', 'split'])
+    table.loc[3, 'split'] = ''
+    table.to_csv(tmp_path/'list.csv', index=False)
+    how = '--dataset', 'csv', '--images', leaking, '--size', '32', '--no-copies', '--teacher', 'test_resnet'
+    status,_,err = kdmed(capsys, 'check', tmp_path/'list.csv', *how)
+    assert status==2 and '1 of 90 rows have no split' in err and 'give --resplit to split all images by groups' in err, err
+    status,out,err = kdmed(capsys, 'check', tmp_path/'list.csv', *how, '--resplit')
+    assert status==0 and 'Split by groups: ' in out+err, err
+
+
+def test_a_file_where_class_folders_are_expected_names_the_data_sets_that_are_files(tmp_path, capsys):
+    (tmp_path/'list.csv').write_text('image,label\n')
+    status,_,err = kdmed(capsys, 'check', tmp_path/'list.csv')
+    assert status==2 and 'give --dataset csv for a list of images' in err and '--dataset medmnist' in err, err
+
+
+def test_check_shows_a_split_without_validation_images_and_says_that_it_is_refused(tmp_path, capsys):
+    data = write_images(tmp_path/'images', parts=('train', 'test'))
+    status,out,err = kdmed(capsys, 'check', data, '--size', '32', '--no-copies', '--teacher', 'test_resnet')
+    assert status==0 and 'kdmed distill refuses this split: the split of the data has no valid images' in out and 'All 90 images can be read' in out, err
