@@ -1,6 +1,7 @@
 "Measure what kdmed promises about speed: ratios against a baseline timed in the same run. Prints a table and writes bench.json."
 import argparse, json, os, platform, subprocess, sys, tempfile, time, warnings
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -110,10 +111,11 @@ def raw_loop(batches):
 
 def their_step(dls):
     "A step with fasterai's callback (soft target, and features without a projector: it has none), if the package can be had; None else"
-    folder = f'{WORK.name}/fasterai'
-    if subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', folder, 'fasterai'], capture_output=True).returncode and \
-       subprocess.run(['uv', 'pip', 'install', '-q', '--no-deps', '--target', folder, 'fasterai'], capture_output=True).returncode: return None
-    sys.path.append(folder)
+    if find_spec('fasterai') is None:
+        folder = f'{WORK.name}/fasterai'
+        if subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', folder, 'fasterai'], capture_output=True).returncode and \
+           subprocess.run(['uv', 'pip', 'install', '-q', '--no-deps', '--target', folder, 'fasterai'], capture_output=True).returncode: return None
+        sys.path.append(folder)
     from fasterai.distill.all import KnowledgeDistillationCallback, SoftTarget
     teacher,student = create_teacher('resnet50', 10, 64).to(DEVICE),create_student('resnet18', 10, 64)
     return step_learner(dls, student, KnowledgeDistillationCallback(teacher, SoftTarget))
@@ -239,22 +241,32 @@ print(status('VmHWM')-before)"""
 BENCHES = [distillation_step, cached_epoch, bootstrap_speed, report_cost, saliency_speed, input_small, input_large, input_augmented, packing_time, packing_memory, copies_speed]
 
 
+def where():
+    "The machine and the day: what a figure belongs to"
+    device = torch.cuda.get_device_name() if DEVICE=='cuda' else f'{platform.machine()} processor'
+    return f'{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime("%Y-%m-%d")}'
+
+def judge(row):
+    "The row with `ok`, and in words what was wanted"
+    least,limit,value = row.pop('least', False),row['limit'],row['value']
+    if limit is None: return dict(row, ok=True),'for comparison'
+    return dict(row, ok=value>=limit if least else value<=limit),f"at {'least' if least else 'most'} {limit}"
+
 def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument('--out', default='bench.json', help='where to write the results (default %(default)s)')
-    out = Path(args.parse_args().out)
-    print(f'torch {torch.__version__} on {DEVICE} ({platform.machine()}), {torch.get_num_threads()} threads')
+    args.add_argument('--only', nargs='+', metavar='NAME', choices=[b.__name__ for b in BENCHES], help=f"some of {', '.join(b.__name__ for b in BENCHES)}")
+    args = args.parse_args()
+    print(where(), flush=True)
     rows = []
     for bench in BENCHES:
+        if args.only and bench.__name__ not in args.only: continue
         measured = bench()
-        rows += measured if isinstance(measured, list) else [measured]
-    width = max(len(row['name']) for row in rows)
-    for row in rows:
-        least = row.pop('least', False)
-        if row['limit'] is None: row['ok'],wanted = True,'for comparison'
-        else: row['ok'],wanted = (row['value'] >= row['limit'],f"at least {row['limit']}") if least else (row['value'] <= row['limit'],f"at most {row['limit']}")
-        print(f"{row['name']:{width}}  {row['value']:7.3f} {row['unit']:5}  ({wanted})  {'ok' if row['ok'] else 'MISSED'}")
-    out.write_text(json.dumps(rows, indent=1) + '\n')
+        for row in measured if isinstance(measured, list) else [measured]:
+            row,wanted = judge(row)
+            rows.append(dict(row, where=where()))
+            print(f"{row['name']:90}  {row['value']:7.3f} {row['unit']:5}  ({wanted})  {'ok' if row['ok'] else 'MISSED'}", flush=True)
+        Path(args.out).write_text(json.dumps(rows, indent=1) + '\n') # what is measured is kept, whatever comes next
 
 
 if __name__ == '__main__': main()
