@@ -18,7 +18,7 @@ from cyclopts.config import Dict
 
 from . import __version__
 from .options import (FORCE, OUT, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions, RecipeName, RecipeOptions,
-                           RunOptions, TrainingOptions, Whole, check_concerns, check_numbers, one_option, option_names)
+                           RunOptions, TrainingOptions, Whole, check_concerns, check_numbers, check_paths, one_option, option_names)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
@@ -29,6 +29,7 @@ def _run(command, *options, **more):
     values = {k: v for o in options for k,v in asdict(o).items()} | more
     check_numbers(values)
     if 'dataset' in values and (command!='recipe' or values['out'] is not None): check_concerns(values)
+    check_paths(values)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
         from kdmed import commands

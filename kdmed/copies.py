@@ -908,9 +908,19 @@ class CopyCheck:
             first,second = between.split('-')
             said.append(f"{share['share']:.1%} ({share['with_copy']:,}/{share['images']:,}) of the {second} images have a copy in {first}"
                         + ('; scores on them are optimistic.' if share['with_copy'] and first=='train' else '.'))
-        if len(self.contradictory): said.append(f'{len(self.contradictory):,} pairs of copies have different labels.')
+        if len(self.contradictory): said.append(f'{len(self.contradictory):,} pair{"s"*(len(self.contradictory)!=1)} of copies have different labels.')
         if self.unreadable: said.append(f'{len(self.unreadable):,} images could not be read, and were not compared.')
         return said
+
+    def pairs(self, table):
+        "Every pair that crosses splits or has different labels, by the names of the images of the table that was looked at"
+        found = pd.concat([self.crossing, self.contradictory])[['a', 'b', 'kind', 'transform', 'verified']].drop_duplicates(['a', 'b'], ignore_index=True)
+        both = {}
+        for end in ('a', 'b'):
+            rows = found[end].to_numpy(int)
+            images = [f'row {i}' if isinstance(table.image.iloc[i], np.ndarray) else name_of(table.image.iloc[i]) for i in rows]
+            both |= {f'image_{end}': images} | {f'{what}_{end}': table[what].to_numpy(object)[rows] for what in ('split', 'label', 'group')}
+        return pd.DataFrame(both).assign(**found[['kind', 'transform', 'verified']])
 
     def to_dict(self):
         "Plain numbers and sentences, without file names"

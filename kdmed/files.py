@@ -6,7 +6,7 @@ Docs: https://kdmed.github.io/kdmed/files.html.md"""
 
 # %% auto #0
 __all__ = ['write_atomic', 'flush_to_disk', 'existing_parent', 'check_room', 'is_writable', 'clear_parts', 'Claim', 'claim',
-           'check_format']
+           'check_unclaimed', 'check_format']
 
 # %% ../nbs/02_files.ipynb #f92082ed
 import errno, json, os, shutil, socket, time
@@ -145,6 +145,14 @@ def claim(
         if e.errno in _READ_ONLY and folder.is_dir(): return Claim(folder, None)
         raise
     return Claim(folder, lock)
+
+def check_unclaimed(
+    folder,          # Folder, perhaps not made yet
+    what:str='run',  # What it holds, for the message
+)->None:
+    "Raise `RuntimeError` if another process holds a folder; it is not made, and not held from here on"
+    if (Path(folder).expanduser()/'.lock').is_file():
+        with claim(folder, what): pass
 
 # %% ../nbs/02_files.ipynb #c4eceec7
 def check_format(

@@ -9,15 +9,17 @@ __all__ = ['DATASETS', 'Dataset', 'Augmentation', 'Preprocessing', 'MethodName',
            'Whole', 'OptionalWhole', 'IMAGES', 'SPLITTING', 'MODELS', 'TRAINING', 'RUNNING', 'OUT', 'FORCE',
            'OPTION_KINDS', 'STATE', 'NUMBERS', 'whole_number', 'one_option', 'DataOptions', 'LoadingOptions',
            'PixelOptions', 'ModelOptions', 'TrainingOptions', 'RunOptions', 'RecipeOptions', 'option_names', 'option',
-           'check_numbers', 'check_concerns']
+           'check_numbers', 'check_concerns', 'check_out', 'check_paths']
 
 # %% ../nbs/78_options.ipynb #a0b1c2d3
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 from cyclopts import Group, Parameter
 
 from .checks import check_integer, check_number, check_seed
+from .files import check_unclaimed, is_writable
 
 # %% ../nbs/78_options.ipynb #edc462b6
 DATASETS = {
@@ -45,9 +47,9 @@ OPTION_DATASETS = { # options that concern some data sets only
 # %% ../nbs/78_options.ipynb #b739235b
 def whole_number(type_, tokens):
     "An integer from the command line or a configuration; cyclopts would round 1.5"
-    text = tokens[0].value.strip()
+    text,source = tokens[0].value.strip(),tokens[0].source
     try: return int(text)
-    except ValueError: raise ValueError(f'expected a whole number, got {text}') from None
+    except ValueError: raise ValueError(f'expected a whole number, got {text}' + (source!='cli')*f' in {source}') from None
 
 Whole = Annotated[int, Parameter(converter=whole_number)]
 OptionalWhole = Annotated[Optional[int], Parameter(converter=whole_number)]
@@ -99,8 +101,8 @@ class LoadingOptions:
     official:Annotated[Optional[list[str]], _maybe("use the official split, in a column of this name (breakhis: fold1 to fold5; folder and csv: split); validation images are taken from its training part where it has none", SPLITTING)] = None
     resplit:Annotated[bool, one_option('ignore the split that the data has, and split by groups', SPLITTING)] = False
     split_seed:Annotated[Whole, one_option('seed of the split by groups', SPLITTING)] = 0
-    allow_leakage:Annotated[bool, one_option('accept groups or images that are in more than one split, as in some official ones; scores are then optimistic', SPLITTING)] = False
-    copies:Annotated[bool, Parameter(help='look for copies of images across splits', group=SPLITTING)] = True
+    allow_leakage:Annotated[bool, one_option('accept groups or files that are in more than one split, as in some official ones; scores are then optimistic. Copies that the search finds are reported either way', SPLITTING)] = False
+    copies:Annotated[bool, Parameter(help='look for copies of images across splits, and list them in copies.csv', group=SPLITTING)] = True
     store:Annotated[Optional[list[str]], _maybe('keep decoded images in a packed store on disk, in this folder or the default one, instead of in memory', SPLITTING)] = None
     unreadable:Annotated[Literal['error', 'quarantine'], one_option('stop if images cannot be read, or continue without them', SPLITTING)] = 'error'
     workers:Annotated[Whole, one_option('processes that make batches; 0 is enough for images in memory or in a store', SPLITTING)] = 0
@@ -213,3 +215,29 @@ def check_concerns(
         if len(o[name] or ()) > 1: raise ValueError(f"{option(name)} takes one value at most, got {' '.join(o[name])}")
     for name in ('separator', 'group_pattern', 'groups'):
         if o.get(name)=='': raise ValueError(f'{option(name)} must not be empty')
+
+# %% ../nbs/78_options.ipynb #f398ee54
+def check_out(
+    o:dict, # Options by name
+)->Path: # Absolute
+    "Raise an error for a folder that a run cannot be written to"
+    text = o['out']
+    if not str(text).strip(): raise ValueError('--out must be a folder, got an empty text')
+    out = Path(text).expanduser().absolute()
+    if out.exists() and not out.is_dir(): raise FileExistsError(f'--out {text} is a file; expected a folder')
+    if o.get('data') and (data := Path(o['data']).expanduser().absolute()).is_dir() and (out.resolve()==data.resolve() or data.resolve() in out.resolve().parents):
+        raise ValueError(f'--out {text} is inside --data {o["data"]}, where its files would be taken for images or classes; choose a folder elsewhere')
+    if not is_writable(out): raise PermissionError(f'--out {text} cannot be written to; choose another folder')
+    check_unclaimed(out)
+    return out
+
+def check_paths(
+    o:dict, # Options by name
+)->None:
+    "Raise an error for files that are not there, and for a folder that a run cannot be written to"
+    if o.get('data') is not None and not Path(o['data']).expanduser().exists(): raise FileNotFoundError(f'--data {o["data"]}: no such file or folder')
+    if o.get('dataset')=='folder' and o.get('data') is not None and Path(o['data']).expanduser().is_file():
+        raise ValueError(f"--data {o['data']} is a file, not a folder with one folder for each class: give --dataset csv for a list of images, --dataset medmnist for an npz of MedMNIST")
+    for name in ('groups', 'labels', 'teacher_checkpoint', 'teacher_weights', 'student_weights'):
+        if o.get(name) and o[name] not in ('timm', 'pip') and not Path(o[name]).expanduser().is_file(): raise FileNotFoundError(f'{option(name)} {o[name]}: file not found')
+    if o.get('out') is not None: check_out(o)

@@ -141,7 +141,7 @@ def contents(run): return {f.relative_to(run).as_posix(): f.read_bytes() for f i
 
 
 def test_a_run_holds_its_files(run):
-    assert set(commands.RUN_FILES) == {f.name for f in run.iterdir() if not f.name.startswith('.')}
+    assert set(commands.RUN_FILES)-{commands.PAIRS} == {f.name for f in run.iterdir() if not f.name.startswith('.')}
     assert json.loads((run/'settings.json').read_text())['environment']['torch']
     assert (run/'student.safetensors').read_bytes()==(run/'cells/distilled-0/student.safetensors').read_bytes()
     assert sorted(f.name for f in (run/'cells').iterdir())==['distilled-0', 'plain-0', 'teacher-0']
@@ -210,17 +210,18 @@ def test_force_replaces_a_run_when_the_new_one_is_finished(images, run, tmp_path
 
 def test_a_swap_that_is_stopped_half_way_is_completed(run, tmp_path):
     import shutil
-    for moved in (0, 1, 3, len(commands.RUN_FILES)):
+    names = [name for name in commands.RUN_FILES if (run/name).exists()]
+    for moved in (0, 1, 3, len(names)):
         out = tmp_path/f'run{moved}'
         shutil.copytree(run, out)
         shutil.copytree(run, out/'.new')
         (out/'.new'/'history.csv').write_text('new')
-        (out/'.new'/'complete').write_text(json.dumps(list(commands.RUN_FILES)))
+        (out/'.new'/'complete').write_text(json.dumps(names))
         (out/'settings.json').unlink()
-        for name in commands.RUN_FILES[:moved]:
+        for name in names[:moved]:
             commands._remove(out/name)
             (out/'.new'/name).replace(out/name)
-        if moved < len(commands.RUN_FILES): assert commands.run_state(out)=='unfinished'
+        if moved < len(names): assert commands.run_state(out)=='unfinished'
         commands.swap_in(out)
         assert (out/'history.csv').read_text()=='new' and commands.run_state(out)=='finished' and not (out/'.new').exists()
 
@@ -404,3 +405,59 @@ def test_check_shows_a_split_without_validation_images_and_says_that_it_is_refus
     data = write_images(tmp_path/'images', parts=('train', 'test'))
     status,out,err = kdmed(capsys, 'check', data, '--size', '32', '--no-copies', '--teacher', 'test_resnet')
     assert status==0 and 'kdmed distill refuses this split: the split of the data has no valid images' in out and 'All 90 images can be read' in out, err
+
+
+def test_copies_are_listed_with_their_labels(leaking, tmp_path, capsys):
+    import shutil
+    data = tmp_path/'images'
+    shutil.copytree(leaking, data)
+    first,other = sorted(f.name for f in (data/'train').iterdir())
+    source = next((data/'train'/first).iterdir())
+    twins = data/'test'/first/'77_77.png',data/'test'/other/'78_78.png'
+    for twin in twins: Image.open(source).transpose(Image.Transpose.ROTATE_90).save(twin)
+    given = [c for c in distill(data, tmp_path/'run', '--allow-leakage', '--quiet') if c!='--no-copies']
+    assert kdmed(capsys, *given)[0]==0
+    pairs = pd.read_csv(tmp_path/'run'/'copies.csv')
+    found = pairs[pairs.image_a==str(source)].set_index('image_b')[['label_a', 'label_b', 'split_a', 'split_b']]
+    assert [tuple(found.loc[str(t)]) for t in twins]==[(first, first, 'train', 'test'), (first, other, 'train', 'test')]
+    report = (tmp_path/'run'/'report.md').read_text()
+    assert 'The pairs are listed in the folder of the run' in report and '77_77' not in report
+    status,out,_ = kdmed(capsys, 'check', data, '--size', '32', '--allow-leakage', '--teacher', 'test_resnet')
+    assert status==0 and f'{source} ({first}) and {twins[1]} ({other})' in out
+
+
+def test_check_says_what_a_search_for_copies_would_take(images, capsys):
+    status,out,_ = kdmed(capsys, 'check', images, '--group-pattern', r'(\d+)_', *SMALL)
+    assert status==0 and 'were not looked for (--no-copies)' in out and 'To look for them would take about' in out
+
+
+def test_images_whose_owners_are_unknown_are_told_of_with_the_options_that_tell(images, capsys):
+    status,out,err = kdmed(capsys, 'check', images, *SMALL)
+    assert status==0 and '--group-pattern or --groups FILE says which belong together' in out+err
+
+
+@pytest.mark.parametrize('more,said', [(['--data', 'nowhere'], '--data nowhere: no such file or folder'), (['--teacher-weights', 'no.pth'], '--teacher-weights no.pth: file not found'),
+                                       (['--out', '/proc/run'], '--out /proc/run cannot be written to'), (['--groups', 'no.csv'], '--groups no.csv: file not found')])
+def test_paths_are_looked_at_before_anything_heavy_is_imported(images, tmp_path, more, said):
+    import subprocess, sys
+    argv = [str(a) for a in distill(images, tmp_path/'run')]
+    if more[0] in argv: argv[argv.index(more[0])+1] = more[1]
+    else: argv += more
+    code = f"import sys; from kdmed import cli; print(cli.main({argv!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.split()==['2', 'False'] and said in done.stderr, done.stderr
+
+
+def test_a_folder_in_use_is_told_of_before_anything_heavy_is_imported(images, tmp_path):
+    import subprocess, sys
+    from kdmed.files import claim
+    argv = [str(a) for a in distill(images, tmp_path/'run')]
+    code = f"import sys; from kdmed import cli; print(cli.main({argv!r}), 'torch' in sys.modules)"
+    with claim(tmp_path/'run'): done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.split()==['2', 'False'] and 'is in use: process' in done.stderr, done.stderr
+
+
+def test_a_wrong_number_in_a_configuration_names_the_file(images, tmp_path, capsys):
+    (tmp_path/'mine.toml').write_text('epochs = "many"\n')
+    status,_,err = kdmed(capsys, 'distill', '--config', tmp_path/'mine.toml', '--data', images, '--out', tmp_path/'run')
+    assert status==2 and 'epochs' in err and f"expected a whole number, got many in {tmp_path/'mine.toml'}" in err
