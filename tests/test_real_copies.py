@@ -92,6 +92,8 @@ def test_a_leak_that_fingerprints_do_not_see():
 def test_measured_recall_is_that_of_the_results():
     measured = json.loads((Path(__file__).parents[1]/'results/copies/measured.json').read_text())
     assert copies.MEASURED == measured['total']
+    many = measured['large']
+    assert copies.AMONG_MANY == dict(images=many['images'], recall=round(many['found']/many['copies'], 3))
 
 @pytest.mark.parametrize('how', ['fingerprints', 'features', 'rings'])
 def test_a_search_says_its_kinds_and_recall(how): assert f"{copies.MEASURED[how]['recall']:.1%}" in describe_search(how)
