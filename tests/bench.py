@@ -26,11 +26,17 @@ from bench_copies import copies_speed
 from bench_metrics import bootstrap_speed
 from bench_report import report_cost
 from bench_saliency import saliency_speed
-from kdmed.data import image_dls, image_table, split_groups, synthetic_table
-from kdmed.datasets import read_ham10000
-from kdmed.kd import FeatureKD, LogitKD, Teacher, create_student, create_teacher
-from kdmed.store import pack_images
-from kdmed.transforms import Augment, BrightnessContrast, HorizontalFlip, Rotation, ScaledCrop, Shear, VerticalFlip
+from kdmed.data.datasets import read_ham10000
+from kdmed.data.images import image_table, synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.store import pack_images
+from kdmed.data.transforms import (
+    Augment, BrightnessContrast, HorizontalFlip, Rotation, ScaledCrop, Shear, VerticalFlip)
+from kdmed.models.create import create_student, create_teacher
+from kdmed.distill.callbacks import LogitKD
+from kdmed.distill.features import FeatureKD
+from kdmed.distill.teacher import Teacher
 
 HAM10000 = Path(os.environ.get('KDMED_HAM10000', Path(__file__).parents[2]/'shared/data/ham10000'))
 WORK = tempfile.TemporaryDirectory(prefix='kdmed-bench-')
@@ -227,7 +233,7 @@ def packing_memory(n=10_000, size=128):
     code = f"""
 import json, re
 from pathlib import Path
-from kdmed.store import pack_images
+from kdmed.data.store import pack_images
 files = [Path(f) for f in json.loads(Path({str(listed)!r}).read_text())]
 def status(name): return int(re.search(name + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024
 Path('/proc/self/clear_refs').write_text('5') # the peak is counted from here

@@ -7,13 +7,15 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 
-from kdmed.cache import TeacherCache
-from kdmed.callbacks import LogitKD
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.features import FeatureKD
-from kdmed.models import create_student, create_teacher
-from kdmed.teacher import Teacher
-from kdmed.transforms import tissue_augment
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.transforms import tissue_augment
+from kdmed.models.create import create_student, create_teacher
+from kdmed.distill.cache import TeacherCache
+from kdmed.distill.callbacks import LogitKD
+from kdmed.distill.features import FeatureKD
+from kdmed.distill.teacher import Teacher
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from kdmed.copies import find_copies, fingerprints, group_copies, match_copies
-from kdmed.images import synthetic_table
+from kdmed.data.copies import find_copies, fingerprints, group_copies, match_copies
+from kdmed.data.images import synthetic_table
 
 DATA = Path(__file__).parents[2]/'shared/data'
 RESULTS = Path(__file__).parents[1]/'results/copies/measured.json'
@@ -155,7 +155,7 @@ def copies_speed(n=15_000, side=224):
         code = f"""
 import json, re, time
 from pathlib import Path
-from kdmed.copies import group_copies
+from kdmed.data.copies import group_copies
 files = json.loads(Path({str(listed)!r}).read_text())
 def status(name): return int(re.search(name + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024
 group_copies(files[:4])

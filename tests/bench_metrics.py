@@ -4,7 +4,8 @@ import time
 import numpy as np
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
-from kdmed.metrics import group_weights, scores
+from kdmed.evaluate.intervals import group_weights
+from kdmed.evaluate.scores import scores
 
 PREVALENCE = .103, .108, .182, .239, .068, .063, .022, .104, .071, .036, .043, .017, .045, .003 # of ChestX-ray14's official test images, roughly
 METRICS = ['accuracy', 'balanced_accuracy', 'macro_precision', 'macro_recall', 'macro_specificity', 'macro_f1', 'macro_auroc', 'macro_average_precision']

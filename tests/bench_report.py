@@ -32,7 +32,7 @@ SIZES = dict(chest=findings, demo=lambda: classes(960, 4, 1, MODELS | {'other': 
 
 def one(size):
     "Compare and save; figures as a dict"
-    from kdmed.report import compare_predictions
+    from kdmed.evaluate.comparison import compare_predictions
     models,truth,names,groups,task = SIZES[size]()
     wall,cpu = time.perf_counter(),time.process_time()
     comparison = compare_predictions(models, truth, names, groups, task)

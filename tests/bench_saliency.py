@@ -7,8 +7,8 @@ import torch
 from pytorch_grad_cam import GradCAM, ScoreCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from kdmed.models import create_student
-from kdmed.saliency import saliency_maps
+from kdmed.models.create import create_student
+from kdmed.evaluate.saliency import saliency_maps
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 

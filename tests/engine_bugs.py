@@ -16,7 +16,7 @@ ENGINE_BUGS = [
     ('teacher', 'average of weights never moves', 'def update(self:MeanTeacher, student):', 'def update_(self:MeanTeacher, student):'),
     # images in, logits out
     ('adapt', "predictions in the loader's normalization", 'return _Prepared(module, stats, own, size)', 'return module'),
-    ('models', "a loaded model has the statistics of a Learner's loaders", 'return loaders if own is None or (loaders is not None and has_trained) else own', 'return loaders'),
+    ('create', "a loaded model has the statistics of a Learner's loaders", 'return loaders if own is None or (loaders is not None and has_trained) else own', 'return loaders'),
     ('adapt', 'gray of normalized channels', 'pixels = x if stats is None else renormalize(x, stats, _PIXELS)', 'pixels = x'),
     ('adapt', 'probabilities softened as logits', "if self.kind!='probabilities': return z", 'return z'),
     ('adapt', 'logarithm of a sigmoid', 'return p.log() - torch.log1p(-p)', 'return p.log()'),

@@ -12,8 +12,8 @@ warnings.filterwarnings('ignore')
 
 from PIL import Image
 
-from kdmed import cli, commands # noqa: F401
-from kdmed.data import synthetic_table
+from kdmed.cli import app as cli, commands # noqa: F401
+from kdmed.data.images import synthetic_table
 
 def write_images(folder, n=120):
     "Class folders as a user has them"

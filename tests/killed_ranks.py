@@ -10,9 +10,9 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from killed_script import TISSUE, Counts, MovingAverage, cnn, die, outcome, quiet, same
 
-from kdmed.core import seed_everything
-from kdmed.data import image_dls
-from kdmed.resume import Resume
+from kdmed.core.basics import seed_everything
+from kdmed.data.loaders import image_dls
+from kdmed.train.resume import Resume
 
 def broadcast(self, t, rank):
     "fastai's, without a GPU"

@@ -23,14 +23,16 @@ from fastai.vision.augment import Flip
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from kdmed.cache import TeacherCache
-from kdmed.callbacks import FocalKD, LogitKD
-from kdmed.core import seed_everything
-from kdmed.data import ReplayMixUp, image_dls, split_groups, synthetic_table
-from kdmed.features import FeatureKD
-from kdmed.resume import Resume
-from kdmed.teacher import MeanTeacher
-from kdmed.transforms import Augment, HorizontalFlip, Rotation
+from kdmed.core.basics import seed_everything
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import ReplayMixUp, image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.transforms import Augment, HorizontalFlip, Rotation
+from kdmed.train.resume import Resume
+from kdmed.distill.cache import TeacherCache
+from kdmed.distill.callbacks import FocalKD, LogitKD
+from kdmed.distill.features import FeatureKD
+from kdmed.distill.teacher import MeanTeacher
 
 # -- what is trained
 

@@ -63,12 +63,12 @@ def hints():
 
     import numpy as np
 
-    from kdmed.data import load_distributed
-    from kdmed.datasets import read_medmnist
-    from kdmed.filters import CLAHE
-    from kdmed.images import read_dicom
-    from kdmed.models import create_student
-    from kdmed.saliency import saliency_maps
+    from kdmed.data.loaders import load_distributed
+    from kdmed.data.datasets import read_medmnist
+    from kdmed.data.filters import CLAHE
+    from kdmed.data.images import read_dicom
+    from kdmed.models.create import create_student
+    from kdmed.evaluate.saliency import saliency_maps
     import torch
     model = create_student('test_resnet', ['a', 'b'], 32)
     yield 'filters', said(CLAHE(), np.arange(64*64*3, dtype=np.uint8).reshape(64, 64, 3))
@@ -89,7 +89,7 @@ def main():
     names = wheel_uses.module_names(inside=None)
     for name in names: importlib.import_module(name)
     print('modules:', *names)
-    from kdmed.cli import main as command
+    from kdmed.cli.app import main as command
     for option in ('--version', '--help'):
         try: command([option])
         except SystemExit as e: assert not e.code, e.code

@@ -1,4 +1,4 @@
-"Bugs to plant in `kdmed.feature_losses`, one line each; `test_planted_bugs.py` plants them and expects a lesson to fail"
+"Bugs to plant in `kdmed.distill.feature_losses`, one line each; `test_planted_bugs.py` plants them and expects a lesson to fail"
 
 SAME_SHAPE = r'    _check_same_shape\(.*\)\n'
 SAME_PLACES = r'    _check_same_places\(.*\)\n'

@@ -1,4 +1,4 @@
-"Bugs for `kdmed.logit_losses`: function, what is wrong, pattern in its source, replacement"
+"Bugs for `kdmed.distill.logit_losses`: function, what is wrong, pattern in its source, replacement"
 import re
 
 SAME_SHAPE = r'    check_same_shape\(.*\)\n'

@@ -1,4 +1,4 @@
-"Bugs for `kdmed.losses`: function, what is wrong, pattern in its source, replacement"
+"Bugs for `kdmed.distill.losses`: function, what is wrong, pattern in its source, replacement"
 
 SAME_SHAPE = r'    check_same_shape\(.*\)\n'
 CLASSES = r'    _check_classes\(.*\)\n'
@@ -11,9 +11,9 @@ BUGS = [
     ('is_known', 'subclasses stay', r'_plain\(targets\)', 'targets'),
     ('is_known', 'class 0 is unknown', 'targets!=UNLABELED', 'targets>0'),
     ('is_known', 'the other way around', 'targets!=UNLABELED', 'targets==UNLABELED'),
-    ('is_unlabeled', 'one unknown finding is enough', r'\.any\(1\)', '.all(1)'),
-    ('is_unlabeled', 'the other way around', 'return ~', 'return '),
-    ('is_unlabeled', 'over images instead of labels', r'any\(1\)', 'any(0)'),
+    ('has_no_label', 'one unknown finding is enough', r'\.any\(1\)', '.all(1)'),
+    ('has_no_label', 'the other way around', 'return ~', 'return '),
+    ('has_no_label', 'over images instead of labels', r'any\(1\)', 'any(0)'),
     ('distillation_mask', 'unlabeled images count nowhere', r' \| unlabeled', ''),
     ('distillation_mask', 'unknown findings count', r'return is_known\(targets\) \| unlabeled', 'return torch.ones_like(unlabeled | is_known(targets))'),
     ('distillation_mask', 'unlabeled images alone count', r'is_known\(targets\) \| ', 'is_known(targets) & '),

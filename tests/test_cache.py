@@ -16,15 +16,17 @@ from fastai.learner import Learner
 from fastcore.basics import noop
 from torch import nn
 
-from kdmed import cache as module
-from kdmed.cache import TeacherCache, list_caches
-from kdmed.callbacks import LogitKD
-from kdmed.core import seed_everything
-from kdmed.data import ReplayCutMix, ReplayMixUp, image_dls, split_groups, synthetic_table
-from kdmed.features import FeatureKD
-from kdmed.resume import Resume
-from kdmed.teacher import Teacher
-from kdmed.transforms import Augment, BrightnessContrast, HorizontalFlip, Rotation
+from kdmed.distill import cache as module
+from kdmed.core.basics import seed_everything
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import ReplayCutMix, ReplayMixUp, image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.transforms import Augment, BrightnessContrast, HorizontalFlip, Rotation
+from kdmed.train.resume import Resume
+from kdmed.distill.cache import TeacherCache, list_caches
+from kdmed.distill.callbacks import LogitKD
+from kdmed.distill.features import FeatureKD
+from kdmed.distill.teacher import Teacher
 
 AUGMENT = [HorizontalFlip(), BrightnessContrast(.3, .3)]
 CLASSES = ['a', 'b', 'c']

@@ -19,8 +19,10 @@ from PIL import Image
 from torch import nn
 
 import kdmed.data
-from kdmed.data import ClassLossFlat, FindingsAccuracy, image_dls, image_table, is_unlabeled, split_groups, synthetic_table
-from kdmed.transforms import tissue_augment
+from kdmed.data.images import image_table, is_unlabeled, synthetic_table
+from kdmed.data.loaders import ClassLossFlat, FindingsAccuracy, image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.transforms import tissue_augment
 
 
 @pytest.fixture(scope='module')
@@ -120,7 +122,7 @@ import re
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from kdmed.store import pack_images
+from kdmed.data.store import pack_images
 def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])/1024
 folder = Path({str(tmp_path)!r})
 rng = np.random.default_rng(0)
@@ -218,8 +220,10 @@ def test_a_learner_exported_with_missing_labels_predicts(tmp_path):
 
 KEY = """
 import os, sys
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.transforms import mskd_augment, skin_augment, tissue_augment
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.transforms import mskd_augment, skin_augment, tissue_augment
 def darker(pixels): return pixels//2 if pixels.shape[2] in {3} else pixels
 tissue = split_groups(synthetic_table(n=60, classes=3, size=32), sizes=(.6, .2, .2))
 for augment in (tissue_augment(seed=4), skin_augment(seed=4), mskd_augment(seed=4)):

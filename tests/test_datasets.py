@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdmed.datasets import (BREAKHIS_SUBTYPES, CHESTXRAY14_FINDINGS, HAM10000_CLASSES, read_breakhis, read_chestxray14, read_csv, read_folder,
-                            read_ham10000, read_medmnist)
-from kdmed.images import card, open_image
-from kdmed.splits import split_groups
+from kdmed.data.datasets import (
+    BREAKHIS_SUBTYPES, CHESTXRAY14_FINDINGS, HAM10000_CLASSES, read_breakhis, read_chestxray14, read_ham10000,
+    read_medmnist)
+from kdmed.data.images import card, open_image
+from kdmed.data.readers import read_csv, read_folder
+from kdmed.data.splits import split_groups
 
 DATA = Path(os.environ.get('KDMED_DATA', Path(__file__).parents[2]/'shared/data'))
 

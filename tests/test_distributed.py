@@ -32,13 +32,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-from kdmed.cache import TeacherCache
-from kdmed.callbacks import DecoupledKD, LogitKD
-from kdmed.data import ReplayMixUp, image_dls, split_groups, synthetic_table
-from kdmed.features import FeatureKD
-from kdmed.losses import soft_target_loss
-from kdmed.teacher import MeanTeacher, Teacher
-from kdmed.transforms import tissue_augment
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import ReplayMixUp, image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.transforms import tissue_augment
+from kdmed.distill.cache import TeacherCache
+from kdmed.distill.callbacks import DecoupledKD, LogitKD
+from kdmed.distill.features import FeatureKD
+from kdmed.distill.logit_losses import soft_target_loss
+from kdmed.distill.teacher import MeanTeacher, Teacher
 
 pytestmark = pytest.mark.filterwarnings('ignore:the teacher is no better', 'ignore::DeprecationWarning', 'ignore:You are shadowing')
 HALF = ((.5,)*3, (.5,)*3)

@@ -29,13 +29,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdmed.callbacks import DecoupledKD, DistKD, DistillCallback, DistillTokenKD, FocalKD, LogitKD, NormalizedKD
-from kdmed.core import unwrap
-from kdmed.data import UNLABELED, ClassLossFlat, FindingsLossFlat, ReplayCutMix, ReplayMixUp, image_dls, split_groups, synthetic_table
-from kdmed.features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
-from kdmed.losses import bernoulli_soft_target_loss, decoupled_loss, soft_target_loss
-from kdmed.models import add_distillation_token, create_student, truncate_vit
-from kdmed.teacher import MeanTeacher, Teacher
+from kdmed.core.basics import unwrap
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import UNLABELED, ClassLossFlat, FindingsLossFlat, ReplayCutMix, ReplayMixUp, image_dls
+from kdmed.data.splits import split_groups
+from kdmed.models.create import add_distillation_token, create_student, truncate_vit
+from kdmed.distill.callbacks import (
+    DecoupledKD, DistillCallback, DistillTokenKD, DistKD, FocalKD, LogitKD, NormalizedKD)
+from kdmed.distill.features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
+from kdmed.distill.logit_losses import bernoulli_soft_target_loss, decoupled_loss, soft_target_loss
+from kdmed.distill.teacher import MeanTeacher, Teacher
 
 pytestmark = pytest.mark.filterwarnings('ignore:the teacher is no better', 'ignore:.*lr_scheduler', 'ignore::DeprecationWarning', 'ignore:You are shadowing', 'ignore:load_learner', 'ignore:Saved file')
 

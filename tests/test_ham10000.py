@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kdmed.data import image_dls, split_groups
-from kdmed.datasets import HAM10000_CLASSES, read_ham10000
+from kdmed.data.datasets import HAM10000_CLASSES, read_ham10000
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
 
 FOLDER = Path(os.environ.get('KDMED_HAM10000', Path(__file__).parents[2]/'shared/data/ham10000'))
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason='HAM10000 is not here: set KDMED_HAM10000 to its folder')

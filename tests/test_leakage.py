@@ -10,10 +10,10 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import train_test_split
 
-from kdmed.copies import find_copies, fingerprints, group_copies, has_opencv, leakage_report
-from kdmed.datasets import read_ham10000
-from kdmed.images import image_table
-from kdmed.splits import check_leakage, split_groups
+from kdmed.data.copies import find_copies, fingerprints, group_copies, has_opencv, leakage_report
+from kdmed.data.datasets import read_ham10000
+from kdmed.data.images import image_table
+from kdmed.data.splits import check_leakage, split_groups
 
 DATA = Path(__file__).parents[2]/'shared/data'
 

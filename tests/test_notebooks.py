@@ -26,8 +26,8 @@ def default_exp(nb):
 def read(path): return NBProcessor(path).nb
 def exported(nb): return [c for c in nb.cells if c.cell_type == 'code' and EXPORTS & c.directives_.keys()]
 
-NOTEBOOKS = [p for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if default_exp(read(p))]
-each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+NOTEBOOKS = [p for p in sorted((ROOT/'nbs').glob('*/*.ipynb')) if default_exp(read(p))]
+each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 
 def module_cells(path):
     "{cell id: code} of an exported module"
@@ -38,12 +38,12 @@ def module_cells(path):
 @each_notebook
 def test_module_holds_the_exported_cells(path):
     nb = read(path)
-    module = ROOT/'kdmed'/f'{default_exp(nb)}.py'
+    module = ROOT/'kdmed'/f'{default_exp(nb).replace(".", "/")}.py'
     assert module.exists(), f'{path.name} has no module: run nbdev-export'
-    def code(cell): # as nbdev-export does
-        within = re.sub(r'^(\s*from )kdmed\.', r'\1.', cell.source.strip('\n'), flags=re.M)
-        return re.sub(r'^from kdmed(?= import )', 'from .', within, flags=re.M)
-    assert module_cells(module) == {c.id: code(c) for c in exported(nb) if c.source.strip()}, \
+    package = module.relative_to(ROOT).parent.parts
+    def absolute(found): return f"from {'.'.join([*package[:len(package)+1-len(found[1])], *([found[2]] if found[2] else [])])} import"
+    def code(source): return re.sub(r'(?<![.\w])from (\.+)([\w.]*) import', absolute, source.strip('\n'))
+    assert {i: code(s) for i,s in module_cells(module).items()} == {c.id: code(c.source) for c in exported(nb) if c.source.strip()}, \
         f'kdmed/{module.name} is not what {path.name} exports: run nbdev-export'
 
 @each_notebook
@@ -52,7 +52,7 @@ def test_notebook_exports_to_its_own_module_only(path):
     assert not elsewhere, f'{path.name} exports to another module; one notebook is one module:\n' + '\n\n'.join(elsewhere)
 
 def test_every_module_has_a_notebook():
-    modules = {p.stem for p in (ROOT/'kdmed').glob('[!_]*.py')}
+    modules = {'.'.join(p.relative_to(ROOT/'kdmed').with_suffix('').parts) for p in (ROOT/'kdmed').rglob('[!_]*.py')}
     orphans = modules - {default_exp(read(p)) for p in NOTEBOOKS}
     assert not orphans, f'kdmed/ has modules that no notebook exports: {sorted(orphans)}; delete them'
 
@@ -87,7 +87,7 @@ def test_lessons_hold_for_the_package(path, monkeypatch):
     config = get_config(ROOT)
     runs = {c.id for c in nb_test_cells(path, skip_flags=config.tst_flags.split())}
     nb = NBProcessor(path, rm_directives=False).nb
-    module = importlib.import_module(f'kdmed.{default_exp(nb)}')
+    module = importlib.import_module(f'kdmed.{default_exp(nb)}'.removesuffix('.__init__'))
     for cell in exported(nb): cell.source = as_import(cell.source, module)
     shell = CaptureShell(path)
     try:

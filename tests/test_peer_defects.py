@@ -25,13 +25,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import TensorDataset
 
-from kdmed.callbacks import DecoupledKD, DistillTokenKD, DistKD, FocalKD, LogitKD, NormalizedKD
-from kdmed.cache import TeacherCache
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
-from kdmed.models import create_student
-from kdmed.teacher import Teacher
-from kdmed.transforms import tissue_augment
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.transforms import tissue_augment
+from kdmed.models.create import create_student
+from kdmed.distill.cache import TeacherCache
+from kdmed.distill.callbacks import DecoupledKD, DistillTokenKD, DistKD, FocalKD, LogitKD, NormalizedKD
+from kdmed.distill.features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
+from kdmed.distill.teacher import Teacher
 
 pytestmark = pytest.mark.filterwarnings('ignore:the teacher is no better', 'ignore::DeprecationWarning', 'ignore:You are shadowing', 'ignore:load_learner')
 

@@ -22,14 +22,19 @@ BUGS = [(module, *bug) for module in MODULES for bug in importlib.import_module(
 each_module = pytest.mark.parametrize('module', MODULES)
 
 
+def file_of(module):
+    "The file of a module, of which there is one by this name"
+    found, = (ROOT/'kdmed').glob(f'*/{module}.py')
+    return found
+
 @cache
-def source(module): return (ROOT/f'kdmed/{module}.py').read_text(encoding='utf-8')
+def source(module): return file_of(module).read_text(encoding='utf-8')
 
 
 @cache
 def lessons(module):
     "The cells of the module's notebook that are not exported, by their index"
-    notebook, = (p for p in (ROOT/'nbs').glob('*.ipynb') if re.fullmatch(rf'\d+_{module}', p.stem))
+    notebook, = (p for p in (ROOT/'nbs').glob('*/*.ipynb') if re.fullmatch(rf'\d+_{module}', p.stem))
     cells = enumerate(json.loads(notebook.read_text(encoding='utf-8'))['cells'])
     sources = {i: ''.join(cell['source']) for i,cell in cells if cell['cell_type']=='code'}
     return {i: code for i,code in sources.items() if not SKIPPED.search(code)}
@@ -49,10 +54,10 @@ def plant(module, name, pattern, replacement):
 def compiled(lesson): return compile(lesson, 'lesson', 'exec')
 
 
-def first_failure(code, lessons):
+def first_failure(code, lessons, wing):
     "(cell index, error, line) of the first lesson that fails on this source of a module; None if all hold"
     module = sys.modules['kdmed.planted'] = types.ModuleType('kdmed.planted') # where a pickle looks for its classes
-    module.__package__ = 'kdmed'
+    module.__package__ = f'kdmed.{wing}'
     exec(compile(code, 'a module with a planted bug', 'exec'), vars(module))
     for i,lesson in lessons.items():
         try: exec(compiled(lesson), vars(module))
@@ -65,7 +70,7 @@ def first_failure(code, lessons):
 @each_module
 def test_lessons_hold_without_a_bug(module):
     assert len(lessons(module)) > 10
-    assert first_failure(source(module), lessons(module)) is None
+    assert first_failure(source(module), lessons(module), file_of(module).parent.name) is None
 
 
 @each_module
@@ -76,7 +81,7 @@ def test_every_function_has_a_bug(module):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('module,name,pattern,replacement', [(m,f,p,r) for m,f,_,p,r in BUGS], ids=[f'{m}.{f}: {what}' for m,f,what,*_ in BUGS])
 def test_a_lesson_sees(module, name, pattern, replacement):
-    failure = first_failure(plant(module, name, pattern, replacement), lessons(module))
+    failure = first_failure(plant(module, name, pattern, replacement), lessons(module), file_of(module).parent.name)
     assert failure is not None, 'no lesson sees this bug'
     i,error,line = failure
     refusal = 'expect_fail' in line # a refusal was expected, by name, and another error came
@@ -85,11 +90,11 @@ def test_a_lesson_sees(module, name, pattern, replacement):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('module', list(dict.fromkeys(m for m,*_ in ENGINE_BUGS)))
-def test_lessons_of_the_engine_hold_without_a_bug(module): assert first_failure(source(module), lessons(module)) is None
+def test_lessons_of_the_engine_hold_without_a_bug(module): assert first_failure(source(module), lessons(module), file_of(module).parent.name) is None
 
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('module,old,new', [(m,old,new) for m,_,old,new in ENGINE_BUGS], ids=[f'{m}: {what}' for m,what,*_ in ENGINE_BUGS])
 def test_a_lesson_of_the_engine_sees(module, old, new):
     assert source(module).count(old)==1, f'{old!r} occurs {source(module).count(old)} times in {module}: has its source changed?'
-    assert first_failure(source(module).replace(old, new), lessons(module)) is not None, 'no lesson sees this bug'
+    assert first_failure(source(module).replace(old, new), lessons(module), file_of(module).parent.name) is not None, 'no lesson sees this bug'

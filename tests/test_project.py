@@ -1,5 +1,5 @@
 "The project's promises to itself: nothing is said in two places that differ, and nothing is committed that should not be"
-import ast, fnmatch, importlib.metadata, json, os, re, subprocess
+import ast, fnmatch, importlib, importlib.metadata, json, os, re, subprocess
 from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -98,31 +98,58 @@ def test_sidebar_lists_every_notebook_once():
     assert not set(listed) - set(there), f'take out of the sidebar in _quarto.yml, or write: {sorted(set(listed) - set(there))}'
 
 def test_sidebar_sections_keep_their_order():
-    found = [i['section'] for i in sidebar() if isinstance(i, dict)]
+    sections = {i['section']: i['contents'] for i in sidebar() if isinstance(i, dict)}
     order = ['Tutorials', 'Papers', 'API', 'Explanations']
-    assert found == [s for s in order if s in found], f'sidebar sections in _quarto.yml must be among {order}, in that order; got {found}'
+    assert list(sections) == [s for s in order if s in sections], f'sidebar sections in _quarto.yml must be among {order}, in that order; got {list(sections)}'
+    assert [s['href'] for s in sections['API']] == [f'{w}/index.ipynb' for w in WINGS], 'the wings stand in the order of their imports'
+    for wing in sections['API']: assert wing['contents'] == sorted(wing['contents']), f"{wing['section']}: by number"
 
 # -- modules and notebooks
 
-def modules_by_number():
-    "{module: number of the notebook that exports it}"
-    found = ((p, re.search(r'^#\|\s*default_exp\s*:?\s*(\S+)', '\n'.join(code_of(p)), re.M)) for p in NBS.glob('[0-9]*.ipynb'))
-    return {exp[1]: int(p.name.split('_')[0]) for p,exp in found if exp}
+WINGS = 'core', 'data', 'models', 'train', 'distill', 'evaluate', 'studies', 'cli'
+IN_WINGS = [p for p in NOTEBOOKS if p.parent.name in WINGS]
+
+def place(path):
+    "(wing, number) of a notebook; the front door of a wing is behind all its rooms"
+    return WINGS.index(path.parent.name), 100 if path.stem == 'index' else int(path.name.split('_')[0])
+
+def places():
+    "{module: place of the notebook that exports it}"
+    found = ((p, re.search(r'^#\|\s*default_exp\s*:?\s*(\S+)', '\n'.join(code_of(p)), re.M)) for p in IN_WINGS)
+    return {f'kdmed.{exp[1]}'.removesuffix('.__init__'): place(p) for p,exp in found if exp}
 
 def kdmed_imports(tree):
     "Names of the kdmed modules that `tree` imports"
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == 'kdmed': names = [f'kdmed.{a.name}' for a in node.names if a.name[:2] != '__']
+        elif isinstance(node, ast.ImportFrom) and re.fullmatch(r'kdmed(\.\w+)?', node.module or ''):
+            names = [f'{node.module}.{a.name}' if (ROOT/node.module.replace('.', '/')/f'{a.name}.py').is_file() else node.module for a in node.names]
         elif isinstance(node, ast.ImportFrom): names = [node.module or '']
         else: continue
-        yield from (n.split('.')[1] for n in names if n.startswith('kdmed.'))
+        yield from (n for n in names if n.startswith('kdmed.'))
 
-@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent == NBS and p.name[0].isdigit()], ids=name)
-def test_imports_point_to_lower_numbers(path):
-    numbers,own = modules_by_number(),int(path.name.split('_')[0])
-    wrong = {m for source in code_of(path) for m in kdmed_imports(python(source)) if numbers.get(m, own) >= own}
-    assert not wrong, f'{path.name} imports {sorted(wrong)}: a notebook imports only modules of lower-numbered notebooks'
+@pytest.mark.parametrize('path', IN_WINGS, ids=name)
+def test_imports_point_down(path):
+    known,own = places(),place(path)
+    wrong = {m for source in code_of(path) for m in kdmed_imports(python(source)) if known[m] >= own}
+    assert not wrong, f'{name(path)} imports {sorted(wrong)}: a notebook imports only from wings below its own ({", ".join(WINGS)}) and from lower numbers of its own wing'
+
+def test_every_wing_has_a_front_door():
+    assert {p.parent.name for p in NBS.glob('*/index.ipynb')} == set(WINGS) == {p.parent.name for p in NBS.glob('*/[0-9]*.ipynb')}
+
+def public(path):
+    "{name: object} of what a module exports"
+    module = importlib.import_module('.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'))
+    return {n: getattr(module, n) for n in module.__all__}
+
+def test_no_name_has_two_meanings():
+    "Star-imports of any two modules, in any order, give the same"
+    meanings = {}
+    for path in [*MODULES, *(ROOT/'kdmed').glob('*/__init__.py')]:
+        if path.name == '__init__.py' and '__all__' not in path.read_text(encoding='utf-8'): continue
+        for n,value in public(path).items(): meanings.setdefault(n, []).append((name(path), value))
+    two = {n: [f for f,_ in found] for n,found in meanings.items() if any(v is not found[0][1] for _,v in found)}
+    assert not two, f'names with two meanings: {two}'
 
 @each_module
 def test_module_says_what_it_exports(path):

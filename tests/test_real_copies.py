@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdmed import copies
-from kdmed.copies import check_copies, describe_search, group_copies, guess_groups, leakage_report, link_groups
-from kdmed.images import card, image_table, synthetic_table
-from kdmed.splits import kfold_groups, repeat_splits, split_groups
+from kdmed.data import copies
+from kdmed.data.copies import check_copies, describe_search, group_copies, guess_groups, leakage_report, link_groups
+from kdmed.data.images import card, image_table, synthetic_table
+from kdmed.data.splits import kfold_groups, repeat_splits, split_groups
 
 from bench_copies import folder, make_copy, pick
 

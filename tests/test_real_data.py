@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from kdmed import data
-from kdmed.data import image_dls, official_split, split_groups, synthetic_table
-from kdmed.datasets import read_medmnist
-from kdmed.folders import find_files
-from kdmed.images import card, choose_positive, image_table, open_image, read_dicom
-from kdmed.readers import read_csv, read_dicom_folder, read_folder
+from kdmed.data import loaders as data
+from kdmed.data.datasets import read_medmnist
+from kdmed.data.folders import find_files
+from kdmed.data.images import card, choose_positive, image_table, open_image, read_dicom, synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.readers import read_csv, read_dicom_folder, read_folder
+from kdmed.data.splits import official_split, split_groups
 
 
 def save(*path, shade=0, side=9):

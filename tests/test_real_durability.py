@@ -33,14 +33,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import ROOT
-from kdmed import cache, resume, store
-from kdmed.cache import TeacherCache, list_caches
-from kdmed.core import seed_everything
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.files import claim
-from kdmed.resume import Resume, load_checkpoint, read_checkpoint, write_checkpoint
-from kdmed.store import STORE_FORMAT, ImageStore, fingerprint, list_stores, pack_images
-from kdmed.transforms import Augment, HorizontalFlip, Rotation
+from kdmed.data import store
+from kdmed.distill import cache
+from kdmed.train import resume
+from kdmed.core.basics import seed_everything
+from kdmed.core.files import claim
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.store import STORE_FORMAT, ImageStore, fingerprint, list_stores, pack_images
+from kdmed.data.transforms import Augment, HorizontalFlip, Rotation
+from kdmed.train.resume import Resume, load_checkpoint, read_checkpoint, write_checkpoint
+from kdmed.distill.cache import TeacherCache, list_caches
 
 TISSUE = split_groups(synthetic_table(n=90, classes=3, size=16), sizes=(.6, .2, .2))
 CHILDREN = dict(reason='needs Linux: forks, limits, users and mounts')
@@ -385,7 +389,7 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has():
         cache._write_rows(home/'journal.npy', answers.offsets[0], range(0, 40, 2), np.zeros(20, np.uint64))
         lock_up(folder)
         def train():
-            from kdmed.callbacks import LogitKD
+            from kdmed.distill.callbacks import LogitKD
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter('always')
                 quietly(learner(LogitKD(TeacherCache(teacher, folder)), dls=loaders(views=2)))

@@ -47,7 +47,7 @@ def test_a_disk_that_is_too_small_is_found_before_training(found):
 
 
 def test_help_and_version_import_neither_torch_nor_fastai():
-    code = "import sys; from kdmed import cli; cli.main([{!r}]); cli.main(['distill', '--help']); print(sorted({{'torch', 'fastai', 'timm', 'pandas', 'numpy'}} & set(sys.modules)))"
+    code = "import sys; from kdmed.cli import app as cli; cli.main([{!r}]); cli.main(['distill', '--help']); print(sorted({{'torch', 'fastai', 'timm', 'pandas', 'numpy'}} & set(sys.modules)))"
     for option in ('--version', '--help'):
         done = subprocess.run([sys.executable, '-c', code.format(option)], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1]=='[]'

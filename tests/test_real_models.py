@@ -18,13 +18,18 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from kdmed import models, weights
-from kdmed.core import count_macs, input_channels, measure_memory, model_spec, unwrap
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.exits import add_exits, early_exit, exit_macs
-from kdmed.models import (add_distillation_token, create_fused_teacher, create_student, create_teacher, load_student, luminance, model_stats, predict_images, read_settings,
-                          save_student, set_model_stats, stage_names, truncate_vit, usable_stages)
-from kdmed.weights import PIP_WEIGHTS, cached_weights, check_hub, hub_problem, load_weights, pip_weights, save_weights
+from kdmed.models import create as models, weights
+from kdmed.core.basics import count_macs, input_channels, measure_memory, model_spec, unwrap
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.models.create import (
+    add_distillation_token, create_fused_teacher, create_student, create_teacher, load_student, luminance,
+    model_stats, predict_images, read_settings, save_student, set_model_stats, stage_names, truncate_vit,
+    usable_stages)
+from kdmed.models.exits import add_exits, early_exit, exit_macs
+from kdmed.models.weights import (
+    PIP_WEIGHTS, cached_weights, check_hub, hub_problem, load_weights, pip_weights, save_weights)
 
 STATS = (.8, .6, .7),(.1, .2, .1)
 

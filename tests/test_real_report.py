@@ -10,16 +10,20 @@ from matplotlib import pyplot as plt
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 from torch import nn
 
-import kdmed.report as report_module
-from kdmed.calibration import TEMPERATURE_BOUNDS, temperature_note
-from kdmed.comparison import Comparison, attempt, chance_levels, compare, compare_predictions, measure_costs, why_failed, without_private
-from kdmed.core import architecture_key, measure_latencies
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.intervals import difference_table, evaluate, group_draws, group_weights, paired_difference, replicate
-from kdmed.models import create_student
-from kdmed.plots import VERTICES, pr_curves, roc_curves
-from kdmed.report import escape_markdown, load_comparison, markdown_table, rehearse_report
-from kdmed.scores import scores
+import kdmed.evaluate.report as report_module
+from kdmed.core.basics import architecture_key, measure_latencies
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.models.create import create_student
+from kdmed.evaluate.calibration import TEMPERATURE_BOUNDS, temperature_note
+from kdmed.evaluate.comparison import (
+    Comparison, attempt, chance_levels, compare, compare_predictions, measure_costs, why_failed, without_private)
+from kdmed.evaluate.intervals import (
+    difference_table, evaluate, group_draws, group_weights, paired_difference, replicate)
+from kdmed.evaluate.plots import VERTICES, pr_curves, roc_curves
+from kdmed.evaluate.report import escape_markdown, load_comparison, markdown_table, rehearse_report
+from kdmed.evaluate.scores import scores
 
 NAMES = ['nv', 'mel', 'bcc']
 RNG = np.random.default_rng(0)
@@ -271,7 +275,7 @@ def test_a_section_that_fails_leaves_the_others(part, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('part,attribute', [('harm_check', 'harm'), ('subgroup_scores', 'subgroups'), ('calibration_scores', 'calibration'), ('agreement', 'agreements')])
 def test_a_part_that_cannot_be_computed_leaves_the_others(part, attribute, tmp_path, monkeypatch):
-    import kdmed.comparison as module
+    import kdmed.evaluate.comparison as module
     def fail(*args, **kwargs): raise MemoryError
     monkeypatch.setattr(module, part, fail)
     valid = {'teacher': answers(1.), 'plain': [answers(1.)]*2, 'distilled': [answers(1.)]*2}
@@ -384,8 +388,8 @@ def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
 def test_a_disk_without_room_is_said_before_anything_is_replaced(tmp_path, monkeypatch):
     folder = study().save(tmp_path/'r')
     before = (folder/'metrics.json').read_bytes()
-    import kdmed.files
-    monkeypatch.setattr(kdmed.files.shutil, 'disk_usage', lambda p: type('Usage', (), dict(total=0, used=0, free=1000))())
+    import kdmed.core.files
+    monkeypatch.setattr(kdmed.core.files.shutil, 'disk_usage', lambda p: type('Usage', (), dict(total=0, used=0, free=1000))())
     with pytest.raises(OSError, match='needs'): study(seed=1).save(folder, overwrite=True)
     assert (folder/'metrics.json').read_bytes() == before
 

@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdmed import cli, commands, options
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.kd import METHODS
-from kdmed.recipes import RECIPES
-from kdmed.study import distillation_study
+from kdmed.cli import app as cli, commands, options
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.distill.methods import METHODS
+from kdmed.studies.recipes import RECIPES
+from kdmed.studies.study import distillation_study
 
 SMALL = ['--teacher', 'test_resnet', '--student', 'test_efficientnet', '--size', '32', '--epochs', '1', '--teacher-epochs', '1', '--bs', '16', '--repeats', '1', '--no-copies']
 
@@ -287,7 +289,7 @@ def test_a_learning_rate_without_measure_is_an_error_and_keeps_what_was_trained(
 
 
 def test_a_failing_part_of_the_report_costs_itself_only(tmp_path, monkeypatch):
-    from kdmed import comparison
+    from kdmed.evaluate import comparison
     dls = image_dls(split_groups(synthetic_table(n=90, classes=3, size=32), sizes=(.5, .2, .3)), 32, 16)
     def fails(*args): raise MemoryError('too much')
     monkeypatch.setattr(comparison, '_fixed_cost', fails)
@@ -443,16 +445,16 @@ def test_paths_are_looked_at_before_anything_heavy_is_imported(images, tmp_path,
     argv = [str(a) for a in distill(images, tmp_path/'run')]
     if more[0] in argv: argv[argv.index(more[0])+1] = more[1]
     else: argv += more
-    code = f"import sys; from kdmed import cli; print(cli.main({argv!r}), 'torch' in sys.modules)"
+    code = f"import sys; from kdmed.cli import app as cli; print(cli.main({argv!r}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.split()==['2', 'False'] and said in done.stderr, done.stderr
 
 
 def test_a_folder_in_use_is_told_of_before_anything_heavy_is_imported(images, tmp_path):
     import subprocess, sys
-    from kdmed.files import claim
+    from kdmed.core.files import claim
     argv = [str(a) for a in distill(images, tmp_path/'run')]
-    code = f"import sys; from kdmed import cli; print(cli.main({argv!r}), 'torch' in sys.modules)"
+    code = f"import sys; from kdmed.cli import app as cli; print(cli.main({argv!r}), 'torch' in sys.modules)"
     with claim(tmp_path/'run'): done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.split()==['2', 'False'] and 'is in use: process' in done.stderr, done.stderr
 

@@ -17,16 +17,20 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdmed.adapt import find_normalization, normalization_of, prepared_for, renormalize
-from kdmed.cache import TeacherCache
-from kdmed.callbacks import DecoupledKD, DistKD, FocalKD, LogitKD
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.features import FeatureKD, RelationalKD
-from kdmed.kd import check_fit, distill, distill_callbacks, fit_classifier
-from kdmed.metrics import predict
-from kdmed.models import create_student, create_teacher, load_student, model_stats, save_student, set_model_stats, stage_names, truncate_vit
-from kdmed.multidim import MultiDimKD, ViTKD
-from kdmed.teacher import MeanTeacher, Teacher
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.models.adapt import prepared_for, renormalize
+from kdmed.models.create import (
+    create_student, create_teacher, find_normalization, load_student, model_stats, normalization_of, save_student,
+    set_model_stats, stage_names, truncate_vit)
+from kdmed.distill.cache import TeacherCache
+from kdmed.distill.callbacks import DecoupledKD, DistKD, FocalKD, LogitKD
+from kdmed.distill.features import FeatureKD, RelationalKD
+from kdmed.distill.methods import check_fit, distill, distill_callbacks, fit_classifier
+from kdmed.distill.multidim import MultiDimKD, ViTKD
+from kdmed.distill.teacher import MeanTeacher, Teacher
+from kdmed.evaluate.metrics import predict
 
 pytestmark = pytest.mark.filterwarnings('ignore:the teacher is no better', 'ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore:.*y_pred', 'ignore:You are shadowing',
                                         'ignore:load_learner', 'ignore:Saved file', 'ignore:.*y_true')
@@ -143,8 +147,8 @@ def test_peers_teacher_features_do_not_change_with_the_students_normalization(st
 
 def test_saliency_in_the_models_own_normalization(stained, dls, other_dls):
     pytest.importorskip('pytorch_grad_cam')
-    from kdmed.interpret import deletion_insertion
-    from kdmed.saliency import saliency_maps
+    from kdmed.evaluate.interpret import deletion_insertion
+    from kdmed.evaluate.saliency import saliency_maps
     x = images_of(other_dls)[:4]
     elsewhere = in_loaders(dls, x, other_dls)
     maps = saliency_maps(stained, x, layer='layer2')

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdmed.ablation import ablate
-from kdmed.data import split_groups, synthetic_table
-from kdmed.metrics import predict
-from kdmed.models import load_student
-from kdmed.recipes import RECIPES, rehearse, run
+from kdmed.data.images import synthetic_table
+from kdmed.data.splits import split_groups
+from kdmed.models.create import load_student
+from kdmed.evaluate.metrics import predict
+from kdmed.studies.ablation import ablate
+from kdmed.studies.recipes import RECIPES, rehearse, run
 
 TINY = {name: r.scaled(.05, size=32, epochs=1, teacher_epochs=1, batch_size=16, views=2) for name,r in RECIPES.items()}
 
@@ -54,7 +55,7 @@ import sys, warnings
 warnings.filterwarnings('ignore')
 sys.path.insert(0, sys.argv[2])
 from test_recipes import TINY, tissue
-from kdmed.ablation import ablate
+from kdmed.studies.ablation import ablate
 ablate(TINY['kd_convnext'], tissue().assign(split=None), sys.argv[1], ['features', 'kd_convnext'], repeats=2, progress=False)
 '''
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from browser import needs_browser, open_browser
-from kdmed.report import compare_predictions
+from kdmed.evaluate.comparison import compare_predictions
 
 CLASSES = ['nv', 'mel & <b>more</b>', 'a rather long name of a class | with a bar', 'bcc']
 

@@ -7,8 +7,10 @@ from fastai.learner import Learner, load_learner
 from torch import nn
 
 from conftest import ROOT
-from kdmed.data import image_dls, split_groups, synthetic_table
-from kdmed.resume import Resume
+from kdmed.data.images import synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.train.resume import Resume
 
 NAMES = ['fine_tuned', 'best_of', 'plain_pytorch', 'workers', 'distilled']
 

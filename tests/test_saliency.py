@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from kdmed.models import add_distillation_token, stage_names
-from kdmed.saliency import saliency_layers, saliency_maps
+from kdmed.models.create import add_distillation_token, stage_names
+from kdmed.evaluate.saliency import saliency_layers, saliency_maps
 
 pytest.importorskip('pytorch_grad_cam')
 
@@ -99,7 +99,7 @@ def test_rollout_is_the_product_of_attentions_with_rotary_positions():
     "eva02: the attention that rollout takes is the one by which the block mixes its values"
     size,options = VITS['eva02_tiny_patch14_224']
     model,x = make('eva02_tiny_patch14_224', options),images(56, options)
-    from kdmed.saliency import _attention_layers, _attentions
+    from kdmed.evaluate.saliency import _attention_layers, _attentions
     fused = {}
     layer = _attention_layers(model)[1]
     hook = layer.register_forward_hook(lambda m, i, o: fused.update(o=o))

@@ -18,7 +18,7 @@ STARTUP,MOVE = 300,60 # seconds within which a page is there, and a control has 
 
 SETUP = """
 import numpy as np
-from kdmed.widgets import browse_mistakes, explore_temperature
+from kdmed.evaluate.widgets import browse_mistakes, explore_temperature
 rng = np.random.default_rng(0)
 classes,targets,groups = ['normal', 'a rather long name of a class', 'carcinoma'],np.arange(60) % 3,[f'patient {i//4:02d}' for i in range(60)]
 images = rng.integers(120, 255, (60, 32, 32, 3), dtype=np.uint8)
@@ -199,7 +199,7 @@ class TestInABrowser:
 
 
 def test_the_page_of_the_site_holds_pictures_and_no_dead_widgets(root):
-    notebook = json.loads((root/'nbs/52_widgets.ipynb').read_text(encoding='utf-8'))
+    notebook = json.loads((root/'nbs/evaluate/50_widgets.ipynb').read_text(encoding='utf-8'))
     outputs = [o.get('data', {}) for c in notebook['cells'] for o in c.get('outputs', [])]
     assert sum('image/png' in o for o in outputs) >= 4
     assert not [k for o in outputs for k in o if 'widget' in k] and 'widgets' not in notebook['metadata']

@@ -25,15 +25,18 @@ def module_names(inside=sys.prefix):
 
 def small_dls(size=32, **kwargs):
     "Loaders of a few synthetic images in three classes"
-    from kdmed.data import image_dls, split_groups, synthetic_table
+    from kdmed.data.loaders import image_dls
+    from kdmed.data.splits import split_groups
+    from kdmed.data.images import synthetic_table
     table = split_groups(synthetic_table(120, classes=3, size=size), sizes=(.6, .2, .2))
     return image_dls(table, size, bs=16, **kwargs)
 
 def distilled():
     "A student after one epoch, and its loaders"
     import numpy as np
-    from kdmed.kd import create_teacher, distill
-    from kdmed.metrics import predict
+    from kdmed.models.create import create_teacher
+    from kdmed.distill.methods import distill
+    from kdmed.evaluate.metrics import predict
     dls = small_dls()
     learn = distill(dls, 'test_efficientnet', create_teacher('test_resnet', dls.classes, 32), epochs=1, progress=False)
     scores,targets = predict(learn, dls.test)[:2]
@@ -44,8 +47,8 @@ def kept(learn, dls):
     "A student is exported, loaded and predicts as before; training goes on from a checkpoint"
     import torch
     from fastai.learner import load_learner
-    from kdmed.kd import fit_classifier
-    from kdmed.resume import Resume
+    from kdmed.distill.methods import fit_classifier
+    from kdmed.train.resume import Resume
     images = dls.valid.one_batch()[0]
     with tempfile.TemporaryDirectory() as folder:
         learn.export(Path(folder)/'learner.pkl')
@@ -66,8 +69,8 @@ def plain():
 def filters():
     "A filter of each package"
     import numpy as np, spandrel
-    from kdmed.filters import CLAHE, MacenkoNormalizer
-    from kdmed.images import open_image, synthetic_table
+    from kdmed.data.filters import CLAHE, MacenkoNormalizer
+    from kdmed.data.images import open_image, synthetic_table
     pixels = np.asarray(open_image(synthetic_table(4, classes=3, size=64).image[0]).convert('RGB'))
     equalized,stained = CLAHE()(pixels),MacenkoNormalizer.fit(pixels)(pixels)
     assert all(p.dtype==np.uint8 and p.shape==pixels.shape for p in (equalized, stained)) and (equalized!=pixels).any()
@@ -76,7 +79,7 @@ def filters():
 def medmnist():
     "An npz as MedMNIST publishes it, read with its official split"
     import medmnist as package, numpy as np
-    from kdmed.datasets import read_medmnist
+    from kdmed.data.datasets import read_medmnist
     rng = np.random.default_rng(0)
     parts = {'train': 6, 'val': 2, 'test': 3}
     arrays = {f'{s}_images': rng.integers(0, 255, (n, 28, 28), dtype=np.uint8) for s,n in parts.items()}
@@ -91,7 +94,7 @@ def medmnist():
 def dicom():
     "A 16-bit image with a window"
     import numpy as np
-    from kdmed.images import read_dicom
+    from kdmed.data.images import read_dicom
     from pydicom.dataset import Dataset, FileMetaDataset
     values = np.tile(np.linspace(0, 4095, 8).astype(np.uint16), (4, 1))
     ds = Dataset()
@@ -112,8 +115,8 @@ def dicom():
 def interpret():
     "A map of each package"
     import numpy as np
-    from kdmed.models import create_student
-    from kdmed.saliency import saliency_maps
+    from kdmed.models.create import create_student
+    from kdmed.evaluate.saliency import saliency_maps
     dls = small_dls(64)
     model,images = create_student('test_resnet', dls.classes, 64),dls.valid.one_batch()[0][:2]
     maps = [saliency_maps(model, images, method=m, samples=20, task='multiclass') for m in ('grad-cam', 'lime')]
@@ -122,7 +125,7 @@ def interpret():
 
 def weights():
     "ImageNet weights from a package, without a network"
-    from kdmed.models import create_student
+    from kdmed.models.create import create_student
     made = []
     for name in ('tf_efficientnet_lite0', 'tf_efficientnet_lite2'):
         model,again = (create_student(name, 1000, 224, weights='pip') for _ in range(2))
@@ -134,7 +137,7 @@ def copies():
     "A turned copy is found among strangers, and the match shows its transform"
     import numpy as np
     from PIL import Image, ImageFilter
-    from kdmed.copies import match_copies
+    from kdmed.data.copies import match_copies
     rng = np.random.default_rng(0)
     def picture(): return Image.fromarray(rng.integers(0, 255, (200, 200), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(3))
     def middle(image): return np.asarray(Image.eval(image, lambda v: min(max(4*v-384, 0), 255)).crop((30, 30, 170, 170)).convert('RGB'))
@@ -148,8 +151,8 @@ def several_processes(rank):
     import torch
     from fastai.learner import Learner
     from fastai.vision.core import imagenet_stats
-    from kdmed.callbacks import LogitKD
-    from kdmed.models import create_student, create_teacher
+    from kdmed.distill.callbacks import LogitKD
+    from kdmed.models.create import create_student, create_teacher
     torch.set_num_threads(1)
     dls = small_dls(device='cpu') # imports fastai.distributed, since WORLD_SIZE says that there are several processes
     from fastai.distributed import DistributedDL
