@@ -28,6 +28,8 @@ demo: install ## Distil a small student from a teacher, and compare them in runs
 test: install ## Check notebooks, modules, README, lessons, pages and project
 	@echo '== Modules are what the notebooks export; notebooks are clean'
 	@$(BIN)/python tools/check.py sources
+	@echo '== The house keeps its limits'
+	@$(BIN)/python tools/house.py
 	@echo '== README.md is what nbs/index.ipynb says'
 	@$(BIN)/python tools/readme.py --check
 	@echo '== Lessons hold'

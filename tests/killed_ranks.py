@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from fastai.callback.schedule import fit_one_cycle
+from fastai.callback.schedule import fit_one_cycle # noqa: F401
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.metrics import accuracy

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
-from fastai.callback.schedule import SchedLin, fit_one_cycle
+from fastai.callback.schedule import SchedLin, fit_one_cycle # noqa: F401
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
@@ -242,7 +242,7 @@ def calls_of(script, home):
     "Number of function calls, and seconds, of a whole run"
     def arm():
         left = after_calls(10**12)
-        import atexit
+        import atexit # noqa: F401
         script.left = left
     home.mkdir()
     begun = time.time()

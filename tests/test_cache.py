@@ -10,19 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import fastai.callback.schedule # lr_find, fit_one_cycle
+import fastai.callback.schedule # lr_find, fit_one_cycle # noqa: F401
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import noop
 from torch import nn
 
-from kdmed.distill import cache as module
 from kdmed.core.basics import seed_everything
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import ReplayCutMix, ReplayMixUp, image_dls
 from kdmed.data.splits import split_groups
 from kdmed.data.transforms import Augment, BrightnessContrast, HorizontalFlip, Rotation
 from kdmed.train.resume import Resume
+from kdmed.distill import cache as module
 from kdmed.distill.cache import TeacherCache, list_caches
 from kdmed.distill.callbacks import LogitKD
 from kdmed.distill.features import FeatureKD

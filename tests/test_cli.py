@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdmed.cli import app as cli, commands
 from kdmed.data.images import synthetic_table
 from kdmed.data.splits import split_groups
+from kdmed.cli import app as cli, commands
 
 SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teacher_epochs=1, epochs=1)
 

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import SchedLin, fine_tune, fit_one_cycle, lr_find
+from fastai.callback.schedule import SchedLin, fine_tune, fit_one_cycle, lr_find # noqa: F401
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders

@@ -21,7 +21,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
-from fastai.callback.schedule import fit_one_cycle
+from fastai.callback.schedule import fit_one_cycle # noqa: F401
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -32,18 +32,17 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import ROOT
-from kdmed.data import store
-from kdmed.distill import cache
-from kdmed.train import resume
 from kdmed.core.basics import seed_everything
 from kdmed.core.files import claim
+from kdmed.data import store
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
 from kdmed.data.store import STORE_FORMAT, ImageStore, fingerprint, list_stores, pack_images
 from kdmed.data.transforms import Augment, HorizontalFlip, Rotation
+from kdmed.train import resume
 from kdmed.train.resume import Resume, load_checkpoint, read_checkpoint, write_checkpoint
+from kdmed.distill import cache
 from kdmed.distill.cache import TeacherCache, list_caches
 
 TISSUE = split_groups(synthetic_table(n=90, classes=3, size=16), sizes=(.6, .2, .2))

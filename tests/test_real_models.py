@@ -4,7 +4,6 @@ import os
 import socket
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,23 +12,22 @@ import timm.utils
 import torch
 from fastai.learner import Learner
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from kdmed.models import create as models, weights
 from kdmed.core.basics import count_macs, input_channels, measure_memory, model_spec, unwrap
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
+from kdmed.models import create as models, weights
 from kdmed.models.create import (
     add_distillation_token, create_fused_teacher, create_student, create_teacher, load_student, luminance,
     model_stats, predict_images, read_settings, save_student, set_model_stats, stage_names, truncate_vit,
     usable_stages)
 from kdmed.models.exits import add_exits, early_exit, exit_macs
 from kdmed.models.weights import (
-    PIP_WEIGHTS, cached_weights, check_hub, hub_problem, load_weights, pip_weights, save_weights)
+    PIP_WEIGHTS, hub_problem, load_weights, pip_weights, save_weights)
 
 STATS = (.8, .6, .7),(.1, .2, .1)
 
@@ -465,7 +463,7 @@ def cached_by_hub(cache, sd):
     save_file(sd, folder/'snapshots'/commit/'model.safetensors')
 
 def test_cached_weights_load_without_network(monkeypatch, tmp_path):
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants, file_download # noqa: F401
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
     whole = timm.create_model('test_resnet').state_dict()

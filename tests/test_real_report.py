@@ -1,13 +1,11 @@
 "Reports from real use: what would mislead is said, what fails costs only its own part, names are anybody's, nothing private is shared"
 import json, os, re, subprocess, sys, warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from matplotlib import pyplot as plt
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 
 import kdmed.evaluate.report as report_module

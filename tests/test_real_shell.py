@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdmed.cli import app as cli, commands, options
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
 from kdmed.distill.methods import METHODS
 from kdmed.studies.recipes import RECIPES
 from kdmed.studies.study import distillation_study
+from kdmed.cli import app as cli, commands, options
 
 SMALL = ['--teacher', 'test_resnet', '--student', 'test_efficientnet', '--size', '32', '--epochs', '1', '--teacher-epochs', '1', '--bs', '16', '--repeats', '1', '--no-copies']
 

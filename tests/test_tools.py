@@ -116,3 +116,18 @@ def test_install_trusts_only_its_own_finished_work(tmp_path, monkeypatch):
     assert install.stamp() != install.wanted()
     stamp.write_text('{"root"')
     assert install.stamp() == {}
+
+# -- house
+
+def test_the_table_of_the_house_counts_what_it_says(tmp_path, monkeypatch):
+    import house
+    monkeypatch.setattr(house, 'ROOT', tmp_path)
+    for folder in ('kdmed/data', 'nbs/data', 'tests', 'tools'): (tmp_path/folder).mkdir(parents=True)
+    (tmp_path/'kdmed/data/a.py').write_text("__all__ = ['f', 'g']\n@patch\ndef f(self:C): pass\ndef g():\n    return 1\ndef _h(): pass\n")
+    (tmp_path/'kdmed/data/b.py').write_text("__all__ = ['g']\nfrom .a import _h, f\nfrom os import _exit\ndef g(): pass\n")
+    cells = [dict(cell_type='code', id='long', source=['#| export\n', *['x = 1\n']*40]), dict(cell_type='code', id='wide', source=['y' + ' '*120])]
+    (tmp_path/'nbs/data/00_a.ipynb').write_text(json.dumps(dict(cells=cells)))
+    (tmp_path/'tests/test_a.py').write_text('z'*121 + '\n' + 'z'*120)
+    found = {k: number for k,(number,_) in house.measure().items()}
+    assert found=={'lines over 120 columns': 2, 'uses of @patch': 1, 'private names imported across modules': 1, 'exported cells over 40 lines': 1,
+                   'names with two meanings': 1, 'longest function, in lines': 2, 'modules': 2, 'public names': 2}

@@ -68,7 +68,7 @@ def plain():
 
 def filters():
     "A filter of each package"
-    import numpy as np, spandrel
+    import numpy as np, spandrel # noqa: F401
     from kdmed.data.filters import CLAHE, MacenkoNormalizer
     from kdmed.data.images import open_image, synthetic_table
     pixels = np.asarray(open_image(synthetic_table(4, classes=3, size=64).image[0]).convert('RGB'))
@@ -150,7 +150,6 @@ def several_processes(rank):
     "What each of two processes does: one epoch on its half of every batch"
     import torch
     from fastai.learner import Learner
-    from fastai.vision.core import imagenet_stats
     from kdmed.distill.callbacks import LogitKD
     from kdmed.models.create import create_student, create_teacher
     torch.set_num_threads(1)

@@ -6,10 +6,10 @@ Docs: https://kdmed.github.io/kdmed/data/images.html.md"""
 
 # %% auto #0
 __all__ = ['TASKS', 'SPLITS', 'WINDOW_FUNCTIONS', 'FINDINGS', 'HEMATOXYLIN', 'EOSIN', 'tidy_labels', 'class_names',
-           'check_class_name', 'rename_labels', 'parse_findings', 'names_absence', 'image_table', 'choose_positive',
-           'check_table', 'is_unlabeled', 'WindowedImage', 'check_window', 'apply_window', 'read_dicom', 'is_dicom',
-           'name_of', 'open_image', 'synthetic_table', 'show_images', 'find_anomalies', 'class_counts',
-           'unknown_counts', 'card', 'describe']
+           'check_class_name', 'rename_labels', 'parse_findings', 'present_classes', 'names_absence', 'image_table',
+           'choose_positive', 'check_table', 'is_unlabeled', 'WindowedImage', 'check_window', 'apply_window',
+           'read_dicom', 'is_dicom', 'name_of', 'open_image', 'synthetic_table', 'show_images', 'find_anomalies',
+           'class_counts', 'unknown_counts', 'card', 'describe']
 
 # %% ../../nbs/data/10_images.ipynb #a2e1870a
 import re, unicodedata
@@ -110,14 +110,17 @@ def parse_findings(
     names = [n for n in label.split('|') if n]
     return [n for n in names if n[0]!='?'],[n[1:].strip() for n in names if n[0]=='?']
 
-def _present(labels, task):
+def present_classes(
+    labels,   # Series of labels, as in an image table
+    task:str, # Task of the table
+)->pd.Series: # Texts
     "Classes present, one row each, under the index of `labels`; one empty row for no finding, none for a missing label"
     labels = labels.dropna().astype(str)
     return labels.map(lambda l: parse_findings(l)[0] or ['']).explode() if task=='multilabel' else labels
 
 def _classes_of(labels, task):
     "Sorted class names found in `labels`"
-    return sorted(set(_present(labels.drop_duplicates(), task)) - ({''} if task=='multilabel' else set()))
+    return sorted(set(present_classes(labels.drop_duplicates(), task)) - ({''} if task=='multilabel' else set()))
 
 # %% ../../nbs/data/10_images.ipynb #bfb2d5ae
 _ABSENCE = ('normal', 'healthy', 'negative', 'neg', 'uninfected', 'unaffected', 'benign', 'no', 'none', 'non', 'not', 'without', 'control', 'controls',
@@ -544,7 +547,7 @@ def show_images(
 ): # Array of Axes
     "A row of images for each class"
     classes = table.attrs['classes']
-    present = _present(table.label.reset_index(drop=True), table.attrs['task'])
+    present = present_classes(table.label.reset_index(drop=True), table.attrs['task'])
     has = {c: np.isin(np.arange(len(table)), present.index[present==c]) for c in classes}
     fig,axes = figure(len(classes), n, height=height or 1.1*len(classes), squeeze=False)
     for row,c in zip(axes, classes):
@@ -585,7 +588,7 @@ def class_counts(
     table:pd.DataFrame, # Image table
 )->dict: # Class: images that have it
     "Images of each class"
-    found = _present(table.label, table.attrs['task']).value_counts()
+    found = present_classes(table.label, table.attrs['task']).value_counts()
     return {c: int(found.get(c, 0)) for c in table.attrs['classes']}
 
 def unknown_counts(

@@ -23,7 +23,7 @@ from .images import (
     SPLITS, WindowedImage, card, check_class_name, check_table, check_window, choose_positive, class_names,
     image_table, is_dicom, parse_findings, rename_labels)
 from .lists import find_listed, keep_found, need_columns, read_list
-from .splits import _SPLIT_NAMES
+from .splits import SPLIT_NAMES
 
 # %% ../../nbs/data/45_readers.ipynb #c90da82f
 def finish_table(
@@ -47,7 +47,7 @@ def _labels_from_folders(path, files):
     if not files: raise FileNotFoundError(f'no images with a label in {path}: expected one folder for each class')
     parts = [f.relative_to(path).parts for f in files]
     folders = sorted({p[0] for p in parts if len(p)>1})
-    splits = [f for f in folders if f.lower() in _SPLIT_NAMES]
+    splits = [f for f in folders if f.lower() in SPLIT_NAMES]
     if splits and len(splits)<len(folders):
         classes = sorted(set(folders)-set(splits))
         raise ValueError(f'{path}: folders {splits} look like splits, {classes} like classes; '
@@ -59,13 +59,13 @@ def _labels_from_folders(path, files):
     if len(folders)==1 and not level:
         raise ValueError(f'{path}: expected one folder for each class, found only {folders[0]}; '
                          f'if the classes are inside it, pass {path/folders[0]}')
-    return [p[level] for p in parts],[_SPLIT_NAMES[p[0].lower()] for p in parts] if level else None
+    return [p[level] for p in parts],[SPLIT_NAMES[p[0].lower()] for p in parts] if level else None
 
 # %% ../../nbs/data/45_readers.ipynb #2c772f68
 def _with_unlabeled(path, files, unlabeled):
     "`_labels_from_folders`, but None as the class of files in folders that are called so; those beside the splits are in train"
     inside = [[p.lower() for p in f.relative_to(path).parts[:-1]][:2] for f in files]
-    def is_mute(p): return p[:1] and p[0] in unlabeled or len(p)>1 and p[0] in _SPLIT_NAMES and p[1] in unlabeled
+    def is_mute(p): return p[:1] and p[0] in unlabeled or len(p)>1 and p[0] in SPLIT_NAMES and p[1] in unlabeled
     mute = np.array([bool(is_mute(p)) for p in inside])
     if absent := [u for u in unlabeled if not any(u in p for p,m in zip(inside, mute) if m)]: raise FileNotFoundError(f'{path}: no folder {absent} with images')
     labels,splits = np.full(len(files), None, object),np.full(len(files), 'train', object)
@@ -73,7 +73,7 @@ def _with_unlabeled(path, files, unlabeled):
     labels[~mute] = found
     if parts is None: return list(labels),None
     splits[~mute] = parts
-    for i in np.flatnonzero(mute): splits[i] = _SPLIT_NAMES.get(inside[i][0], 'train')
+    for i in np.flatnonzero(mute): splits[i] = SPLIT_NAMES.get(inside[i][0], 'train')
     return list(labels),list(splits)
 
 _UNLABELED_NAMES = 'unlabeled','unlabelled' # a class of this name is hardly meant
@@ -123,7 +123,7 @@ def _once_each(path, files, labels, splits, linked):
 
 def _check_empty(path, folders, files, unlabeled, hint=''):
     "Raise an error for a class folder without any image; give notes on folders of a split that lack images"
-    splits = {f for f in folders if '/' not in f and f.lower() in _SPLIT_NAMES}
+    splits = {f for f in folders if '/' not in f and f.lower() in SPLIT_NAMES}
     held = {f.relative_to(path).parts[:-1] for f in files}
     def empty(folder): return not any(h[:len(p)]==p for p in [tuple(folder.split('/'))] for h in held)
     level = 1 if splits else 0
@@ -229,7 +229,7 @@ def _splits_of(path, rows, column, image, unlisted):
     "`train`, `valid` or `test` for each row, by the names in use; None for a row to be dropped"
     check_in(unlisted, _UNLISTED, 'unlisted')
     given = rows[column].map(lambda n: None if pd.isna(n) or not str(n).strip() else str(n).strip())
-    splits = given.map(lambda n: _SPLIT_NAMES.get(n.lower(), n), na_action='ignore').astype(object)
+    splits = given.map(lambda n: SPLIT_NAMES.get(n.lower(), n), na_action='ignore').astype(object)
     splits = splits.where(splits.notna(), None)
     unknown = sorted(set(splits.dropna()) - set(SPLITS))
     if unknown: raise ValueError(f'{path}: split must be one of {SPLITS}, got {unknown}')

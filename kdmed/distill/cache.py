@@ -27,7 +27,7 @@ from torch import Tensor
 from ..core.basics import unwrap
 from ..core.checks import check_integer
 from ..core.files import check_format, check_room, claim, is_writable, write_atomic
-from ..data.loaders import ImageDL, ReplayMixUp, _Replay
+from ..data.loaders import ImageDL, ReplayMixUp, ReplayTransform
 from ..data.store import digest, store_folder, value_text, writing_to
 from .teacher import Teacher
 
@@ -74,7 +74,7 @@ def _training_loader(dls):
 
 def _count_views(dl, mixes):
     "Different views of an image that the loader shows; one where neither augmentation nor mixing makes them differ"
-    if not mixes and not any(isinstance(t, _Replay) for t in dl.after_batch.fs): return 1
+    if not mixes and not any(isinstance(t, ReplayTransform) for t in dl.after_batch.fs): return 1
     if dl.views is None: raise ValueError('the loader shows a new view of each image in every epoch, so no answer would serve twice: say how many there are to be, as in image_dls(…, views=4)')
     return dl.views
 

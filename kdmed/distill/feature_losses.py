@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logit_losses import _apart, _check_temperature, _image_mean, _promote
+from .logit_losses import check_temperature, cut_off_teacher, image_mean, promote_precision
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #290901df
 def _unit(x):
@@ -52,9 +52,9 @@ def hint_loss(
 )->Tensor: # Scalar, in squared feature units: mean over every element
     "Mean squared error between student and teacher features"
     _check_same_shape(student_features, teacher_features, 'attention_transfer_loss, similarity_loss or relational_loss')
-    s,t = _apart(student_features, teacher_features)
+    s,t = cut_off_teacher(student_features, teacher_features)
     if image_weights is None: return F.mse_loss(s, t) # without a copy of the squares
-    return _image_mean((s-t).square().reshape(len(s), -1).mean(1), image_weights)
+    return image_mean((s-t).square().reshape(len(s), -1).mean(1), image_weights)
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #8f26ff5c
 def attention_map(
@@ -62,7 +62,7 @@ def attention_map(
 )->Tensor: # [B, N], N places row by row; each image's map has length 1, or is zero where its features are
     "Strength of the features at each place: mean square over channels, normalized over places"
     if features.ndim < 3: raise ValueError(f'features must be [B, C, places…], got {tuple(features.shape)}: no places are left')
-    return _unit(_promote(features)[0].square().mean(1).flatten(1))
+    return _unit(promote_precision(features)[0].square().mean(1).flatten(1))
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #9dfca16d
 def attention_transfer_loss(
@@ -75,7 +75,7 @@ def attention_transfer_loss(
     _check_same_places(student_features, teacher_features)
     gap = attention_map(student_features) - attention_map(teacher_features.detach())
     losses = gap.square().mean(1) if squared else torch.linalg.vector_norm(gap, dim=1)
-    return _image_mean(losses, image_weights)
+    return image_mean(losses, image_weights)
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #7a48202a
 def channel_loss(
@@ -87,10 +87,10 @@ def channel_loss(
     "KL(teacher‖student) of each channel's distribution over places, times `temperature`²"
     _check_same_places(student_features, teacher_features)
     _check_same_shape(student_features, teacher_features, 'attention_transfer_loss')
-    _check_temperature(temperature)
-    log_q,log_p = (F.log_softmax(f.flatten(2)/temperature, dim=2) for f in _apart(student_features, teacher_features))
+    check_temperature(temperature)
+    log_q,log_p = (F.log_softmax(f.flatten(2)/temperature, dim=2) for f in cut_off_teacher(student_features, teacher_features))
     divergences = F.kl_div(log_q, log_p, reduction='none', log_target=True).sum(2)
-    return _image_mean(divergences.mean(1), image_weights) * temperature**2
+    return image_mean(divergences.mean(1), image_weights) * temperature**2
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #b0e6cb2d
 def _embeddings(student_features, teacher_features):
@@ -99,7 +99,7 @@ def _embeddings(student_features, teacher_features):
         raise ValueError(f'expected pooled features [B, D], got {_shapes(student_features, teacher_features)}: '
                          'average maps over their places, features.flatten(2).mean(2), or use similarity_loss')
     _check_same_images(student_features, teacher_features)
-    return _apart(student_features, teacher_features)
+    return cut_off_teacher(student_features, teacher_features)
 
 def _distances(x):
     "Distances between rows, [B, B]; exactly 0, without gradient, for equal rows"
@@ -158,7 +158,7 @@ def similarity_matrix(
     features:Tensor, # [B, …], any shape
 )->Tensor: # [B, B], rows of length 1, or zero where an image's features are
     "Inner products between the images of a batch, each row normalized"
-    rows = _promote(features)[0].flatten(1)
+    rows = promote_precision(features)[0].flatten(1)
     with torch.autocast(rows.device.type, enabled=False): return _unit(rows @ rows.T)
 
 def similarity_loss(
@@ -178,8 +178,8 @@ def cosine_loss(
     "One minus the cosine between student and teacher vectors"
     if student_tokens.ndim!=2: raise ValueError(f'student_tokens must be [B, D], got {tuple(student_tokens.shape)}: for maps use hint_loss')
     _check_same_shape(student_tokens, teacher_tokens, 'relational_loss', what='tokens')
-    s,t = (_unit(tokens) for tokens in _apart(student_tokens, teacher_tokens))
-    return _image_mean(1 - (s*t).sum(1), image_weights)
+    s,t = (_unit(tokens) for tokens in cut_off_teacher(student_tokens, teacher_tokens))
+    return image_mean(1 - (s*t).sum(1), image_weights)
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #1995c19d
 FEATURE_WEIGHTS = {

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from ..core.basics import UNLABELED, check_same_shape
 from .logit_losses import (
-    _check_classes, _check_mask, _check_targets, _column_weights, _entry_mean, _image_mean, _masked, _plain, _promote)
+    check_class_targets, check_mask, check_softmax_classes, column_weights, entry_mean, image_mean, mask_tensors,
+    plain_tensor, promote_precision)
 
 # %% ../../nbs/distill/10_losses.ipynb #8653850e
 def is_known(
     targets:Tensor, # Class indices, [B], with `UNLABELED` (-100), or numbers, [B] or [B, L], with NaN, where nothing is known
 )->Tensor: # Bool, shape of `targets`
     "True where a target is known"
-    targets = _plain(targets)
+    targets = plain_tensor(targets)
     return ~targets.isnan() if targets.is_floating_point() else targets!=UNLABELED
 
 def has_no_label(
@@ -53,13 +54,13 @@ def focal_loss(
     image_weights:Tensor|None=None, # Factor on the loss of each image, [B]
 )->Tensor: # Scalar, in nats: weighted sum divided by the number of labeled images
     "Cross entropy, each image turned down by its easiness and scaled by the weight of its class"
-    _check_classes('logits', logits, 'bernoulli_focal_loss')
-    _check_targets(targets, logits, 'bernoulli_focal_loss')
+    check_softmax_classes('logits', logits, 'bernoulli_focal_loss')
+    check_class_targets(targets, logits, 'bernoulli_focal_loss')
     known = is_known(targets)
-    log_p,y = F.log_softmax(*_promote(logits), dim=1), _plain(targets).long().where(known, 0)[:,None]
+    log_p,y = F.log_softmax(*promote_precision(logits), dim=1), plain_tensor(targets).long().where(known, 0)[:,None]
     log_rest = log_p.scatter(1, y, -torch.inf).logsumexp(1, keepdim=True)
-    losses = _column_weights(class_weights, log_p)[y] * _focus(log_p.gather(1, y), log_rest, gamma)
-    return _image_mean(losses[:,0], image_weights, known)
+    losses = column_weights(class_weights, log_p)[y] * _focus(log_p.gather(1, y), log_rest, gamma)
+    return image_mean(losses[:,0], image_weights, known)
 
 # %% ../../nbs/distill/10_losses.ipynb #33cd9801
 def inverse_frequency_weights(
@@ -83,9 +84,9 @@ def bernoulli_focal_loss(
 )->Tensor: # Scalar, in nats: weighted sum divided by the number of entries that count
     "Binary cross entropy, each answer turned down by its easiness and scaled by the weight of its label"
     check_same_shape(logits=logits, targets=targets)
-    _check_mask(mask, logits)
+    check_mask(mask, logits)
     known = is_known(targets) if mask is None else is_known(targets) & mask
-    logits,targets = _masked(known, *_promote(logits, targets))
+    logits,targets = mask_tensors(known, *promote_precision(logits, targets))
     log_p,log_rest = F.logsigmoid(logits), F.logsigmoid(-logits)
     losses = targets*_focus(log_p, log_rest, gamma) + (1-targets)*_focus(log_rest, log_p, gamma)
-    return _entry_mean(losses, known, class_weights, image_weights)
+    return entry_mean(losses, known, class_weights, image_weights)

@@ -20,8 +20,8 @@ from ..models.create import feature_map, stage_names
 from .callbacks import SeveralTerms, at_progress, check_setting
 from .feature_losses import (
     FEATURE_WEIGHTS, attention_transfer_loss, channel_loss, cosine_loss, hint_loss)
-from .features import FeatureKD, _same_size
-from .logit_losses import _apart
+from .features import FeatureKD, pool_to_same_size
+from .logit_losses import cut_off_teacher
 
 # %% ../../nbs/distill/35_multidim.ipynb #8e19ea1f
 def _blocks(model, owner):
@@ -57,7 +57,7 @@ def _token_of(model):
 def _columns(ours, theirs, token):
     "Two pairs of places and class token as two tables [B, D, N, 1] of the same places; if asked for, the class token is the first column"
     (our_places,our_token),(their_places,their_token) = ours,theirs
-    tables = [m.flatten(2) for m in _same_size(our_places, their_places)]
+    tables = [m.flatten(2) for m in pool_to_same_size(our_places, their_places)]
     if token: tables = [torch.cat([t[:, :, None], table], 2) for t,table in zip((our_token, their_token), tables)]
     return tuple(table[..., None] for table in tables)
 
@@ -182,7 +182,7 @@ def generation_loss(
     "Mean squared error of what was guessed about hidden places"
     if generated.shape!=teacher_features.shape or hidden.shape!=generated.shape[:1]+generated.shape[2:]:
         raise ValueError(f'expected maps [B, C, H, W] of one shape and hidden [B, H, W], got {tuple(generated.shape)}, {tuple(teacher_features.shape)} and {tuple(hidden.shape)}')
-    ours,theirs = _apart(generated, teacher_features)
+    ours,theirs = cut_off_teacher(generated, teacher_features)
     return ((ours-theirs).square().mean(1)*hidden).sum() / hidden.sum().clamp(min=1)
 
 # %% ../../nbs/distill/35_multidim.ipynb #096e2cf3

@@ -22,14 +22,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..core.basics import COLORS, figure
 from ..core.checks import check_in
-from .scores import _check_classes, _check_probs, _check_targets
+from .scores import check_probs, check_targets, check_task_classes
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #df4c3527
 def _said_and_true(probs, targets, classes, task, by):
     "What was said, what was true, each `[n]`, and the names of both"
-    classes = _check_classes(classes, task)
-    probs = _check_probs(probs, classes, task).clip(0, 1)
-    actual,known = _check_targets(targets, len(probs), classes, task)
+    classes = check_task_classes(classes, task)
+    probs = check_probs(probs, classes, task).clip(0, 1)
+    actual,known = check_targets(targets, len(probs), classes, task)
     check_in(by, ['confidence', *classes], 'by')
     if task == 'binary' and by == 'confidence': by = classes[1]
     if by in classes:
@@ -147,7 +147,7 @@ FEWEST_FOR_TEMPERATURE = 100 # validation images, below which a temperature is a
 def _known_targets(z, targets, task):
     "What is true and what is known, `[N, C]` like the logits"
     names = ['0', '1'] if task == 'binary' else [str(i) for i in range(z.shape[1])]
-    actual,known = _check_targets(targets, len(z), names, task)
+    actual,known = check_targets(targets, len(z), names, task)
     if task == 'binary': actual,known = actual[:,1:],known[:,1:]
     varied = actual.any(0).sum() > 1 if task == 'multiclass' else actual[known].any() and not actual[known].all()
     if not varied: raise ValueError(f'targets must hold more than one class, got {sorted({y for y in np.ravel(targets).tolist() if y == y})}')
@@ -199,7 +199,7 @@ def _as_logits(values, inputs, task):
 def _label_temperatures(logits, targets):
     "A temperature for each column, from the images in which its label is known"
     z,found = _logit_columns(logits, 'multilabel'),[]
-    _,known = _check_targets(targets, len(z), range(z.shape[1]), 'multilabel')
+    _,known = check_targets(targets, len(z), range(z.shape[1]), 'multilabel')
     for i,k in enumerate(known.T):
         y = np.asarray(targets)[k,i]
         if len(set(y.tolist())) < 2: raise ValueError(f'label {i} must be both present and absent in targets, got {sorted(set(y.tolist()))}; per_label=False shares one temperature')
@@ -250,8 +250,8 @@ def calibrate(
     per_label:bool=False,  # A temperature for each label of a multilabel task, not one for all
 )->Calibrated: # Test probabilities in their shape, and the temperature
     "Temperature scaling from validation to test images; what is true of the test images is not asked for"
-    classes = _check_classes(classes, task)
-    for probs in (valid_probs, test_probs): _check_probs(probs, classes, task)
+    classes = check_task_classes(classes, task)
+    for probs in (valid_probs, test_probs): check_probs(probs, classes, task)
     scaling = TemperatureScaling('probs', per_label).fit(valid_probs, valid_targets, task)
     return Calibrated(scaling.transform(test_probs), scaling.temperature_)
 
@@ -279,9 +279,9 @@ def _best_cut(p, actual, criterion, at_least):
 # %% ../../nbs/evaluate/05_calibration.ipynb #ec330517
 def _judged(probs, targets, classes, task):
     "By class that is judged, its probabilities and what is true, in the images where that is known"
-    classes = _check_classes(classes, task)
-    probs = _check_probs(probs, classes, task).clip(0, 1)
-    actual,known = _check_targets(targets, len(probs), classes, task)
+    classes = check_task_classes(classes, task)
+    probs = check_probs(probs, classes, task).clip(0, 1)
+    actual,known = check_targets(targets, len(probs), classes, task)
     return {c: (probs[known[:,i],i], actual[known[:,i],i]) for i,c in enumerate(classes) if task != 'binary' or i == 1}
 
 def _missing(actual):
@@ -314,8 +314,8 @@ def apply_thresholds(
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->pd.DataFrame: # 0 or 1: a row for each image, a column for each threshold
     "Which images are above the threshold of a class; in a multiclass task that may be several classes, or none"
-    classes,thresholds = _check_classes(classes, task),pd.Series(thresholds, dtype=float)
-    probs = _check_probs(probs, classes, task)
+    classes,thresholds = check_task_classes(classes, task),pd.Series(thresholds, dtype=float)
+    probs = check_probs(probs, classes, task)
     for c in thresholds.index: check_in(c, classes, 'class in thresholds')
     if thresholds.isna().any(): raise ValueError(f'thresholds must be numbers, got NaN for {list(thresholds.index[thresholds.isna()])}; drop them or choose by hand')
     return pd.DataFrame({c: (probs[:,classes.index(str(c))] > t).astype(int) for c,t in thresholds.items()})

@@ -7,7 +7,8 @@ Docs: https://kdmed.github.io/kdmed/evaluate/comparison.html.md"""
 # %% auto #0
 __all__ = ['HEADLINE', 'FEWEST_GROUPS', 'SMALLEST_SUBGROUP', 'MOST_SUBGROUPS', 'Comparison', 'pair_name', 'without_private',
            'why_failed', 'attempt', 'compare_predictions', 'chance_levels', 'harm_check', 'subgroup_labels',
-           'subgroup_scores', 'calibration_scores', 'measure_costs', 'measure_cost', 'compare', 'shared_groups_note']
+           'subgroup_scores', 'calibration_scores', 'measure_costs', 'measure_cost', 'compare', 'shared_groups_note',
+           'interval_text', 'check_metrics']
 
 # %% ../../nbs/evaluate/40_comparison.ipynb #36e77090
 import re, warnings
@@ -25,10 +26,10 @@ from ..core.basics import count_macs, count_parameters, measure_latencies, measu
 from ..core.checks import check_in, check_integer, check_number, check_seed
 from .calibration import calibrate, temperature_note
 from .intervals import (
-    _check_runs, check_groups, difference_table, group_draws, interval_table, replicate, sensitivity_replicates)
-from .metrics import _check_loader, _columns_for, _module, agreement, predict
+    check_groups, check_runs, difference_table, group_draws, interval_table, replicate, sensitivity_replicates)
+from .metrics import agreement, check_loader, class_columns, module_of, predict
 from .scores import (
-    _check_classes, _check_probs, _check_targets, decisions, default_metrics, more_is_better, scores)
+    check_probs, check_targets, check_task_classes, decisions, default_metrics, more_is_better, scores)
 from .significance import holm
 
 # %% ../../nbs/evaluate/40_comparison.ipynb #1f502dea
@@ -113,7 +114,7 @@ def compare_predictions(
     metrics=(),          # Names of further metrics, as for `kdmed.evaluate.scores`
 )->Comparison: # Without costs; `about['missing']` names what could not be made
     "Compare models by their predictions alone"
-    classes,columns = _check_classes(classes, task),_check_columns(columns, len(targets))
+    classes,columns = check_task_classes(classes, task),_check_columns(columns, len(targets))
     n_boot,seed,level = check_integer(n_boot, 'n_boot', 1),check_seed(seed),check_number(level, 'level', above=0, below=1)
     probs = _check_models(probs, reference, targets, classes, task)
     if valid is not None: _check_valid(valid, probs, classes, task)
@@ -151,7 +152,7 @@ def chance_levels(
     task:str, # `binary`, `multiclass` or `multilabel`
 )->dict: # Metric: its value for answers that do not depend on the image
     "What guessing reaches: equally often each class (balanced accuracy), any order (AUROC), always the most frequent answer (accuracy)"
-    actual,known = _check_targets(targets, len(targets), classes, task)
+    actual,known = check_targets(targets, len(targets), classes, task)
     if task == 'multilabel':
         share = [actual[k, c].mean() for c,k in enumerate(known.T) if k.any()]
         return dict(balanced_accuracy=.5, macro_auroc=.5, accuracy=float(np.mean([max(s, 1-s) for s in share])))
@@ -159,7 +160,7 @@ def chance_levels(
 
 def _one_answer(runs, classes, task):
     "For each training, the one class that it names for every image, or None; of findings, those that no training ever names"
-    decided = [decisions(_check_probs(p, classes, task), task) for p in runs]
+    decided = [decisions(check_probs(p, classes, task), task) for p in runs]
     if task == 'multilabel': return [c for c,never in zip(classes, ~np.any([d.any(0) for d in decided], 0)) if never]
     return [classes[d.all(0).argmax()] if d.all(0).any() else None for d in decided]
 
@@ -189,8 +190,8 @@ def _check_models(probs, reference, targets, classes, task):
         if not hasattr(p, '__len__') or isinstance(p, str): raise TypeError(f'probs[{name!r}] must be predictions [N, C], or a list of them, got {type(p).__name__}')
     if not probs or not all(len(p) for p in probs.values()): raise ValueError(f'probs must contain at least one model, with predictions, got {list(probs)}')
     if reference is not None and reference not in probs: raise ValueError(f'reference must be one of {list(probs)}, got {reference!r}')
-    runs = {name: _check_runs(p, targets, classes, task, f'probs[{name!r}]') for name,p in probs.items()}
-    if not _check_targets(targets, len(targets), classes, task)[1].any(): raise ValueError(f'targets must contain a finding that is known, got none in {len(targets)} images')
+    runs = {name: check_runs(p, targets, classes, task, f'probs[{name!r}]') for name,p in probs.items()}
+    if not check_targets(targets, len(targets), classes, task)[1].any(): raise ValueError(f'targets must contain a finding that is known, got none in {len(targets)} images')
     return runs
 
 def _check_columns(columns, n):
@@ -208,7 +209,7 @@ def _check_valid(valid, probs, classes, task):
     said,targets = valid
     if missing := set(probs)-set(said): raise ValueError(f'valid must contain predictions of every model, but lacks {sorted(missing)}')
     for name,ps in probs.items():
-        n = len(_check_runs(said[name], targets, classes, task, f'valid[0][{name!r}]'))
+        n = len(check_runs(said[name], targets, classes, task, f'valid[0][{name!r}]'))
         if n != len(ps): raise ValueError(f'valid must contain as many seeds of {name!r} as there are, {len(ps)}, got {n}')
 
 # %% ../../nbs/evaluate/40_comparison.ipynb #4974a434
@@ -359,7 +360,7 @@ def calibration_scores(
     said,targets = valid
     rows,names = {},('ece', 'brier', 'log_loss')
     for name,ps in probs.items():
-        vs = _check_runs(said[name], targets, given['classes'], given['task'])
+        vs = check_runs(said[name], targets, given['classes'], given['task'])
         try: scaled,notes = _calibrated(vs, targets, ps, given)
         except ValueError as e: # a report is not lost to odd validation images
             rows[name] = dict(temperature=np.nan, note=f'not calibrated: {e}')
@@ -425,7 +426,7 @@ def compare(
     batch:int=32,         # Images in a pass when throughput is measured
 )->Comparison:
     "Compare models on the same images: metrics, differences, harm, subgroups, calibration and costs"
-    for loader in [dl] + [valid]*(valid is not None): _check_loader(loader)
+    for loader in [dl] + [valid]*(valid is not None): check_loader(loader)
     check_integer(n_boot, 'n_boot', 1), check_seed(seed), check_integer(batch, 'batch', 1)
     models = _check_fitted(models, dl)
     table,columns = dl.table,[subgroups] if isinstance(subgroups, str) else list(subgroups)
@@ -436,7 +437,7 @@ def compare(
     probs,targets = _predict_all(models, dl)
     comparison = compare_predictions(probs, targets, table.attrs['classes'], table.group.to_numpy(), table.attrs['task'], n_boot, seed, reference,
                                      table[columns] if columns else None, said)
-    comparison.costs = measure_costs({name: _module(group[0]) for name,group in models.items()}, dl.size, batch, missing)
+    comparison.costs = measure_costs({name: module_of(group[0]) for name,group in models.items()}, dl.size, batch, missing)
     name = without_private(str(table.attrs.get('name', 'images')))
     comparison.about.update(data=name, name=name, split=table.split.iloc[0], size=dl.size, models={name: _architecture(group[0]) for name,group in models.items()})
     if missing: comparison.about['missing'] = missing + comparison.about.get('missing', [])
@@ -462,12 +463,12 @@ def _check_fitted(models, dl):
         for i,m in enumerate(group):
             which = f'models[{name!r}]' + f'[{i}]'*(len(group) > 1)
             if not isinstance(m, (torch.nn.Module, Learner)): raise TypeError(f'{which} must be a Module or a Learner, got {type(m).__name__}')
-            _columns_for(m, dl, which)
+            class_columns(m, dl, which)
     return models
 
 def _architecture(model):
     "What a model is called where it was made"
-    module = _module(model)
+    module = module_of(model)
     name = getattr(module, 'spec', {}).get('model', type(module).__name__)
     return name if isinstance(name, str) else ' + '.join(map(str, name))
 
@@ -477,7 +478,10 @@ def _predict_all(models, dl):
     return {name: [p for p,_ in group] for name,group in said.items()},next(iter(said.values()))[0][1]
 
 # %% ../../nbs/evaluate/40_comparison.ipynb #21cbd784
-def _cell(row, signed=False):
+def interval_text(
+    row,               # With `value`, `low` and `high`
+    signed:bool=False, # Write a plus sign, as for differences
+)->str:
     "A value with its interval; metrics are shares, shown with three digits"
     if np.isnan(row.value): return 'undefined'
     sign = '+' if signed else ''
@@ -491,7 +495,7 @@ def findings(self:Comparison,
     metric = metric or self.about.get('metric', 'balanced_accuracy')
     check_in(metric, list(next(iter(self.scores.values())).index), 'metric')
     rest = _subgroups_said(self.subgroups, 1-self.about['level']) + _calibration_said(self.calibration, self.about) + _groups_said(self.about)
-    if len(self.scores) == 1: said = [f'{name}: {metric.replace("_", " ")} {_cell(f.loc[metric])}.' for name,f in self.scores.items()]
+    if len(self.scores) == 1: said = [f'{name}: {metric.replace("_", " ")} {interval_text(f.loc[metric])}.' for name,f in self.scores.items()]
     else: said = _harm_said(self.harm, self.about['reference']) + [_pair_said(self, a, metric) for a in sorted(self.scores, key='teacher'.__eq__) if pair_name(a, self.about['reference']) in self.differences]
     harms = [s for s in said+rest if s.startswith('HARM')]
     note = without_private(self.about.get('note'))
@@ -508,7 +512,7 @@ def _pair_said(comparison, name, metric):
     verdict = 'not distinguishable from' if unsure else 'above' if d.value > 0 else 'below'
     comment = '' if better or unsure else ', which is ' + ('worse' if d.value > 0 else 'better')
     taught = '' if name != 'teacher' or not unsure and (d.value > 0) == better else ' Whether it had anything to teach is open.' if unsure else ' It had little to teach.'
-    return f'In this run {_called(name)} is {verdict} {_called(reference)} in {metric.replace("_", " ")}{comment}: {_cell(d, signed=True)}.{taught}'
+    return f'In this run {_called(name)} is {verdict} {_called(reference)} in {metric.replace("_", " ")}{comment}: {interval_text(d, signed=True)}.{taught}'
 
 # %% ../../nbs/evaluate/40_comparison.ipynb #5d1e4803
 def _listed(names, most=8):
@@ -537,7 +541,7 @@ def _chance_said(comparison, metric):
     if metric not in chance: return []
     rows = {name: f.loc[metric] for name,f in comparison.scores.items() if metric in f.index}
     words = metric.replace('_', ' ')
-    poor = [f'{_called(name)} {_cell(r)}' for name,r in rows.items() if r.low <= chance[metric]]
+    poor = [f'{_called(name)} {interval_text(r)}' for name,r in rows.items() if r.low <= chance[metric]]
     return [f'No better than chance ({chance[metric]:.3f}) in {words}: {", ".join(poor)}.'] if poor else []
 
 # %% ../../nbs/evaluate/40_comparison.ipynb #133cb69d
@@ -593,7 +597,10 @@ def _groups_said(about):
     return [f"Only {about['groups']} groups: the intervals are too short, and rare classes are a matter of luck."] if about['groups'] < 30 else []
 
 # %% ../../nbs/evaluate/40_comparison.ipynb #37c001ce
-def _check_metrics(comparison, metrics):
+def check_metrics(
+    comparison, # A `Comparison`
+    metrics,    # A name, or several
+)->list:
     "Metrics as a list, when the comparison has them"
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
     for m in metrics: check_in(m, list(next(iter(comparison.scores.values())).index), 'metric')
@@ -604,9 +611,9 @@ def table(self:Comparison,
     metrics=HEADLINE, # Metrics to show; all of them are in `scores`
 )->pd.DataFrame: # A row for each model and for each difference, values as text
     "Metrics with intervals, differences to the reference, and costs"
-    metrics = _check_metrics(self, metrics)
+    metrics = check_metrics(self, metrics)
     costs = ('parameters', 'macs', 'latency_ms')
-    rows = {name: {m: _cell(frame.loc[m]) for m in metrics} | {k: v for k,v in self.costs.get(name, {}).items() if k in costs} for name,frame in self.scores.items()}
+    rows = {name: {m: interval_text(frame.loc[m]) for m in metrics} | {k: v for k,v in self.costs.get(name, {}).items() if k in costs} for name,frame in self.scores.items()}
     for pair,frame in self.differences.items():
-        if pair.endswith(f" − {self.about['reference']}") and not pair.startswith('teacher'): rows[pair] = {m: _cell(frame.loc[m], signed=True) for m in metrics}
+        if pair.endswith(f" − {self.about['reference']}") and not pair.startswith('teacher'): rows[pair] = {m: interval_text(frame.loc[m], signed=True) for m in metrics}
     return pd.DataFrame.from_dict(rows, orient='index')

@@ -21,11 +21,11 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from ..core.basics import COLORS, figure
-from ..core.checks import check_in
+from ..core.checks import check_in, check_integer
 from ..models.create import stage_names
-from .intervals import _check_whole, _group_codes, _interval, group_weights
+from .intervals import group_codes, group_weights, interval_of
 from .saliency import (
-    _ClassScores, _needed, _observed, _subject, _target_indices, images_for, saliency_maps)
+    ClassScores, explained_model, images_for, missing_package, observed, saliency_maps, target_indices)
 
 # %% ../../nbs/evaluate/35_interpret.ipynb #f251544f
 def _rows(maps, name):
@@ -88,7 +88,7 @@ def _one_agreement(name, a, b, w, codes, level):
     note = '' if known.all() else f'undefined for {n-known.sum()} of {n} images: a map is constant'
     (value,),(chance,) = _weighted(np.ones((1, n)), own, known.astype(float), pairs, apart.astype(bool))
     values,chances = _weighted(w, own, known.astype(float), pairs, apart.astype(bool))
-    (low,high,note),(excess_low,excess_high,_) = _interval(value, values, None, note, level),_interval(value-chance, values-chances, None, '', level)
+    (low,high,note),(excess_low,excess_high,_) = interval_of(value, values, None, note, level),interval_of(value-chance, values-chances, None, '', level)
     return dict(value=value, low=low, high=high, chance=chance, excess=value-chance, excess_low=excess_low, excess_high=excess_high, images=int(known.sum()), note=note)
 
 def explanation_agreement(
@@ -105,7 +105,7 @@ def explanation_agreement(
     groups = range(len(maps_a)) if groups is None else groups
     if len(groups)!=len(maps_a): raise ValueError(f'groups must be one for each of {len(maps_a)} images, got {len(groups)}')
     if not 0<level<1: raise ValueError(f'level must be between 0 and 1, got {level}')
-    w,codes = group_weights(groups, n_boot, seed).astype(float),_group_codes(groups)
+    w,codes = group_weights(groups, n_boot, seed).astype(float),group_codes(groups)
     frame = pd.DataFrame.from_dict({name: _one_agreement(name, a, b, w, codes, level) for name,(a,b) in rows.items()}, orient='index').rename_axis('similarity')
     frame.attrs = dict(images=len(codes), groups=len(set(codes)), n_boot=n_boot, level=level, top=top, seed=seed)
     return frame
@@ -162,13 +162,13 @@ def deletion_insertion(
 )->PixelCurves:
     "How the probability of a class changes as the pixels a map ranks first are hidden, or shown alone"
     if isinstance(baseline, str): check_in(baseline, ('blur', 'mean'), 'baseline')
-    module,classes,task = _subject(model, task)
+    module,classes,task = explained_model(model, task)
     x,rows = images_for(model, images, stats),_rows(maps, 'maps')
     if np.shape(maps)!=(len(x), *x.shape[2:]): raise ValueError(f'maps must be {(len(x), *x.shape[2:])}, as large as the images, got {np.shape(maps)}')
-    for name,number in (('steps', steps), ('bs', bs)): _check_whole(number, name)
-    targets = _target_indices(targets, len(x), classes)
-    scores,share = _ClassScores(module, task, max(targets or [-1])),np.linspace(0, 1, steps+1)
-    with _observed(module), torch.no_grad():
+    for name,number in (('steps', steps), ('bs', bs)): check_integer(number, name, least=1)
+    targets = target_indices(targets, len(x), classes)
+    scores,share = ClassScores(module, task, max(targets or [-1])),np.linspace(0, 1, steps+1)
+    with observed(module), torch.no_grad():
         if targets is None: targets = torch.cat([scores(part).argmax(1) for part in x.split(bs)])
         given = scores,x,_hidden(x, baseline),torch.as_tensor(_order(rows, seed), device=x.device),torch.as_tensor(targets, device=x.device)
         counts = torch.as_tensor((share*rows.shape[1]).round().astype(int), device=x.device)
@@ -224,7 +224,7 @@ def _redraw(modules, generator):
 def _ssim(a, b):
     "Structural similarity of two maps in [0, 1]"
     try: from skimage.metrics import structural_similarity
-    except ImportError as e: raise _needed('scikit-image') from e
+    except ImportError as e: raise missing_package('scikit-image') from e
     return structural_similarity(a, b, data_range=1.)
 
 # %% ../../nbs/evaluate/35_interpret.ipynb #8155c7b4
@@ -235,7 +235,7 @@ def _kept(intact, now, w, ssim):
     with np.errstate(invalid='ignore'): draws = (w@np.where(known, alike, 0)) / (w@known)
     note = '' if known.all() else f'undefined for {(~known).sum()} of {len(known)} images: a map is constant'
     value = alike[known].mean() if known.any() else np.nan
-    low,high,note = _interval(value, draws, None, note, .95)
+    low,high,note = interval_of(value, draws, None, note, .95)
     row = dict(spearman=value, low=low, high=high, images=int(known.sum()), note=note)
     return row | (dict(ssim=float(np.mean([_ssim(a, b) for a,b in zip(intact, now)]))) if ssim else {})
 
@@ -253,10 +253,10 @@ def randomization_check(
     **kwargs,            # Passed on to `saliency_maps`
 )->pd.DataFrame: # A row for each stage, from the head down: `spearman` with its interval, images it is defined for, note, and `ssim`
     "How alike maps stay while the model is destroyed, stage after stage from the head down"
-    module,classes,task = _subject(model, kwargs.pop('task', None))
-    x,targets = images_for(model, images, stats),_target_indices(targets, len(images), classes)
-    scores = _ClassScores(module, task, max(targets or [-1]))
-    with _observed(module), torch.no_grad(): predicted = scores(x).argmax(1).tolist()
+    module,classes,task = explained_model(model, kwargs.pop('task', None))
+    x,targets = images_for(model, images, stats),target_indices(targets, len(images), classes)
+    scores = ClassScores(module, task, max(targets or [-1]))
+    with observed(module), torch.no_grad(): predicted = scores(x).argmax(1).tolist()
     targets,copy = targets or predicted,deepcopy(module)
     def maps(m): return np.asarray(method(m, x, targets) if callable(method) else saliency_maps(m, x, targets, method, task=task, seed=seed, **kwargs))
     intact,generator,rows = maps(copy),torch.Generator().manual_seed(seed),{}

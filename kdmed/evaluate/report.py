@@ -25,11 +25,11 @@ from ..core.checks import check_in, check_integer
 from ..core.files import check_format, check_room
 from .calibration import plot_reliability as _draw_reliability, reliability
 from .comparison import (
-    HEADLINE, Comparison, _cell, _check_metrics, attempt, compare_predictions, measure_costs, pair_name,
+    HEADLINE, Comparison, attempt, check_metrics, compare_predictions, interval_text, measure_costs, pair_name,
     shared_groups_note, subgroup_labels, without_private)
 
 from kdmed.evaluate.plots import (
-    _folded, model_style, plot_confusion as _draw_confusion, plot_history, plot_roc as _draw_roc, plot_tradeoff,
+    fold_text, model_style, plot_confusion as _draw_confusion, plot_history, plot_roc as _draw_roc, plot_tradeoff,
     tradeoff_table)
 
 # %% ../../nbs/evaluate/45_report.ipynb #3feaac2e
@@ -40,25 +40,25 @@ def plot(self:Comparison,
     metrics=HEADLINE, # Metrics of the left panel
 ): # Figure
     "Metrics, and the sensitivity for each class, of every model, with intervals"
-    metrics,classes = _check_metrics(self, metrics),self.about['classes']
+    metrics,classes = check_metrics(self, metrics),self.about['classes']
     if len(classes) > MOST_CLASSES_DRAWN: return _plot_metrics(self, metrics)
-    names,n = [_folded(c, 30) for c in classes],max(len(metrics), len(classes))
+    names,n = [fold_text(c, 30) for c in classes],max(len(metrics), len(classes))
     fig,axes = figure(1, 2, height=1.5 + .13*len(self.scores)/2 + n*max(.1 + .08*len(self.scores), .15*(1 + max(c.count('\n') for c in names))), gridspec_kw=dict(width_ratios=[1, 1]))
-    _plot_intervals(axes[0], self.scores, metrics, [_folded(m.replace('_', ' '), 24) for m in metrics])
+    _plot_intervals(axes[0], self.scores, metrics, [fold_text(m.replace('_', ' '), 24) for m in metrics])
     _plot_intervals(axes[1], self.scores, [f'sensitivity/{c}' for c in classes], names)
     axes[0].set(xlabel='value')
     axes[1].set(xlabel='sensitivity')
     _legend_below(axes[0])
-    fig.suptitle(_folded(f"{_where(self.about)}; {self.about['level']:.0%} intervals", 84), fontsize=10)
+    fig.suptitle(fold_text(f"{_where(self.about)}; {self.about['level']:.0%} intervals", 84), fontsize=10)
     return fig
 
 def _plot_metrics(comparison, metrics):
     "Metrics alone, where there are too many classes to draw"
     fig,ax = figure(height=1.5 + .3*len(metrics))
-    _plot_intervals(ax, comparison.scores, metrics, [_folded(m.replace('_', ' '), 24) for m in metrics])
+    _plot_intervals(ax, comparison.scores, metrics, [fold_text(m.replace('_', ' '), 24) for m in metrics])
     ax.set(xlabel='value')
     _legend_below(ax)
-    fig.suptitle(_folded(f"{_where(comparison.about)}; {comparison.about['level']:.0%} intervals", 84), fontsize=10)
+    fig.suptitle(fold_text(f"{_where(comparison.about)}; {comparison.about['level']:.0%} intervals", 84), fontsize=10)
     return fig
 
 def _data_name(about):
@@ -74,7 +74,7 @@ def _where(about):
 def _legend_below(ax):
     "Names of the models below the figure, in as many columns as fit"
     handles,names = ax.get_legend_handles_labels()
-    names = [_folded(name, 60) for name in names]
+    names = [fold_text(name, 60) for name in names]
     ax.figure.legend(handles, names, loc='outside lower center', ncols=max(1, min(len(names), 75//(max(map(len, names))+8))), frameon=False)
 
 def _plot_intervals(ax, scores, metrics, labels):
@@ -103,13 +103,13 @@ def plot_harm(self:Comparison):
         ax.scatter(rows.difference, y, s=30, facecolors=np.where(beyond, color, 'white'), edgecolors=color, zorder=3)
         for i,r in zip(y, rows.itertuples()):
             if r.verdict == 'lost': ax.annotate('lost', (r.difference, i), xytext=(0, 4), textcoords='offset points', ha='center', va='bottom', fontsize=8)
-        labels = [_folded(f'{c} ({g})', 30) for c,g in zip(rows['class'], rows.groups)]
+        labels = [fold_text(f'{c} ({g})', 30) for c,g in zip(rows['class'], rows.groups)]
         ax.set(yticks=y, ylim=(len(rows)-.5, -.5), xlabel='difference in sensitivity')
         ax.set_yticklabels(labels, fontsize=8 if any('\n' in label for label in labels) else 10)
         ax.set_title('\n'.join(textwrap.wrap(pair_name(model, against), 32)), fontsize=9)
         ax.margins(x=.15)
     for ax in axes[:, 0]: ax.set_ylabel('class (groups)')
-    fig.suptitle(_folded(_where(self.about), 84), fontsize=10)
+    fig.suptitle(fold_text(_where(self.about), 84), fontsize=10)
     return fig
 
 # %% ../../nbs/evaluate/45_report.ipynb #e75b0386
@@ -119,7 +119,7 @@ def plot_subgroups(self:Comparison):
     if self.subgroups is None: raise ValueError('plot_subgroups needs subgroups: pass columns to compare_predictions, or subgroups to compare')
     rows = self.subgroups
     keys = list(dict.fromkeys(zip(rows.column, rows.subgroup, rows.groups)))
-    labels = [_folded(f'{c}: {s} ({g})', 34) for c,s,g in keys]
+    labels = [fold_text(f'{c}: {s} ({g})', 34) for c,s,g in keys]
     fig,ax = figure(height=1.7 + sum(.3 + .12*label.count('\n') for label in labels))
     for i,name in enumerate(rows.model.unique()):
         mine,style = rows[rows.model==name].set_index(['column', 'subgroup', 'groups']).reindex(pd.MultiIndex.from_tuples(keys)),model_style(name)
@@ -129,7 +129,7 @@ def plot_subgroups(self:Comparison):
     ax.set(yticks=range(len(keys)), yticklabels=labels, ylim=(len(keys)-.5, -.5), xlabel=f'{rows.metric.iloc[0].replace("_", " ")}, {self.about["level"]:.0%} interval')
     ax.set_ylabel('subgroup (groups)' if len(keys) > 3 else 'subgroup\n(groups)', fontsize=9)
     _legend_below(ax)
-    fig.suptitle(_folded(_where(self.about), 84), fontsize=10)
+    fig.suptitle(fold_text(_where(self.about), 84), fontsize=10)
     return fig
 
 # %% ../../nbs/evaluate/45_report.ipynb #e4e3b5ec
@@ -141,7 +141,7 @@ def plot_reliability(self:Comparison):
     for name,runs in p['probs'].items():
         said,true = np.concatenate([_two_columns(r, a['task']) for r in runs]),np.concatenate([p['targets']]*len(runs))
         _draw_reliability(reliability(said, true, a['classes'], a['task']), ax, name, self.scores[name].value['ece'])
-    ax.set_title(_folded(_where(a), 84), fontsize=10)
+    ax.set_title(fold_text(_where(a), 84), fontsize=10)
     return ax.figure
 
 def _said_by(comparison):
@@ -160,7 +160,7 @@ def plot_confusion(self:Comparison,
     a,p = self.about,_said_by(self)
     drawn = _draw_confusion(p['probs'][name], p['targets'], a['classes'], a['task'])
     fig = drawn if isinstance(drawn, plt.Figure) else drawn.figure
-    fig.suptitle(_folded(f'{name}, {_where(a)}', 84), fontsize=10)
+    fig.suptitle(fold_text(f'{name}, {_where(a)}', 84), fontsize=10)
     return fig
 
 @patch
@@ -170,7 +170,7 @@ def plot_roc(self:Comparison):
     names = [f'{c} (class)' if c in ('micro', 'macro') else c for c in a['classes']] # these two are what averages are called
     drawn = _draw_roc(p['probs'], p['targets'], names, p['groups'], a['task'], n_boot=min(500, a['n_boot']), level=a['level'])
     fig = drawn if isinstance(drawn, plt.Figure) else drawn.figure
-    fig.suptitle(_folded('; '.join([_where(a), *fig.get_suptitle().replace('\n', ' ').split('; ')[1:]]), 90), fontsize=9)
+    fig.suptitle(fold_text('; '.join([_where(a), *fig.get_suptitle().replace('\n', ' ').split('; ')[1:]]), 90), fontsize=9)
     return fig
 
 # %% ../../nbs/evaluate/45_report.ipynb #abd7d187
@@ -229,12 +229,12 @@ def _metrics_section(c):
 
 def _class_frame(c):
     kinds = [k for k in ('sensitivity', 'specificity', 'auroc') if f"{k}/{c.about['classes'][0]}" in next(iter(c.scores.values())).index]
-    rows = {f'{k}/{cls}': {name: _cell(f.loc[f'{k}/{cls}']) for name,f in c.scores.items()} for k in kinds for cls in c.about['classes']}
+    rows = {f'{k}/{cls}': {name: interval_text(f.loc[f'{k}/{cls}']) for name,f in c.scores.items()} for k in kinds for cls in c.about['classes']}
     return pd.DataFrame.from_dict(rows, orient='index')
 
 def _harm_frame(harm):
     rows = [{'': r['class'], 'pair': pair_name(r.model, r.against), 'images': r.images, 'groups': r.groups, 'before': f'{r.before:.3f}', 'after': f'{r.after:.3f}',
-             'difference': _cell(pd.Series(dict(value=r.difference, low=r.low, high=r.high)), signed=True), 'Holm p': f'{r.holm:.3f}' if np.isfinite(r.holm) else '', 'verdict': r.verdict} for _,r in harm.iterrows()]
+             'difference': interval_text(pd.Series(dict(value=r.difference, low=r.low, high=r.high)), signed=True), 'Holm p': f'{r.holm:.3f}' if np.isfinite(r.holm) else '', 'verdict': r.verdict} for _,r in harm.iterrows()]
     return pd.DataFrame(rows).replace('nan', '').set_index('').rename_axis(None)
 
 def _subgroup_frame(subgroups):
@@ -242,7 +242,7 @@ def _subgroup_frame(subgroups):
     for (column,label),part in subgroups.groupby(['column', 'subgroup'], sort=False):
         row = {'': f'{column}: {label}', 'images': part.images.iloc[0], 'groups': part.groups.iloc[0]}
         for r in part.itertuples():
-            row[r.model] = r.note if str(r.note).startswith('not scored') else _cell(r)
+            row[r.model] = r.note if str(r.note).startswith('not scored') else interval_text(r)
             if r.model != 'teacher' and np.isfinite(getattr(r, 'difference', np.nan)): row[f'{r.model}: difference'] = f'{r.difference:+.3f} ({r.difference_low:+.3f} to {r.difference_high:+.3f}), Holm p {r.holm:.3f}'
         row['note'] = '; '.join(dict.fromkeys(n for n in part.note if isinstance(n, str) and n and not n.startswith('not scored')))
         rows.append(row)
@@ -250,7 +250,7 @@ def _subgroup_frame(subgroups):
     return frame if frame.note.any() else frame.drop(columns='note')
 
 # %% ../../nbs/evaluate/45_report.ipynb #2fbe9b71
-def _agreement_frame(agreements): return pd.DataFrame({f'{name} and teacher': {m.replace('_', ' '): _cell(r) for m,r in frame.iterrows()} for name,frame in agreements.items()})
+def _agreement_frame(agreements): return pd.DataFrame({f'{name} and teacher': {m.replace('_', ' '): interval_text(r) for m,r in frame.iterrows()} for name,frame in agreements.items()})
 
 def _calibration_frame(calibration):
     if calibration is None: return None
@@ -332,7 +332,7 @@ def sections(self:Comparison,
 @patch
 def _plot_cost(self:Comparison):
     ax = plot_tradeoff(tradeoff_table(self.scores, self.costs))
-    ax.set_title(_folded(_where(self.about), 84), fontsize=10)
+    ax.set_title(fold_text(_where(self.about), 84), fontsize=10)
     return ax.figure
 
 # %% ../../nbs/evaluate/45_report.ipynb #43ee5803

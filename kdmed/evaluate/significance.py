@@ -15,8 +15,8 @@ import pandas as pd
 from scipy.stats import binomtest, norm, rankdata, t as student_t
 
 from ..core.checks import check_in
-from .intervals import _group_codes
-from .scores import _check_classes, _check_probs, _check_targets
+from .intervals import group_codes
+from .scores import check_probs, check_targets, check_task_classes
 
 # %% ../../nbs/evaluate/15_significance.ipynb #eeca661b
 class SignificanceResult(NamedTuple):
@@ -51,12 +51,12 @@ def _clustered_variance(off, actual, codes):
 # %% ../../nbs/evaluate/15_significance.ipynb #9ff64a0d
 def _one_vs_rest(probs, targets, classes, task, of):
     "Scores, truth and which images are known, of one class"
-    classes = _check_classes(classes, task)
+    classes = check_task_classes(classes, task)
     if of is None and (task == 'multilabel' or len(classes) > 2): raise ValueError(f'DeLong compares one class with the rest: name one of {classes} as `of`')
     of = classes[1] if of is None else of
     check_in(of, classes, 'class')
-    probs = _check_probs(probs, classes, task)
-    actual,known = _check_targets(targets, len(probs), classes, task)
+    probs = check_probs(probs, classes, task)
+    actual,known = check_targets(targets, len(probs), classes, task)
     c = classes.index(of)
     if not 0 < actual[known[:, c], c].sum() < known[:, c].sum(): raise ValueError(f'AUROC of {of!r} is undefined: the class is absent or alone')
     return probs[:, c],actual[:, c],known[:, c]
@@ -74,13 +74,13 @@ def delong_test(
     "DeLong's test, in Obuchowski's form where images come in groups"
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
     models = [_one_vs_rest(p, targets, classes, task, of) for p in (probs_a, probs_b) if p is not None]
-    codes = _group_codes(range(len(models[0][0])) if groups is None else groups)
+    codes = group_codes(range(len(models[0][0])) if groups is None else groups)
     if len({len(codes), *(len(m[0]) for m in models)}) > 1: raise ValueError(f'probs and groups must be as long, got {[len(m[0]) for m in models]} images and {len(codes)} groups')
     _,actual,known = models[0]
     placed = [_placements(score[known], actual[known]) for score,*_ in models]
     aucs,actual = [v[actual[known]].mean() for v in placed],actual[known]
     off = sum(s*(v-auc) for s,v,auc in zip((1, -1), placed, aucs))
-    value,se = aucs[0]-sum(aucs[1:]),np.sqrt(max(0., _clustered_variance(off, actual, _group_codes(codes[known]))))
+    value,se = aucs[0]-sum(aucs[1:]),np.sqrt(max(0., _clustered_variance(off, actual, group_codes(codes[known]))))
     half,null = norm.ppf((1+level)/2)*se,.5 if probs_b is None else 0.
     if se < 1e-12: return SignificanceResult(float(value), 0., float(value), float(value), 1. if abs(value-null) < 1e-12 else 0., 'no spread: the interval has no width')
     return SignificanceResult(float(value), float(se), float(value-half), float(value+half), float(2*norm.sf(abs(value-null)/se)))
@@ -110,20 +110,20 @@ def mcnemar_test(
 
 def _rights(probs_a, probs_b, targets, classes, groups, task, of):
     "Where each model is right, and the groups, of the images that count"
-    classes = _check_classes(classes, task)
+    classes = check_task_classes(classes, task)
     if of is not None: check_in(of, classes, 'class')
     if task == 'multilabel' and of is None: raise ValueError(f'McNemar compares one finding: name one of {classes} as `of`')
     right = []
     for probs in (probs_a, probs_b):
-        probs = _check_probs(probs, classes, task)
-        actual,known = _check_targets(targets, len(probs), classes, task)
+        probs = check_probs(probs, classes, task)
+        actual,known = check_targets(targets, len(probs), classes, task)
         c = None if of is None else classes.index(of)
         if task == 'multilabel': right,counts = right + [(probs[:, c] > .5) == actual[:, c]],known[:, c]
         else: right,counts = right + [actual[np.arange(len(probs)), probs.argmax(1)]],np.ones(len(probs), bool) if c is None else actual[:, c]
     if not counts.any(): raise ValueError(f'nothing to compare: no image of {of!r}')
-    codes = _group_codes(range(len(counts)) if groups is None else groups)
+    codes = group_codes(range(len(counts)) if groups is None else groups)
     if len(codes) != len(counts): raise ValueError(f'groups and targets must be as long, got {len(codes)} and {len(counts)} images')
-    return right[0][counts],right[1][counts],_group_codes(codes[counts])
+    return right[0][counts],right[1][counts],group_codes(codes[counts])
 
 # %% ../../nbs/evaluate/15_significance.ipynb #08dd0a35
 def holm(

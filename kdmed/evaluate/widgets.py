@@ -28,7 +28,7 @@ from ..core.basics import COLORS
 from ..core.checks import check_in
 from ..data.images import open_image
 from .saliency import overlay
-from .scores import _check_classes, _check_probs, _check_targets
+from .scores import check_probs, check_targets, check_task_classes
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #3dfaed1f
 _DOTS = 2 # each way in a screen pixel
@@ -248,9 +248,9 @@ def _covered(image, heat, alpha=.45):
 # %% ../../nbs/evaluate/50_widgets.ipynb #2f36af3b
 def _questions(probs, targets, classes, task, name='probs'):
     "Names of the answers, the rows' image and true answer, and the predicted answers with their probabilities"
-    classes = _check_classes(classes, task)
-    probs = _check_probs(_array(probs), classes, task, name)
-    actual,known = _check_targets(_array(targets), len(probs), classes, task, name)
+    classes = check_task_classes(classes, task)
+    probs = check_probs(_array(probs), classes, task, name)
+    actual,known = check_targets(_array(targets), len(probs), classes, task, name)
     if task != 'multilabel':
         image,predicted = np.arange(len(probs)),probs.argmax(1)
         return classes, image, actual.argmax(1), predicted, probs[image, predicted]
@@ -412,7 +412,7 @@ def browse_mistakes(
 # %% ../../nbs/evaluate/50_widgets.ipynb #c821fa81
 def _check_logits(logits, classes, task):
     "Logits as float64 `[N, C]`, and the names of their columns: a single column of a binary task is that of the second class"
-    classes,logits = _check_classes(classes, task),_array(logits).astype(np.float64)
+    classes,logits = check_task_classes(classes, task),_array(logits).astype(np.float64)
     single = task == 'binary' and (logits.ndim == 1 or logits.shape[1:] == (1,))
     if not single and logits.shape[1:] != (len(classes),): raise ValueError(f'logits must be [N, {len(classes)}] for classes {classes}, got {list(logits.shape)}')
     if not logits.size: raise ValueError('logits must hold an image at least')
@@ -528,7 +528,7 @@ def explore_temperature(
     (first,names),n_classes = next(iter(checked.values())),len(classes)
     for model,(z,_) in checked.items():
         if z.shape != first.shape: raise ValueError(f'logits of all models must have one shape, got {list(first.shape)} and {list(z.shape)} of {model}')
-    actual = None if targets is None else _check_targets(_array(targets), len(first), _check_classes(classes, task), task)[0][:, n_classes-len(names):]
+    actual = None if targets is None else check_targets(_array(targets), len(first), check_task_classes(classes, task), task)[0][:, n_classes-len(names):]
     if groups is None and hasattr(images, 'decoded'): groups = images.table.group
     if groups is not None: _check_length(groups := np.asarray(groups).astype(str), len(first), 'groups')
     if targets is not None and hasattr(images, 'decoded'): _check_same_images(images, targets, task)

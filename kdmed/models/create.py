@@ -7,9 +7,9 @@ Docs: https://kdmed.github.io/kdmed/models/create.html.md"""
 # %% auto #0
 __all__ = ['STUDENT_FORMAT', 'WRAPPERS', 'output_names', 'check_stats', 'set_model_stats', 'model_stats', 'find_normalization',
            'same_stats', 'normalization_of', 'create_student', 'create_teacher', 'save_student', 'read_settings',
-           'load_student', 'luminance', 'predict_images', 'truncate_vit', 'DistillationTokenViT',
-           'add_distillation_token', 'FusedTeacher', 'create_fused_teacher', 'stage_names', 'feature_map',
-           'pooled_features', 'usable_stages']
+           'load_student', 'luminance', 'predict_images', 'truncate_vit', 'thaw', 'DistillationTokenViT',
+           'add_distillation_token', 'FusedTeacher', 'create_fused_teacher', 'staged_model', 'stage_names',
+           'feature_map', 'pooled_features', 'usable_stages']
 
 # %% ../../nbs/models/05_create.ipynb #3e87c6ec
 import difflib, importlib, json, os, warnings
@@ -472,9 +472,11 @@ def truncate_vit(
     short.blocks = nn.Sequential(*[short.blocks[i] for i in blocks])
     short.feature_info = [dict(short.feature_info[i], module=f'blocks.{n}') for n,i in enumerate(blocks)]
     if spec: short.spec = dict(spec, blocks=[int(i) for i in blocks])
-    return _thawed(short)
+    return thaw(short)
 
-def _thawed(model):
+def thaw(
+    model:nn.Module, # Changed in place if all of it is frozen
+)->nn.Module:
     "A copy of a frozen model, such as a teacher, that can be trained; one that has something to train stays as it is"
     return model if any(p.requires_grad for p in model.parameters()) else model.requires_grad_(True)
 
@@ -515,7 +517,7 @@ def add_distillation_token(
     spec,vit = model_spec(vit),unwrap(vit)
     if not isinstance(vit, VisionTransformer) or hasattr(vit, 'head_dist'):
         raise TypeError(f'vit must be a timm VisionTransformer without a distillation token, got {type(vit).__name__}')
-    student = DistillationTokenViT(_thawed(deepcopy(vit)))
+    student = DistillationTokenViT(thaw(deepcopy(vit)))
     if spec: student.spec = dict(spec, distillation_token=True)
     return student
 
@@ -587,7 +589,9 @@ def _set_common_stats(model, stats):
     elif stats[0]: set_model_stats(model, *stats[0])
 
 # %% ../../nbs/models/05_create.ipynb #ddf2d80b
-def _staged(model):
+def staged_model(
+    model:nn.Module, # Wrapped or not
+)->tuple: # Module, prefix
     "The model inside `model` that lists its stages, and the prefix of its layers' names; wrappings are looked through"
     model,prefix = unwrap(model),''
     while 'feature_info' not in vars(model):
@@ -600,7 +604,7 @@ def stage_names(
     model:nn.Module, # A timm model, or one that wraps it: `torch.compile`, DDP, a distillation token, exits
 )->list: # Layer names as in `named_modules()` of the model itself, without its wrappings; first stage first
     "Names of the layers that end a model's stages; for a ViT, of its blocks"
-    inner,prefix = _staged(model)
+    inner,prefix = staged_model(model)
     if inner is None: raise ValueError(f'{type(model).__name__} does not list its stages: name the layers yourself')
     listed = [stage.get('module') or '' for stage in getattr(inner.feature_info, 'info', inner.feature_info)]
     there = {n for n,m in inner.named_modules() if n and type(m).forward is not nn.Module.forward} # a ModuleList is never called

@@ -21,7 +21,7 @@ from ..core.basics import (
 from ..core.checks import check_in, check_integer, check_number
 from ..data.images import TASKS
 from .adapt import prepared_for
-from .create import WRAPPERS, _staged, _thawed, pooled_features, stage_names
+from .create import WRAPPERS, pooled_features, stage_names, staged_model, thaw
 
 # %% ../../nbs/models/15_exits.ipynb #1724a6af
 class ExitModel(nn.Module):
@@ -77,7 +77,7 @@ def forward(self:ExitModel, x):
 # %% ../../nbs/models/15_exits.ipynb #c8bf03d2
 def _default_layers(model):
     "Ends of the three stages before the last; for models of equal blocks, three that cut them in four"
-    names,inner = stage_names(model),_staged(model)[0]
+    names,inner = stage_names(model),staged_model(model)[0]
     reductions = {stage.get('reduction') for stage in getattr(inner.feature_info, 'info', inner.feature_info)}
     ends = [min(max(1, round(len(names)*q/4)), len(names)-1) for q in (1, 2, 3)]
     if len(reductions)==1: return list(dict.fromkeys(names[e-1] for e in ends if e))
@@ -128,7 +128,7 @@ def add_exits(
     layers,size = _default_layers(model) if layers is None else layers,size if size is not None else spec.get('size')
     _check_source(model, layers, size)
     check_number(dropout, 'dropout', least=0, below=1)
-    backbone,p = _thawed(deepcopy(model)),next(model.parameters())
+    backbone,p = thaw(deepcopy(model)),next(model.parameters())
     images = torch.randn(len(layers)+1, input_channels(model), size, size, generator=torch.Generator().manual_seed(0)).to(p)
     widths,out = _trace(backbone, layers, images)
     if not isinstance(out, Tensor) or out.ndim!=2: raise ValueError(f'model must turn images into logits [B, C], got {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}')

@@ -1,0 +1,92 @@
+"""What the package looks like to someone who opens it: widths, patches, private names that travel, long cells.
+
+`python tools/house.py` prints the table; each figure has a limit, and what is over it is listed. A limit is lowered when a figure has come down."""
+import argparse, ast, json, re, sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WIDTH,LONG_CELL = 120,40
+
+LIMITS = { # most that is allowed; `None`: for information
+    f'lines over {WIDTH} columns': 4412, 'uses of @patch': 258, 'private names imported across modules': 74, f'exported cells over {LONG_CELL} lines': 80,
+    'names with two meanings': 0, 'longest function, in lines': None, 'modules': None, 'public names': None,
+}
+
+def modules(): return sorted(p for p in (ROOT/'kdmed').rglob('*.py') if p.name != '_modidx.py')
+def name(path): return path.relative_to(ROOT).as_posix()
+
+def notebook_code():
+    "(place, source) of every code cell"
+    for path in sorted((ROOT/'nbs').rglob('[!_.]*.ipynb')):
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            if cell['cell_type'] == 'code': yield f"{name(path)}, cell {cell.get('id')}", ''.join(cell['source'])
+
+def long_lines():
+    "Lines of code that do not fit, in notebooks, tests and tools"
+    files = [(name(p), p.read_text(encoding='utf-8')) for folder in ('tests', 'tools') for p in sorted((ROOT/folder).rglob('*.py'))]
+    for place,text in [*notebook_code(), *files]:
+        for number,line in enumerate(text.split('\n'), 1):
+            if len(line) > WIDTH: yield f'{place}, line {number}: {len(line)} columns'
+
+def patches():
+    "Functions that are patched onto a class"
+    for path in modules():
+        for number,line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+            if re.match(r'@patch\b', line): yield f'{name(path)}:{number}'
+
+def private_imports():
+    "Names that begin with an underscore, imported from another module of the package"
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('kdmed')): continue
+            for alias in node.names:
+                if alias.name.startswith('_') and not alias.name.startswith('__'): yield f'{name(path)}: {alias.name} of {node.module}'
+
+def long_cells():
+    "Exported cells that one does not take in at once"
+    for place,source in notebook_code():
+        lines = source.count('\n')+1
+        if lines > LONG_CELL and re.match(r'#\|\s*export', source) and not re.search(r'^_all_ = ', source, re.M): yield f'{place}: {lines} lines'
+
+def definitions(path):
+    "{name: where it is defined} of a module's public names, imported ones included"
+    found = {}
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found[node.name] = name(path)
+        elif isinstance(node, ast.Assign): found |= {n.id: name(path) for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    exports = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__'), [])
+    return {n: found[n] for n in exports if n in found}
+
+def public_names():
+    "{name: modules that define it}"
+    found = defaultdict(set)
+    for path in modules():
+        for n,where in definitions(path).items(): found[n].add(where)
+    return found
+
+def two_meanings(): return [f"{n}: {', '.join(sorted(where))}" for n,where in public_names().items() if len(where) > 1]
+
+def longest_function():
+    "(lines, where) of the longest function"
+    functions = ((n.end_lineno-n.lineno+1, f'{name(p)}: {n.name}') for p in modules() for n in ast.walk(ast.parse(p.read_text(encoding='utf-8'))) if isinstance(n, ast.FunctionDef))
+    return max(functions)
+
+def measure():
+    "{figure: (number, what it consists of)}"
+    counted = dict(zip(LIMITS, ([*f()] for f in (long_lines, patches, private_imports, long_cells, two_meanings))))
+    lines,where = longest_function()
+    return {k: (len(v), v) for k,v in counted.items()} | {'longest function, in lines': (lines, [where]), 'modules': (len(modules()), []), 'public names': (len(public_names()), [])}
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--list', metavar='FIGURE', choices=list(LIMITS), help='list what one figure consists of')
+    args = parser.parse_args()
+    found = measure()
+    if args.list: return print(*found[args.list][1], sep='\n')
+    for figure,(number,_) in found.items(): print(f'{figure:40} {number:6,}' + (f'  (at most {LIMITS[figure]:,})' if LIMITS[figure] is not None else ''))
+    over = [f'{figure}: {number:,}, at most {LIMITS[figure]:,}; `python tools/house.py --list {figure!r}` lists them' for figure,(number,_) in found.items() if LIMITS[figure] is not None and number > LIMITS[figure]]
+    if over: sys.exit('\n'.join(over))
+
+if __name__ == '__main__': main()
