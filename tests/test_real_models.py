@@ -26,8 +26,7 @@ from kdmed.models.create import (
     model_stats, predict_images, read_settings, save_student, set_model_stats, stage_names, truncate_vit,
     usable_stages)
 from kdmed.models.exits import add_exits, early_exit, exit_macs
-from kdmed.models.weights import (
-    PIP_WEIGHTS, hub_problem, load_weights, pip_weights, save_weights)
+from kdmed.models.weights import PIP_WEIGHTS, hub_problem, load_weights, pip_weights, save_weights
 
 STATS = (.8, .6, .7),(.1, .2, .1)
 

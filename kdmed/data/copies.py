@@ -12,7 +12,7 @@ __all__ = ['ORIENTATIONS', 'STRONGER', 'MEASURED', 'AMONG_MANY', 'NOT_LOOKED_FOR
            'check_copies']
 
 # %% ../../nbs/data/30_copies.ipynb #db750346
-import hashlib, os, tempfile, time, warnings
+import hashlib, math, os, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from scipy.fft import dctn
@@ -30,6 +31,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
 
 from ..core.basics import figure
 from ..core.checks import check_in, check_integer, check_number
@@ -308,7 +310,9 @@ class _Words:
         "The `n` nearest words of each code [F, n]"
         n = min(n, len(self.words))
         nearest = np.zeros((len(codes), n), np.uint16)
-        for s in range(0, len(codes), 1024): nearest[s:s+1024] = np.argpartition(-codes[s:s+1024]@self.words.T, n-1, axis=1)[:, :n]
+        for s in range(0, len(codes), 1024):
+            likeness = codes[s:s+1024]@self.words.T
+            nearest[s:s+1024] = likeness.argmax(1)[:, None] if n==1 else torch.from_numpy(likeness).topk(n, sorted=False).indices
         return nearest
 
 def _learn_words(features, seed=0):
@@ -339,55 +343,64 @@ def _mirror(points, looks, width):
     points[:, 0],points[:, 3] = width-1-points[:, 0],np.pi-points[:, 3]
     return points,looks[:, _MIRRORED]
 
-def _gather(features, rows, words, mirrored):
-    "Features of some images; of their mirror images besides, if `mirrored`"
+def _gather(features, rows, words, mirrored, most=None):
+    "Features of some images, the `most` clearest of each; of their mirror images besides, if `mirrored`"
     parts = []
     for row in rows:
         pixels,points,looks = features[row]
+        points,looks = points[:most],looks[:most] # they come clearest first
         height,width = pixels.shape
         versions = [(points, looks)] + ([_mirror(points, looks, width)] if mirrored else [])
         for flipped,(where,what) in enumerate(versions):
             n = len(where)
-            image,size = np.full(n, row),np.tile([width, height], (n, 1))
+            image,size = np.full(n, row, np.int32),np.tile([width, height], (n, 1))
             parts.append((words.codes(what), where, image, size, np.full(n, bool(flipped))))
     return _Features(*map(np.concatenate, zip(*parts)))
 
-_AT_ONCE,_PROBES = 2**20,6 # likenesses; words on which a feature is looked for
+_AT_ONCE,_PROBES,_ASKED = 2**20,6,128 # likenesses; words on which a feature is looked for; features of an image that are
+
+def _by_word(words, number):
+    "Places in a flat array of words, in the order of the words, and where each word begins"
+    order = np.argsort(words, kind='stable')
+    return order,np.searchsorted(words[order], np.arange(number+1))
 
 def _most_alike(likeness, most, least):
-    "Where each row has its `most` largest values, of those that are at least `least`: rows and columns"
-    enough = likeness>=least
-    crowded = np.flatnonzero(enough.sum(1)>most)
-    if len(crowded):
-        best = np.argpartition(-likeness[crowded], most-1, axis=1)[:, :most]
-        enough[crowded] = False
-        enough[crowded[:, None], best] = True
-    return np.nonzero(enough)
+    "Where each row has its `most` largest values, of those that are at least `least`: rows, columns and ranks in no order"
+    limit = np.full(len(likeness), least, np.float32)
+    if likeness.shape[1]>most: limit = np.maximum(np.partition(likeness, -most, axis=1)[:, -most], least)
+    row,column = np.divmod(np.flatnonzero(likeness>=limit[:, None]), likeness.shape[1])
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    return row[rank<most],column[rank<most],rank[rank<most]
 
-def _alike(queries, probed, shard, words, most=10, least=.7):
-    "Features of `shard` on the words `probed` for each of `queries` that look like it, of other images: two arrays of feature numbers, and how much more alike each pair is than the last one kept"
-    def by_word(word):
-        order = np.argsort(word.ravel(), kind='stable')
-        return order//word.shape[1],np.searchsorted(word.ravel()[order], np.arange(len(words.words)+1))
-    (asked,begin),(there,start) = by_word(probed),by_word(words.nearest(shard.codes, 1))
-    found = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))]
-    for w in range(len(words.words)):
+def _forget_own(likeness, image, images):
+    "Set to -1 what features of an image share with features of the same image; `images` are in order"
+    begin,end = np.searchsorted(images, image, 'left'),np.searchsorted(images, image, 'right')
+    row = np.repeat(np.arange(len(image)), end-begin)
+    first = np.cumsum(end-begin) - (end-begin)
+    likeness[row, np.arange(len(row)) - first[row] + begin[row]] = -1
+
+def _alike(queries, probed, shard, filed, most=10, least=.7):
+    "Features of `shard`, `filed` by word, on the words `probed` for each of `queries` that look like it, of other images: two arrays of feature numbers, and how much more alike each pair is than the last one kept"
+    there,start = filed
+    number,probes = len(start)-1,probed.shape[1]
+    asked,begin = _by_word(probed.ravel(), number)
+    best,which = np.full((len(probed)*probes, most), -1, np.float32),np.zeros((len(probed)*probes, most), np.int32)
+    for w in range(number):
         every,s = asked[begin[w]:begin[w+1]],there[start[w]:start[w+1]]
         if not len(s): continue
         step = max(1, _AT_ONCE//len(s)) # of films of one kind most features look alike, and fall on few words
-        for q in (every[i:i+step] for i in range(0, len(every), step)):
+        for slot in (every[i:i+step] for i in range(0, len(every), step)):
+            q = slot//probes
             likeness = queries.codes[q]@shard.codes[s].T
-            likeness[queries.image[q][:, None]==shard.image[s]] = -1
-            row,column = _most_alike(likeness, most, least)
-            found.append((q[row], s[column], likeness[row, column]))
-    q,s,likeness = map(np.concatenate, zip(*found))
-    order = np.lexsort((-likeness, q))
-    q,s,likeness = q[order],s[order],likeness[order]
-    rank = np.arange(len(q)) - np.searchsorted(q, q)
-    last = np.full(len(queries.codes), least, np.float32)
-    last[q[rank==most-1]] = likeness[rank==most-1]
-    kept = rank<most
-    return q[kept],s[kept],likeness[kept]-last[q[kept]]
+            _forget_own(likeness, queries.image[q], shard.image[s])
+            row,column,rank = _most_alike(likeness, most, least)
+            best[slot[row], rank],which[slot[row], rank] = likeness[row, column],s[column]
+    best,which = best.reshape(len(probed), -1),which.reshape(len(probed), -1)
+    first = np.argpartition(-best, most-1, axis=1)[:, :most]
+    best,which = np.take_along_axis(best, first, 1),np.take_along_axis(which, first, 1)
+    last = np.maximum(best.min(1), least) # of those kept
+    q,column = np.nonzero(best>=least)
+    return q,which[q, column],best[q, column]-last[q]
 
 # %% ../../nbs/data/30_copies.ipynb #6c49fe8b
 # Offsets of place, angle and zoom, in cells: what one grid parts, another keeps together
@@ -406,7 +419,7 @@ def _votes(a, b, n, more):
     "Pairs of images, of `n` in all, whose features agree on a transform: rows `a` and `b`, `mirrored`, and `votes`; a feature that is `more` alike than others are counts more"
     zoom,angle,x,y = _transforms(a, b)
     possible = (np.abs(np.log(zoom))<1) & (np.abs(x-b.size[:, 0]/2)<_SIDE) & (np.abs(y-b.size[:, 1]/2)<_SIDE)
-    pair = (a.image*n + b.image)*2 + a.mirrored
+    pair = (a.image.astype(np.int64)*n + b.image)*2 + a.mirrored
     keys,counts = [],[]
     for place,turn,scale in _GRIDS:
         cells = (np.floor(x/40+place+8), np.floor(y/40+place+8),
@@ -436,14 +449,15 @@ def _candidates(features, part, most, progress):
     found,probed = [],{} # words by block: the same for every shard
     for first in range(0, n, _SHARD):
         shard = _gather(features, range(first, min(first+_SHARD, n)), words, mirrored=False)
+        filed = _by_word(words.nearest(shard.codes, 1).ravel(), len(words.words))
         def ask(start):
-            asked = _gather(features, range(start, min(start+_BLOCK, n)), words, mirrored=True)
+            asked = _gather(features, range(start, min(start+_BLOCK, n)), words, True, _ASKED)
             if start not in probed: probed[start] = words.nearest(asked.codes, _PROBES)
-            q,s,more = _alike(asked, probed[start], shard, words)
+            q,s,more = _alike(asked, probed[start], shard, filed)
             pairs = _votes(_take(asked, q), _take(shard, s), n, more)
             return _most_votes(pairs[part[pairs.a]!=part[pairs.b]], most)
         blocks = range(0, n, _BLOCK)
-        with ThreadPoolExecutor(cpu_count()) as pool:
+        with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool: # a thread each, not a team of threads for each
             done = pool.map(ask, blocks)
             found += progress_bar(done, total=len(blocks), leave=False) if progress else done
     pairs = _most_votes(pd.concat(found), most)
@@ -465,16 +479,19 @@ def _agreeing(a, b, tolerance=6.):
 
 def _fit(a, b, affine):
     "Least-squares transform [2, 3] of points [P, 2]: affine, or a similarity"
-    one,zero = np.ones(len(a)),np.zeros(len(a))
-    if affine: return np.linalg.lstsq(np.c_[a, one], b, rcond=None)[0].T
-    left = np.r_[np.c_[a[:, 0], -a[:, 1], one, zero], np.c_[a[:, 1], a[:, 0], zero, one]]
-    cos,sin,x,y = np.linalg.lstsq(left, np.r_[b[:, 0], b[:, 1]], rcond=None)[0]
-    return np.array([[cos, -sin, x], [sin, cos, y]])
+    if affine: return np.linalg.lstsq(np.column_stack([a, np.ones(len(a))]), b, rcond=None)[0].T
+    from_,to = (p[:, 0] + 1j*p[:, 1] for p in (a, b)) # to = turn*from + shift, the least squares in closed form
+    centered = from_-from_.mean()
+    turn = np.vdot(centered, to)/np.vdot(centered, centered).real.clip(1e-9)
+    shift = to.mean() - turn*from_.mean()
+    return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
 
 def _plausible(transform):
     "Whether a transform [2, 3] zooms by a factor from .3 to 3, hardly squeezes, and does not mirror"
-    least,most = np.linalg.svd(transform[:, :2], compute_uv=False)[::-1]
-    return .3<least and most<3 and most<1.6*least and np.linalg.det(transform[:, :2])>0
+    (a, b),(c, d) = transform[:, :2].tolist()
+    turned,mirrored = math.hypot(a+d, c-b)/2,math.hypot(a-d, c+b)/2 # a matrix of 2 × 2 zooms by their sum and difference
+    least,most = abs(turned-mirrored),turned+mirrored
+    return .3<least and most<3 and most<1.6*least and a*d-b*c>0
 
 def _align(a, b):
     "Transform [2, 3] that takes the points `a` to `b`, [P, 4] both, and how many agree with it; None if hardly any do"
@@ -516,9 +533,9 @@ _LEAST_OVERLAP = .15
 # %% ../../nbs/data/30_copies.ipynb #c014539b
 def _partners(a, b):
     "Features [P] of `a` and of `b` that are each other's most similar, and similar enough"
-    likeness = a@b.T
+    likeness,of_a = a@b.T,np.arange(len(a))
     best = likeness.argmax(1)
-    mutual = (likeness.argmax(0)[best]==np.arange(len(a))) & (likeness.max(1)>.8)
+    mutual = (likeness.argmax(0)[best]==of_a) & (likeness[of_a, best]>.8)
     return np.flatnonzero(mutual),best[mutual]
 
 def _match(a, b, mirrored):
@@ -553,7 +570,7 @@ def _verify(features, pairs, correlation=0., progress=False):
         if match is None or match['correlation']<correlation: return None
         return dict(a=pair[0], b=pair[1], **match, **_describe(match, a[0].shape, b[0].shape))
     pairs = list(pairs[['a', 'b', 'mirrored']].itertuples(index=False, name=None))
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
         done = pool.map(one, pairs)
         if progress: done = progress_bar(done, total=len(pairs), leave=False)
         found = [[m[c] for c in _MATCH_COLUMNS] for m in done if m is not None]
