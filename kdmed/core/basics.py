@@ -307,15 +307,18 @@ def draw_flow(
     *steps, # Texts of the boxes, from left to right; a pair (text above the arrow, text of the box) names what leads there
 ): # Axes
     "Boxes in a row, with arrows between them"
-    _,ax = figure(height=.9)
-    ax.set(xlim=(-.55, len(steps)-.45), ylim=(-.5, .6))
+    _,ax = figure(height=.8)
+    ax.set(xlim=(-.5, len(steps)-.5), ylim=(-.4, .6))
     ax.axis('off')
+    look,before = dict(boxstyle='round,pad=.5', fc='#EAF2F8', ec=COLORS['teacher']),None
     for i,step in enumerate(steps):
-        arrow,box = ('', step) if isinstance(step, str) else step
-        ax.text(i, 0, box, ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round,pad=.5', fc='#EAF2F8', ec=COLORS['teacher']))
-        if not i: continue
-        ax.annotate('', xy=(i-.36, 0), xytext=(i-.64, 0), arrowprops=dict(arrowstyle='->', color=COLORS['plain']))
-        ax.text(i-.5, .28, arrow, ha='center', va='bottom', fontsize=7, style='italic')
+        arrow,text = ('', step) if isinstance(step, str) else step
+        box = ax.text(i, 0, text, ha='center', va='center', fontsize=8, bbox=look)
+        if before:
+            ends = dict(patchA=before.get_bbox_patch(), patchB=box.get_bbox_patch(), shrinkA=2, shrinkB=2)
+            ax.annotate('', xy=(i, 0), xytext=(i-1, 0), arrowprops=dict(arrowstyle='->', color=COLORS['plain'], **ends))
+            ax.text(i-.5, .3, arrow, ha='center', va='bottom', fontsize=7, style='italic')
+        before = box
     return ax
 
 def list_contents(
