@@ -11,7 +11,8 @@ import warnings
 from pathlib import Path
 
 
-MOVED = {'readers': 'data', 'datasets': 'data', 'images': 'data.images', 'metrics': 'evaluate', 'report': 'evaluate'} # the scripts were written before modules stood in wings
+# The scripts were written before modules stood in wings
+MOVED = {'readers': 'data', 'datasets': 'data', 'images': 'data.images', 'metrics': 'evaluate', 'report': 'evaluate'}
 
 def run(path):
     "Run a script as if it were called by itself"
