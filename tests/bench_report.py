@@ -1,5 +1,5 @@
 "What a report costs at the size of ChestX-ray14's official test images, of a demo, and with 200 classes: seconds, memory, bytes of the page"
-import json, os, resource, subprocess, sys, tempfile, time
+import json, os, re, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,12 @@ def classes(n, n_classes, seeds, models=MODELS):
 
 SIZES = dict(chest=findings, demo=lambda: classes(960, 4, 1, MODELS | {'other': 1.}), many=lambda: classes(5000, 200, 3))
 
+def peak_mb():
+    "Most memory that this process had; the `ru_maxrss` of a child begins with what its parent had"
+    status = Path('/proc/self/status')
+    if status.exists(): return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1])/1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
 def one(size):
     "Compare and save; figures as a dict"
     from kdmed.evaluate.comparison import compare_predictions
@@ -41,7 +47,7 @@ def one(size):
         comparison.save(folder)
         sizes = {f.name: f.stat().st_size for f in Path(folder).iterdir() if f.is_file()}
     return dict(wall=time.perf_counter()-wall, cpu=time.process_time()-cpu, compare_wall=compared[0], compare_cpu=compared[1],
-                peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, html_mb=sizes['report.html']/1e6, missing=comparison.about.get('missing', []))
+                peak_mb=peak_mb(), html_mb=sizes['report.html']/1e6, missing=comparison.about.get('missing', []))
 
 LIMITS = dict(chest=(60, 1000, 2), demo=(60, 1100, 1), many=(300, None, None)) # seconds, MB of memory, MB of the page
 WHAT = dict(chest='25,596 x 14, 3 models x 3 seeds', demo='960 x 4, 4 models', many='5,000 x 200 classes, 3 models x 3 seeds')
