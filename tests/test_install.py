@@ -75,7 +75,7 @@ def test_trials_are_chosen_by_name():
 # -- optional packages are imported where they are used
 
 BROUGHT = {'cyclopts', 'fastai', 'fastcore', 'fastprogress', 'fasttransform', 'filelock', 'IPython', 'ipywidgets', 'kdmed', 'matplotlib', 'numpy', 'pandas', 'PIL',
-           'rich', 'safetensors', 'scipy', 'sklearn', 'timm', 'torch', 'torchvision', 'traitlets', 'yaml', 'packaging', 'huggingface_hub', 'tomli', 'tomllib'}
+           'rich', 'safetensors', 'scipy', 'sklearn', 'timm', 'torch', 'torchvision', 'traitlets', 'yaml', 'packaging', 'huggingface_hub', 'threadpoolctl', 'tomli', 'tomllib'}
 
 
 def imports_at_the_top(body):

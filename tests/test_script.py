@@ -6,7 +6,7 @@ from fastai.learner import Learner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdmed.distill.methods import *
+from kdmed.kd import *
 
 ALL = ('Teacher LogitKD FeatureKD DistillTokenKD FocalKD distill fit_classifier soft_target_loss bernoulli_soft_target_loss hint_loss focal_loss '
        'bernoulli_focal_loss hard_token_loss soft_token_loss inverse_frequency_weights create_student create_teacher truncate_vit add_distillation_token').split()

@@ -70,7 +70,7 @@ def site_problems(folder, text):
 @pytest.mark.parametrize('link', [
     '../01_core.ipynb', '../core.html#a-first-step-done', '../01_core.ipynb#a-first-step-done', '#here', '../plot.png',
     f'{SITE}/core.html#anything', f'{SITE}/', f'{SITE}/core.html.md', 'https://fast.ai', f'{Config.git_url}/blob/main/settings.ini',
-    'https://colab.research.google.com/github/kdmed/kdmed/blob/main/nbs/01_core.ipynb'])
+    'https://colab.research.google.com/github/kdmed/kdmed/blob/main/nbs/core/00_checks.ipynb'])
 def test_site_lets_good_links_pass(link, tmp_path):
     notebook(tmp_path/'index.ipynb', ('raw', '---\ntitle: Home\n---'))
     assert site_problems(tmp_path, f'## Here\n\n[a]({link})') == []
