@@ -343,19 +343,22 @@ def _mirror(points, looks, width):
     points[:, 0],points[:, 3] = width-1-points[:, 0],np.pi-points[:, 3]
     return points,looks[:, _MIRRORED]
 
-def _gather(features, rows, words, mirrored, most=None):
+def _gather(features, rows, words, mirrored, most=_FEATURES, precision=np.float32):
     "Features of some images, the `most` clearest of each; of their mirror images besides, if `mirrored`"
-    parts = []
+    number = sum(min(features.places[row][-1], most) for row in rows)*(1+mirrored)
+    found = _Features(np.empty((number, _CODE), precision), np.empty((number, 4), np.float32), np.empty(number, np.int32),
+                      np.empty((number, 2), np.int16), np.empty(number, bool))
+    at = 0
     for row in rows:
         pixels,points,looks = features[row]
-        points,looks = points[:most],looks[:most] # they come clearest first
-        height,width = pixels.shape
-        versions = [(points, looks)] + ([_mirror(points, looks, width)] if mirrored else [])
-        for flipped,(where,what) in enumerate(versions):
-            n = len(where)
-            image,size = np.full(n, row, np.int32),np.tile([width, height], (n, 1))
-            parts.append((words.codes(what), where, image, size, np.full(n, bool(flipped))))
-    return _Features(*map(np.concatenate, zip(*parts)))
+        (height,width),clearest = pixels.shape,(points[:most], looks[:most]) # they come clearest first
+        for flipped in range(1+mirrored):
+            where,what = _mirror(*clearest, width) if flipped else clearest
+            part = slice(at, at+len(where))
+            found.codes[part],found.points[part],found.image[part] = words.codes(what),where,row
+            found.size[part],found.mirrored[part] = (width, height),bool(flipped)
+            at += len(where)
+    return found
 
 _AT_ONCE,_PROBES,_ASKED = 2**20,6,128 # likenesses; words on which a feature is looked for; features of an image that are
 
@@ -388,10 +391,11 @@ def _alike(queries, probed, shard, filed, most=10, least=.7):
     for w in range(number):
         every,s = asked[begin[w]:begin[w+1]],there[start[w]:start[w+1]]
         if not len(s): continue
+        codes = shard.codes[s].astype(np.float32).T
         step = max(1, _AT_ONCE//len(s)) # of films of one kind most features look alike, and fall on few words
         for slot in (every[i:i+step] for i in range(0, len(every), step)):
             q = slot//probes
-            likeness = queries.codes[q]@shard.codes[s].T
+            likeness = queries.codes[q]@codes
             _forget_own(likeness, queries.image[q], shard.image[s])
             row,column,rank = _most_alike(likeness, most, least)
             best[slot[row], rank],which[slot[row], rank] = likeness[row, column],s[column]
@@ -448,7 +452,7 @@ def _candidates(features, part, most, progress):
     if words is None: return pd.DataFrame({'a': [], 'b': [], 'mirrored': []}, dtype=int)
     found,probed = [],{} # words by block: the same for every shard
     for first in range(0, n, _SHARD):
-        shard = _gather(features, range(first, min(first+_SHARD, n)), words, mirrored=False)
+        shard = _gather(features, range(first, min(first+_SHARD, n)), words, mirrored=False, precision=np.float16)
         filed = _by_word(words.nearest(shard.codes, 1).ravel(), len(words.words))
         def ask(start):
             asked = _gather(features, range(start, min(start+_BLOCK, n)), words, True, _ASKED)
