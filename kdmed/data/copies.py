@@ -360,7 +360,7 @@ def _gather(features, rows, words, mirrored, most=_FEATURES, precision=np.float3
             at += len(where)
     return found
 
-_AT_ONCE,_PROBES,_ASKED = 2**20,6,128 # likenesses; words on which a feature is looked for; features of an image that are
+_AT_ONCE,_PROBES,_ASKED,_ASK_AT_ONCE = 2**20,6,128,96 # likenesses; words of a feature; its image's features; images
 
 def _by_word(words, number):
     "Places in a flat array of words, in the order of the words, and where each word begins"
@@ -455,12 +455,12 @@ def _candidates(features, part, most, progress):
         shard = _gather(features, range(first, min(first+_SHARD, n)), words, mirrored=False, precision=np.float16)
         filed = _by_word(words.nearest(shard.codes, 1).ravel(), len(words.words))
         def ask(start):
-            asked = _gather(features, range(start, min(start+_BLOCK, n)), words, True, _ASKED)
+            asked = _gather(features, range(start, min(start+_ASK_AT_ONCE, n)), words, True, _ASKED)
             if start not in probed: probed[start] = words.nearest(asked.codes, _PROBES)
             q,s,more = _alike(asked, probed[start], shard, filed)
             pairs = _votes(_take(asked, q), _take(shard, s), n, more)
             return _most_votes(pairs[part[pairs.a]!=part[pairs.b]], most)
-        blocks = range(0, n, _BLOCK)
+        blocks = range(0, n, _ASK_AT_ONCE)
         with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool: # a thread each, not a team of threads for each
             done = pool.map(ask, blocks)
             found += progress_bar(done, total=len(blocks), leave=False) if progress else done
