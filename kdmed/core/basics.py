@@ -1,4 +1,4 @@
-"""What every other module leans on: seeds, equal shapes, captured activations, costs, one look for all figures
+"""What all other modules use: seeds, equal shapes, captured activations, costs, one style for all figures
 
 Docs: https://kdmed.github.io/kdmed/core/basics.html.md"""
 
@@ -30,7 +30,7 @@ from .checks import check_in, check_integer, check_seed
 
 # %% ../../nbs/core/05_basics.ipynb #1e363cfe
 def check_same_shape(
-    **tensors, # At least two tensors by the name their user knows them under
+    **tensors, # At least two tensors, under the names that the message uses
 )->None:
     "Raise `ValueError` naming every tensor unless all shapes are equal"
     shapes = {name: tuple(t.shape) for name,t in tensors.items()}
@@ -49,7 +49,7 @@ def seed_everything(
 
 # %% ../../nbs/core/05_basics.ipynb #4387f850
 def _wrapped(model):
-    "The model that a wrapper holds; None if `model` is no wrapper: one that adds layers or parameters of its own is none"
+    "The model inside a wrapper; None if `model` is no wrapper, as one that adds layers or parameters of its own"
     children = getattr(model, '_modules', {})
     for name in ('_orig_mod', '_fsdp_wrapped_module'):
         if isinstance(children.get(name), nn.Module): return children[name]
@@ -58,21 +58,21 @@ def _wrapped(model):
         return inner if isinstance(inner, nn.Module) else None
     inner = getattr(model, 'module', None)
     if not isinstance(inner, nn.Module) or inner is model or model._parameters: return None
-    if any(b is not None and b.numel()>1 for b in model._buffers.values()): return None # a count of averages is no layer
+    if any(b is not None and b.numel()>1 for b in model._buffers.values()): return None # but a counter is no layer
     core = unwrap(inner)
     return inner if all(unwrap(child) is core for child in children.values()) else None
 
 def unwrap(
-    model:nn.Module, # Perhaps compiled, data-parallel, or an average: `AveragedModel`, timm's `ModelEmaV3`, Fabric's module
+    model:nn.Module, # Perhaps compiled, data-parallel or an average, as `AveragedModel`, timm's `ModelEmaV3`
 )->nn.Module: # The model as it was made
-    "The model inside wrappers: whatever holds one Module called `module` and adds no layers, parameters or statistics to it"
+    "The model inside wrappers: objects that hold one Module `module` and add no layers, parameters or statistics"
     while (inner := _wrapped(model)) is not None: model = inner
     return model
 
 def model_spec(
     model:nn.Module, # Perhaps wrapped
 )->dict: # Empty where nothing is known
-    "How a model was made, as `create_student` notes it, also through wrappers"
+    "How a model was made, as `create_student` records it, also through wrappers"
     while True:
         spec,inner = getattr(model, '__dict__', {}).get('spec'),_wrapped(model)
         if isinstance(spec, dict) or inner is None: return spec if isinstance(spec, dict) else {}
@@ -80,9 +80,9 @@ def model_spec(
 
 def input_channels(
     model:nn.Module, # Any image model, perhaps wrapped
-    default:int=3,   # For a model that begins with no convolution and says nothing
+    default:int=3,   # For a model without a convolution and without a spec
 )->int: # 1 for gray images, 3 for color
-    "Channels of the images that a model takes: as it was made, else as its first convolution has them"
+    "Channels of the images that a model takes: from its spec, else from its first convolution"
     options = model_spec(model).get('options') or {}
     if 'in_chans' in options: return options['in_chans']
     first = next((m for m in unwrap(model).modules() if isinstance(m, (nn.Conv2d, nn.LazyConv2d))), None)
@@ -103,16 +103,21 @@ def get_layer(
 class _Capture:
     "What `capture_activations` returns: enters and leaves any number of times, always with the same hooks"
     def __init__(self, model, names, clone, owner):
-        self.clone,self.owner,self.activations,self.versions,self.ids = clone,owner,{},{},None
-        self.names,layers = list(names),[get_layer(model, name, owner) for name in names]
-        self.hooks = [(layer, self._keep(name)) for layer,name in zip(layers, self.names)]
+        self.names,self.clone,self.owner = list(names),clone,owner
+        self.activations,self.versions = {},{} # by layer name; versions of those that are not copied
+        self.hooks = [(get_layer(model, name, owner), self._keep(name)) for name in self.names]
+        self.ids = None # of the hooks, once they were registered
 
     def _keep(self, name):
-        copied,owner,activations,versions = self.clone is True or (self.clone is not False and name in self.clone),self.owner,self.activations,self.versions
+        copied = self.clone is True or (self.clone is not False and name in self.clone)
+        owner,activations,versions = self.owner,self.activations,self.versions
         def hook(module, inputs, output):
-            if not isinstance(output, Tensor): raise TypeError(f'{owner} layer {name!r} gives a {type(output).__name__}, not a tensor; name a layer inside it')
+            if not isinstance(output, Tensor):
+                kind = type(output).__name__
+                raise TypeError(f'{owner} layer {name!r} gives a {kind}, not a tensor; name a layer inside it')
             activations[name] = output.clone() if copied else output
-            if not copied and not torch.compiler.is_compiling() and not output.is_inference(): versions[name] = output._version
+            if copied or torch.compiler.is_compiling() or output.is_inference(): return
+            versions[name] = output._version
         return hook
 
     def __enter__(self):
@@ -128,13 +133,17 @@ class _Capture:
     @property
     def overwritten(self):
         "Names of captured activations, not copied, that a later operation has changed in place"
-        return [n for n,version in self.versions.items() if self.activations.get(n) is not None and self.activations[n]._version!=version]
+        def changed(name, version):
+            activation = self.activations.get(name)
+            return activation is not None and activation._version!=version
+        return [name for name,version in self.versions.items() if changed(name, version)]
 
 # %% ../../nbs/core/05_basics.ipynb #6ccbab7b
 def capture_activations(
-    model:nn.Module,     # Model to observe; its hooks are gone when the block ends, however it ends
+    model:nn.Module,     # Model to observe; its hooks are removed when the block ends, also after an error
     names,               # Layer names, as in `named_modules`
-    clone=True,          # Copy each activation, so that a later in-place operation cannot change it; or the names of those to copy
+    # Copy each activation, so that a later in-place operation cannot change it; or the names of those to copy
+    clone=True,
     owner:str='model',   # What an error message calls the model
 ): # Context manager
     "Collect the outputs of named layers in the dict this yields, filled at every forward pass"
@@ -174,29 +183,35 @@ def count_macs(
     channels:int=None, # Image channels; those the model takes by default
 )->int: # Multiply–accumulates for one image
     "Multiply–accumulates of one forward pass, from PyTorch's operator counter"
+    image = _example(model, size, channels, 1)
     counter = FlopCounterMode(display=False)
-    with evaluating(model), _frozen(model), sdpa_kernel(SDPBackend.MATH), counter: model(_example(model, size, channels, 1)) # as plain products: not every release counts its fused attention
+    plain_products = sdpa_kernel(SDPBackend.MATH) # not every release counts its fused attention
+    with evaluating(model), _frozen(model), plain_products, counter: model(image)
     return counter.get_total_flops() // 2
 
 @contextmanager
 def _frozen(model):
-    "No parameter wants a gradient in this block: the counter would follow one that is handed from module to module"
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for p in wanted: p.requires_grad_(False)
+    "In this block no parameter requires a gradient: the counter would follow one from module to module"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained: p.requires_grad_(False)
     try: yield
     finally:
-        for p in wanted: p.requires_grad_(True)
+        for p in trained: p.requires_grad_(True)
 
 # %% ../../nbs/core/05_basics.ipynb #9395f0ea
+def _plain_settings(module):
+    "Numbers, texts and tuples among the attributes of a module"
+    kept = {k: str(v) for k,v in vars(module).items() if k!='training' and isinstance(v, (int, str, tuple))}
+    return tuple(sorted(kept.items()))
+
 def architecture_key(
     model:nn.Module, # Any model
-)->int: # The same for models that compute alike, whatever their weights; holds within a session
-    "What tells an architecture: its modules, their settings, and the shapes, types and devices of its weights"
+)->int: # Equal for models that compute alike, whatever their weights; valid within one session
+    "A key of an architecture: its modules, their settings, and the shapes, types and devices of its weights"
     model = unwrap(model)
-    plain = int,str,tuple
-    settings = tuple((name, type(m).__qualname__, tuple(sorted((k, str(v)) for k,v in vars(m).items() if k != 'training' and isinstance(v, plain))))
-                     for name,m in model.named_modules())
-    weights = tuple((name, tuple(t.shape), str(t.dtype), str(t.device)) for named in (model.named_parameters(), model.named_buffers()) for name,t in named)
+    settings = tuple((name, type(m).__qualname__, _plain_settings(m)) for name,m in model.named_modules())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    weights = tuple((name, tuple(t.shape), str(t.dtype), str(t.device)) for name,t in tensors)
     return hash((re.sub(' at 0x[0-9a-f]+', '', repr(model)), settings, weights))
 
 def _timed(model, x):
@@ -207,6 +222,7 @@ def _timed(model, x):
     elif x.device.type == 'mps': torch.mps.synchronize()
     return 1000 * (time.perf_counter()-start)
 
+# %% ../../nbs/core/05_basics.ipynb #944bc24c
 def measure_latencies(
     models:dict,     # Name: any image model; each runs on the device it is on
     size:int,        # Image side, in pixels
@@ -219,7 +235,8 @@ def measure_latencies(
     keys = {name: architecture_key(model) for name,model in models.items()}
     first = {}
     for name,model in models.items(): first.setdefault(keys[name], model)
-    inputs,times = {key: _example(model, size, channels, batch) for key,model in first.items()},{key: [] for key in first}
+    inputs = {key: _example(model, size, channels, batch) for key,model in first.items()}
+    times = {key: [] for key in first}
     with ExitStack() as stack:
         for model in first.values(): stack.enter_context(evaluating(model))
         for _ in range(3 + runs): # by turns: what slows the machine down for a while slows all of them down
@@ -240,7 +257,7 @@ def measure_latency(
 def weights_size(
     model:nn.Module, # Any model
 )->int: # Bytes
-    "What the parameters and buffers weigh, each tensor once: the size of a safetensors file of them, but for its header"
+    "Size of the parameters and buffers, each tensor once: that of their safetensors file without its header"
     stored = {t.untyped_storage().data_ptr(): t.numel()*t.element_size() for t in model.state_dict().values()}
     return sum(stored.values())
 
@@ -267,6 +284,7 @@ class _LiveBytes(TorchDispatchMode):
         self.seen.discard(key)
         self.now -= nbytes
 
+# %% ../../nbs/core/05_basics.ipynb #9a53eb75
 def measure_memory(
     model:nn.Module, # Any image model; runs on the device it is on
     size:int,        # Image side, in pixels
@@ -298,25 +316,27 @@ def figure(
     height:float=2.6,   # Height of the whole figure, in inches
     **kwargs,           # Passed on to `plt.subplots`
 ): # (Figure, Axes or array of Axes)
-    "A new figure in the house style: page-wide, constrained layout, no frame on top or right"
+    "A new figure in kdmed's style: page-wide, constrained layout, no frame on top or right"
     with plt.rc_context({'axes.spines.top': False, 'axes.spines.right': False}):
         return plt.subplots(rows, columns, figsize=(FIGURE_WIDTH, height), layout='constrained', **kwargs)
 
 # %% ../../nbs/core/05_basics.ipynb #2faf7a53
 def draw_flow(
-    *steps, # Texts of the boxes, from left to right; a pair (text above the arrow, text of the box) names what leads there
+    *steps, # Texts of the boxes, from left to right; or pairs: text above the arrow, text of the box
 ): # Axes
     "Boxes in a row, with arrows between them"
     _,ax = figure(height=.8)
     ax.set(xlim=(-.5, len(steps)-.5), ylim=(-.4, .6))
     ax.axis('off')
-    look,before = dict(boxstyle='round,pad=.5', fc='#EAF2F8', ec=COLORS['teacher']),None
+    look = dict(boxstyle='round,pad=.5', fc='#EAF2F8', ec=COLORS['teacher'])
+    arrow_look = dict(arrowstyle='->', color=COLORS['plain'], shrinkA=2, shrinkB=2)
+    before = None
     for i,step in enumerate(steps):
         arrow,text = ('', step) if isinstance(step, str) else step
         box = ax.text(i, 0, text, ha='center', va='center', fontsize=8, bbox=look)
         if before:
-            ends = dict(patchA=before.get_bbox_patch(), patchB=box.get_bbox_patch(), shrinkA=2, shrinkB=2)
-            ax.annotate('', xy=(i, 0), xytext=(i-1, 0), arrowprops=dict(arrowstyle='->', color=COLORS['plain'], **ends))
+            ends = dict(patchA=before.get_bbox_patch(), patchB=box.get_bbox_patch())
+            ax.annotate('', xy=(i, 0), xytext=(i-1, 0), arrowprops=arrow_look | ends)
             ax.text(i-.5, .3, arrow, ha='center', va='bottom', fontsize=7, style='italic')
         before = box
     return ax
@@ -325,7 +345,7 @@ def list_contents(
     module, # Such as `kdmed.data`
 )->pd.DataFrame: # Index: name; where it is defined, and the first line of its docstring
     "What a module offers"
-    found = {name: getattr(module, name) for name in module.__all__}
-    where = {name: getattr(v, '__module__', '') if callable(v) else '' for name,v in found.items()}
-    what = {name: (v.__doc__ or '').strip().split('\n')[0] if callable(v) else f'{type(v).__name__}' for name,v in found.items()}
-    return pd.DataFrame(dict(defined_in=where, what=what))
+    def row(value):
+        if not callable(value): return dict(defined_in='', what=type(value).__name__)
+        return dict(defined_in=getattr(value, '__module__', ''), what=(value.__doc__ or '').strip().split('\n')[0])
+    return pd.DataFrame.from_dict({name: row(getattr(module, name)) for name in module.__all__}, orient='index')

@@ -1,4 +1,4 @@
-"""Writing all or nothing, one process at a time in a folder, room on the disk, formats of older versions
+"""Files written completely or not at all, one process at a time in a folder, room on the disk, formats of older versions
 
 Docs: https://kdmed.github.io/kdmed/core/files.html.md"""
 
@@ -6,11 +6,11 @@ Docs: https://kdmed.github.io/kdmed/core/files.html.md"""
 
 # %% auto #0
 __all__ = ['write_atomic', 'flush_to_disk', 'existing_parent', 'check_room', 'is_writable', 'clear_parts', 'Claim', 'claim',
-           'check_unclaimed', 'check_format']
+           'check_unclaimed', 'claimed_folder', 'check_format']
 
 # %% ../../nbs/core/10_files.ipynb #f92082ed
 import errno, json, os, shutil, socket, time
-
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 # %% ../../nbs/core/10_files.ipynb #48746419
 def write_atomic(
     path, # File to write; replaced if it exists. Its folder must exist
-    data, # `bytes`, `str` (written as UTF-8), or a function that writes the file whose path it is given
+    data, # `bytes`, `str` (written as UTF-8), or a function that gets a path and writes the file there
 )->Path: # The file
-    "Write a file whole or not at all; on any error the file that was there stays as it was"
+    "Write a file completely or not at all; after an error the earlier file is unchanged"
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
@@ -42,7 +42,7 @@ def flush_to_disk(
 
 # %% ../../nbs/core/10_files.ipynb #48b2c5af
 def existing_parent(
-    path, # File or folder, perhaps not made yet
+    path, # File or folder, which need not exist
 )->Path:
     "The nearest folder at or above a path that exists"
     path = Path(path).expanduser().absolute()
@@ -50,7 +50,7 @@ def existing_parent(
     return path
 
 def check_room(
-    folder,     # Folder to write to, perhaps not made yet
+    folder,     # Folder to write to, which need not exist
     nbytes:int, # Bytes that will be written
     what:str,   # What needs them, for the message, such as `the packed store`
 )->None:
@@ -61,9 +61,9 @@ def check_room(
                                 'choose another folder, or free some space')
 
 def is_writable(
-    folder, # Folder, perhaps not made yet
+    folder, # Folder, which need not exist
 )->bool:
-    "Whether files can be made in a folder; its permissions alone do not tell on a read-only disk"
+    "Whether files can be made in a folder; tried, because permissions say nothing about a read-only disk"
     parent = existing_parent(folder)
     probe = parent/f'.kdmed-{os.getpid()}.part'
     try: probe.touch()
@@ -72,9 +72,6 @@ def is_writable(
     return True
 
 # %% ../../nbs/core/10_files.ipynb #afb0cf64
-_CLAIMS = {} # (process, folder): its lock; a forked process does not inherit the claims of its parent
-_READ_ONLY = errno.EROFS,errno.EACCES,errno.EPERM
-
 def _runs_here(process):
     "Whether this machine has a process of this number"
     try: os.kill(int(process), 0)
@@ -84,9 +81,9 @@ def _runs_here(process):
 
 def clear_parts(
     folder,          # Folder that this process has claimed
-    age:float=3600., # Seconds that a part has not been written to; a process of another machine may still write it
+    age:float=3600., # Seconds since a part was last written to; a process of another machine may still write it
 )->None:
-    "Remove what killed processes left half-written by `write_atomic`, in the folder and below"
+    "Remove what killed processes left half written by `write_atomic`, in the folder and below"
     for part in Path(folder).rglob('.*.part'):
         process = part.suffixes[-2][1:] if len(part.suffixes)>1 else ''
         if not process.isdigit() or _runs_here(process) and int(process)!=os.getpid(): continue
@@ -94,8 +91,9 @@ def clear_parts(
             if time.time()-part.stat().st_mtime > age: part.unlink()
         except OSError: pass # another process has removed it
 
+# %% ../../nbs/core/10_files.ipynb #6557d9e4
 def _is_alive(holder):
-    "Whether the process that wrote a lock's note still runs; of another machine's nobody here can tell"
+    "Whether the process that wrote a lock's note still runs; assumed of a process of another machine"
     if holder.get('host')!=socket.gethostname(): return True
     return 'process' in holder and _runs_here(holder['process'])
 
@@ -113,7 +111,12 @@ def _acquire(lock, folder, what, grace):
         if _is_alive(holder) or time.monotonic()>end: break
         time.sleep(.1) # a killed process's workers may take a moment to end
     who = f"process {holder['process']} on {holder['host']}" if holder else 'another process'
-    raise RuntimeError(f'{folder} is in use: {who} is writing this {what}; wait until it has ended, or choose another folder') from None
+    raise RuntimeError(f'{folder} is in use: {who} is writing this {what}; '
+                       'wait until it has ended, or choose another folder') from None
+
+# %% ../../nbs/core/10_files.ipynb #499d7def
+_CLAIMS = {} # (process, folder): its lock; a forked process does not inherit the claims of its parent
+_READ_ONLY = errno.EROFS,errno.EACCES,errno.EPERM
 
 class Claim:
     "A folder that this process alone writes to, until `release` or the end of the `with` block; made by `claim`"
@@ -139,20 +142,35 @@ def claim(
         _acquire(lock, folder, what, grace)
         if first:
             clear_parts(folder)
-            write_atomic(folder/'.lock.json', json.dumps(dict(process=os.getpid(), host=socket.gethostname())))
+            note = dict(process=os.getpid(), host=socket.gethostname())
+            write_atomic(folder/'.lock.json', json.dumps(note))
     except NotImplementedError: return Claim(folder, None) # a file system without locks
     except OSError as e:
         if e.errno in _READ_ONLY and folder.is_dir(): return Claim(folder, None)
         raise
     return Claim(folder, lock)
 
+# %% ../../nbs/core/10_files.ipynb #ae4e7d9f
 def check_unclaimed(
-    folder,          # Folder, perhaps not made yet
+    folder,          # Folder, which need not exist
     what:str='run',  # What it holds, for the message
 )->None:
-    "Raise `RuntimeError` if another process holds a folder; it is not made, and not held from here on"
+    "Raise `RuntimeError` if another process holds a folder; the folder is neither made nor held afterwards"
     if (Path(folder).expanduser()/'.lock').is_file():
         with claim(folder, what): pass
+
+@contextmanager
+def claimed_folder(
+    folder,         # Folder; made if missing
+    what:str='run', # What it holds, for the message
+): # Context manager that gives the folder as a `Path`
+    "Hold a folder for this process while a block runs; if the block leaves it empty, it is removed again"
+    folder = Path(folder).expanduser()
+    try:
+        with claim(folder, what): yield folder
+    finally:
+        if folder.is_dir() and all(f.name in ('.lock', '.lock.json') for f in folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/core/10_files.ipynb #c4eceec7
 def check_format(
@@ -166,6 +184,8 @@ def check_format(
     "Raise `ValueError` for a file of a format that this version cannot read"
     if found==known and not isinstance(found, bool) or found in readable: return found
     if isinstance(found, int) and found>known:
-        raise ValueError(f'{path}: this {what} has format {found}, of a newer kdmed; this version reads up to {known}: update kdmed')
+        raise ValueError(f'{path}: this {what} has format {found}, of a newer kdmed; '
+                         f'this version reads up to {known}: update kdmed')
     number = 'no format number' if found is None else f'format {found!r}'
-    raise ValueError(f'{path}: this {what} has {number}, which this version (format {known}) cannot read; ' + (way_out or 'make it again'))
+    raise ValueError(f'{path}: this {what} has {number}, which this version (format {known}) cannot read; '
+                     + (way_out or 'make it again'))

@@ -6,20 +6,20 @@ Docs: https://kdmed.github.io/kdmed/data/index.html.md"""
 
 # %% auto #0
 __all__ = ['BREAKHIS_IMAGES', 'BREAKHIS_SUBTYPES', 'CHESTXRAY14_FINDINGS', 'CLAHE', 'HAM10000_CLASSES', 'LC25000_CLASSES',
-           'MEDMNIST', 'SPLITS', 'TASKS', 'UNLABELED', 'Augment', 'BinaryLossFlat', 'BrightnessContrast',
-           'ClassLossFlat', 'CopyCheck', 'FindingsAccuracy', 'FindingsLossFlat', 'GaussianBlur', 'GaussianFilter',
-           'GeometricTransform', 'HorizontalFlip', 'ImageDL', 'ImageRow', 'ImageStore', 'LeakageReport',
-           'MacenkoNormalizer', 'MedianFilter', 'PhotometricTransform', 'ReinhardNormalizer', 'ReplayCutMix',
-           'ReplayMixUp', 'RightAngleTurn', 'Rotation', 'ScaledCrop', 'Shear', 'StainJitter', 'SuperResolution',
-           'TableLoaders', 'Transform', 'Translation', 'VerticalFlip', 'WindowedImage', 'available_memory', 'card',
-           'check_copies', 'check_leakage', 'check_table', 'chest_augment', 'compare_filters', 'cutmix',
-           'decode_images', 'decoded_bytes', 'deit_lung_augment', 'describe', 'files_below', 'find_copies',
-           'fingerprints', 'group_copies', 'guess_groups', 'image_dls', 'image_table', 'is_unlabeled',
-           'kd_convnext_augment', 'kfold_groups', 'leakage_report', 'list_stores', 'load_distributed', 'match_copies',
-           'mixup', 'mskd_augment', 'official_split', 'open_image', 'own_loader', 'pack_images', 'read_breakhis',
-           'read_chestxray14', 'read_csv', 'read_dicom_folder', 'read_folder', 'read_ham10000', 'read_lc25000',
-           'read_medmnist', 'repeat_splits', 'show_images', 'show_leaks', 'show_views', 'skin_augment', 'split_groups',
-           'synthetic_table', 'tissue_augment']
+           'MEDMNIST', 'READERS', 'READER_OPTIONS', 'SPLITS', 'TASKS', 'UNLABELED', 'Augment', 'BinaryLossFlat',
+           'BrightnessContrast', 'ClassLossFlat', 'CopyCheck', 'FindingsAccuracy', 'FindingsLossFlat', 'GaussianBlur',
+           'GaussianFilter', 'GeometricTransform', 'HorizontalFlip', 'ImageDL', 'ImageRow', 'ImageStore',
+           'LeakageReport', 'MacenkoNormalizer', 'MedianFilter', 'PhotometricTransform', 'Reader', 'ReinhardNormalizer',
+           'ReplayCutMix', 'ReplayMixUp', 'RightAngleTurn', 'Rotation', 'ScaledCrop', 'Shear', 'StainJitter',
+           'SuperResolution', 'TableLoaders', 'Transform', 'Translation', 'VerticalFlip', 'WindowedImage',
+           'available_memory', 'card', 'check_copies', 'check_leakage', 'check_table', 'chest_augment',
+           'compare_filters', 'cutmix', 'decode_images', 'decoded_bytes', 'deit_lung_augment', 'describe',
+           'files_below', 'find_copies', 'fingerprints', 'group_copies', 'guess_groups', 'image_dls', 'image_table',
+           'is_unlabeled', 'kd_convnext_augment', 'kfold_groups', 'leakage_report', 'list_stores', 'load_distributed',
+           'match_copies', 'mixup', 'mskd_augment', 'official_split', 'open_image', 'own_loader', 'pack_images',
+           'read_breakhis', 'read_chestxray14', 'read_csv', 'read_dataset', 'read_dicom_folder', 'read_folder',
+           'read_ham10000', 'read_lc25000', 'read_medmnist', 'register_reader', 'repeat_splits', 'show_images',
+           'show_leaks', 'show_views', 'skin_augment', 'split_groups', 'synthetic_table', 'tissue_augment']
 
 # %% ../../nbs/data/index.ipynb #83a00159
 from ..core.basics import UNLABELED
@@ -37,7 +37,8 @@ from kdmed.data.images import (
 from .loaders import (
     BinaryLossFlat, ClassLossFlat, FindingsAccuracy, FindingsLossFlat, ImageDL, ImageRow, ReplayCutMix, ReplayMixUp,
     TableLoaders, available_memory, decoded_bytes, image_dls, load_distributed, own_loader)
-from .readers import read_csv, read_dicom_folder, read_folder
+from .readers import (
+    READER_OPTIONS, READERS, Reader, read_csv, read_dataset, read_dicom_folder, read_folder, register_reader)
 from .splits import check_leakage, kfold_groups, official_split, repeat_splits, split_groups
 from .store import ImageStore, decode_images, list_stores, pack_images
 from .transforms import (
@@ -48,16 +49,17 @@ from .transforms import (
 # %% ../../nbs/data/index.ipynb #0fb9f722
 _all_ = [
     'BREAKHIS_IMAGES', 'BREAKHIS_SUBTYPES', 'CHESTXRAY14_FINDINGS', 'CLAHE', 'HAM10000_CLASSES', 'LC25000_CLASSES',
-    'MEDMNIST', 'SPLITS', 'TASKS', 'UNLABELED', 'Augment', 'BinaryLossFlat', 'BrightnessContrast', 'ClassLossFlat',
-    'CopyCheck', 'FindingsAccuracy', 'FindingsLossFlat', 'GaussianBlur', 'GaussianFilter', 'GeometricTransform',
-    'HorizontalFlip', 'ImageDL', 'ImageRow', 'ImageStore', 'LeakageReport', 'MacenkoNormalizer', 'MedianFilter',
-    'PhotometricTransform', 'ReinhardNormalizer', 'ReplayCutMix', 'ReplayMixUp', 'RightAngleTurn', 'Rotation',
-    'ScaledCrop', 'Shear', 'StainJitter', 'SuperResolution', 'TableLoaders', 'Transform', 'Translation',
-    'VerticalFlip', 'WindowedImage', 'available_memory', 'card', 'check_copies', 'check_leakage', 'check_table',
-    'chest_augment', 'compare_filters', 'cutmix', 'decode_images', 'decoded_bytes', 'deit_lung_augment', 'describe',
-    'files_below', 'find_copies', 'fingerprints', 'group_copies', 'guess_groups', 'image_dls', 'image_table',
-    'is_unlabeled', 'kd_convnext_augment', 'kfold_groups', 'leakage_report', 'list_stores', 'load_distributed',
-    'match_copies', 'mixup', 'mskd_augment', 'official_split', 'open_image', 'own_loader', 'pack_images',
-    'read_breakhis', 'read_chestxray14', 'read_csv', 'read_dicom_folder', 'read_folder', 'read_ham10000',
-    'read_lc25000', 'read_medmnist', 'repeat_splits', 'show_images', 'show_leaks', 'show_views', 'skin_augment',
-    'split_groups', 'synthetic_table', 'tissue_augment']
+    'MEDMNIST', 'READERS', 'READER_OPTIONS', 'SPLITS', 'TASKS', 'UNLABELED', 'Augment', 'BinaryLossFlat',
+    'BrightnessContrast', 'ClassLossFlat', 'CopyCheck', 'FindingsAccuracy', 'FindingsLossFlat', 'GaussianBlur',
+    'GaussianFilter', 'GeometricTransform', 'HorizontalFlip', 'ImageDL', 'ImageRow', 'ImageStore', 'LeakageReport',
+    'MacenkoNormalizer', 'MedianFilter', 'PhotometricTransform', 'Reader', 'ReinhardNormalizer', 'ReplayCutMix',
+    'ReplayMixUp', 'RightAngleTurn', 'Rotation', 'ScaledCrop', 'Shear', 'StainJitter', 'SuperResolution',
+    'TableLoaders', 'Transform', 'Translation', 'VerticalFlip', 'WindowedImage', 'available_memory', 'card',
+    'check_copies', 'check_leakage', 'check_table', 'chest_augment', 'compare_filters', 'cutmix', 'decode_images',
+    'decoded_bytes', 'deit_lung_augment', 'describe', 'files_below', 'find_copies', 'fingerprints', 'group_copies',
+    'guess_groups', 'image_dls', 'image_table', 'is_unlabeled', 'kd_convnext_augment', 'kfold_groups',
+    'leakage_report', 'list_stores', 'load_distributed', 'match_copies', 'mixup', 'mskd_augment',
+    'official_split', 'open_image', 'own_loader', 'pack_images', 'read_breakhis', 'read_chestxray14', 'read_csv',
+    'read_dataset', 'read_dicom_folder', 'read_folder', 'read_ham10000', 'read_lc25000', 'read_medmnist',
+    'register_reader', 'repeat_splits', 'show_images', 'show_leaks', 'show_views', 'skin_augment', 'split_groups',
+    'synthetic_table', 'tissue_augment']

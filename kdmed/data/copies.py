@@ -42,11 +42,11 @@ from .images import SPLITS, check_table, name_of, open_image
 _WAVES,_GRAY_SIDE = 16,32
 
 def _even(x, noise):
-    "Signed square roots, but straight where `x` is no stronger than noise"
+    "Signed square roots, but linear where `x` is no stronger than noise"
     return np.sign(x)*(np.sqrt(np.abs(x)+noise) - np.sqrt(noise))
 
 def _waves_of(gray):
-    "The broad waves of a gray image, evened out, float32 [16, 16] of length 1; zeros where there is nothing to see"
+    "The broad waves of a gray image, evened out, float32 [16, 16] of length 1; zeros for a flat image"
     strength = dctn(gray, norm='ortho')[:_WAVES, :_WAVES]
     frequency = np.hypot(*np.mgrid[:_WAVES, :_WAVES])
     waves = _even(strength, 1.)*np.sqrt(frequency)*(frequency<_WAVES)
@@ -63,23 +63,28 @@ def _open_reduced(image, side, mode):
 
 # %% ../../nbs/data/30_copies.ipynb #c330911f
 def _content(image):
-    "What images of the same bytes share: a hash of the file, or of the pixels"
-    if isinstance(image, np.ndarray): parts = repr((image.shape, image.dtype)),np.ascontiguousarray(image).tobytes()
-    elif isinstance(image, Image.Image): parts = repr((image.size, image.mode)),image.tobytes()
-    else: parts = repr(getattr(image, 'window', None)),Path(getattr(image, 'path', image)).read_bytes()
-    return hashlib.blake2b(parts[0].encode() + parts[1], digest_size=16).hexdigest()
+    "Hash of an image's bytes (of the file, or of the pixels): equal for identical images"
+    if isinstance(image, np.ndarray):
+        kind,data = (image.shape, image.dtype),np.ascontiguousarray(image).tobytes()
+    elif isinstance(image, Image.Image):
+        kind,data = (image.size, image.mode),image.tobytes()
+    else:
+        kind,data = getattr(image, 'window', None),Path(getattr(image, 'path', image)).read_bytes()
+    return hashlib.blake2b(repr(kind).encode() + data, digest_size=16).hexdigest()
 
 def read_each(
     images,              # Paths, arrays, or whatever else a table's `image` column holds
     read,                # Function of one image
     progress:bool=False, # Show a progress bar
-)->tuple: # Results, None where reading failed, and why it did: {row: sentence}
+)->tuple: # Results, None where reading failed, and the reasons: {row: reason}
     "`read(image)` for every image, on all cores"
     failed,images = {},list(images)
     def attempt(i):
         try: return read(images[i])
         except ImportError: raise
-        except Exception as e: failed[i] = str(e) if name_of(images[i]) in str(e) else f'{name_of(images[i])}: {e}'
+        except Exception as e:
+            name = name_of(images[i])
+            failed[i] = str(e) if name in str(e) else f'{name}: {e}'
     with ThreadPoolExecutor(cpu_count()) as pool:
         done = pool.map(attempt, range(len(images)))
         results = list(progress_bar(done, total=len(images), leave=False) if progress else done)
@@ -91,7 +96,7 @@ class Fingerprints:
     "What is needed to find copies among images"
     waves:np.ndarray   # [N, 16, 16], each of length 1
     content:np.ndarray # Hashes of the bytes [N]
-    unreadable:dict    # Images that could not be opened, and why: {row: sentence}
+    unreadable:dict    # Images that could not be opened: {row: reason}
 
     def __len__(self): return len(self.content)
 
@@ -101,7 +106,9 @@ def _fingerprint(image):
     gray = _open_reduced(image, _GRAY_SIDE, 'L').convert('F').resize((_GRAY_SIDE, _GRAY_SIDE), Image.Resampling.BOX)
     waves = _waves_of(np.asarray(gray))
     if waves.any(): return content,waves
-    return content,_waves_of(np.random.default_rng(int(content, 16)).normal(0, 9, gray.size)) # nothing to see: a copy of its own bytes only
+    # A flat image: noise that depends on its bytes, so that only identical files match
+    noise = np.random.default_rng(int(content, 16)).normal(0, 9, gray.size)
+    return content,_waves_of(noise)
 
 # %% ../../nbs/data/30_copies.ipynb #85910723
 def fingerprints(
@@ -120,7 +127,8 @@ def fingerprints(
 # %% ../../nbs/data/30_copies.ipynb #b693a34e
 ORIENTATIONS = ('as it is', 'flipped left-right', 'flipped top-bottom', 'turned 180°',
                 'transposed', 'turned 90° right', 'turned 90° left', 'transposed, 180°')
-_SIGNS = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) # of the parts below, for the first four orientations
+# Signs of the parts below, for the first four orientations
+_SIGNS = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
 
 def _parts(waves):
     "Waves by the parity of their two frequencies: even-even, even-odd, odd-even, odd-odd"
@@ -157,7 +165,7 @@ def find_copies(
     prints:Fingerprints,   # Of all images
     split=None,            # Split of each image [N], to find copies across splits only; all copies by default
     distance:float=.07,   # Largest distance of a copy, in [0, 1]: one minus the correlation
-)->pd.DataFrame: # Rows `a` and `b` of each pair, their `distance`, whether they are `identical`, and the `orientation` that makes `b` of `a`
+)->pd.DataFrame: # Rows `a`, `b` of each pair, `distance`, `identical`, and the `orientation` that turns `a` into `b`
     "Pairs of images that show the same picture; of images with the same bytes, the first of each split stands for all"
     check_number(distance, 'distance', least=0, below=1)
     split = np.zeros(len(prints), int) if split is None else _split_numbers(split, len(prints))
@@ -167,20 +175,25 @@ def find_copies(
     a,b = rows[_close_pairs(prints.waves[rows], part, 1-max(distance, 1e-5))]
     if not split.any(): a,b = _with_identical(a, b, prints.content, first)
     correlation = _orientation(prints.waves[a], prints.waves[b])
-    pairs = pd.DataFrame({'a': a, 'b': b, 'distance': (1-correlation.max(1)).clip(0), 'identical': prints.content[a]==prints.content[b],
-                          'orientation': np.array(ORIENTATIONS, object)[correlation.argmax(1)]})
+    pairs = pd.DataFrame({
+        'a': a, 'b': b,
+        'distance': (1-correlation.max(1)).clip(0),
+        'identical': prints.content[a]==prints.content[b],
+        'orientation': np.array(ORIENTATIONS, object)[correlation.argmax(1)]})
     return pairs.sort_values(['distance', 'a', 'b'], ignore_index=True)
 
 # %% ../../nbs/data/30_copies.ipynb #4ce21af9
 def _split_numbers(split, n):
     "0, 1, 2 for train, valid, test"
     split = pd.Series(list(split))
-    if len(split)!=n: raise ValueError(f'expected one split an image, got {len(split)} for {n}')
-    if not split.isin(SPLITS).all(): raise ValueError(f'split must be one of {SPLITS} for every image, got {sorted(map(str, set(split)-set(SPLITS)))}')
+    if len(split)!=n: raise ValueError(f'expected one split per image, got {len(split)} for {n} images')
+    if not split.isin(SPLITS).all():
+        found = sorted(map(str, set(split)-set(SPLITS)))
+        raise ValueError(f'split must be one of {SPLITS} for every image, got {found}')
     return split.map(list(SPLITS).index).to_numpy()
 
 def _with_identical(a, b, content, first):
-    "Pairs of rows, and besides each row that repeats earlier bytes with the first that has them"
+    "Pairs of rows, plus each row that repeats earlier bytes, paired with the first row that has them"
     again = np.flatnonzero(~first)
     original = pd.Series(np.flatnonzero(first), index=content[first])[content[again]].to_numpy(int)
     return np.r_[a, original],np.r_[b, again]
@@ -203,7 +216,7 @@ def _rings_of(image):
 
 # %% ../../nbs/data/30_copies.ipynb #3263a4f9
 def _turned_correlation(a, b):
-    "Correlation of each of `a` with its partner in `b`, [P, rings, harmonics] both, in the best angle, mirroring and zoom, [P]"
+    "Correlation of each of `a` with its partner in `b`, [P, rings, harmonics], at the best angle, flip and zoom, [P]"
     best,spectrum = np.zeros(len(a), np.float32),np.zeros((len(a), _ANGLES+1), np.complex64)
     for zoom in range(-_ZOOMS, _ZOOMS+1):
         inner,outer = slice(max(zoom, 0), _RINGS+min(zoom, 0)),slice(max(-zoom, 0), _RINGS-max(zoom, 0))
@@ -215,7 +228,7 @@ def _turned_correlation(a, b):
     return best
 
 def _likely_siblings(rings, neighbors):
-    "Pairs of rows whose angular waves are about as strong on about the same rings: two arrays"
+    "Pairs of rows whose angular waves have similar strengths on similar rings: two arrays"
     strength = np.sqrt(gaussian_filter(np.abs(rings), (0, 2, .7))[:, ::3, ::2].reshape(len(rings), -1))
     neighbors = min(neighbors, len(rings)-1)
     nearest = NearestNeighbors(n_neighbors=neighbors, algorithm='brute').fit(strength).kneighbors(return_distance=False)
@@ -224,7 +237,8 @@ def _likely_siblings(rings, neighbors):
 
 # %% ../../nbs/data/30_copies.ipynb #858258f0
 _SIDE,_FEATURES,_WIDTH = 144,256,128 # of the gray image, largest number of features, length of a descriptor
-_MIRRORED = np.arange(_WIDTH).reshape(4, 4, 8)[::-1][:, :, -np.arange(8)%8].ravel() # order in a mirror image
+# Order of a descriptor's numbers in a mirror image
+_MIRRORED = np.arange(_WIDTH).reshape(4, 4, 8)[::-1][:, :, -np.arange(8)%8].ravel()
 
 def has_opencv()->bool:
     "Whether the extra `copies` is installed, which finds copies under any angle and crop"
@@ -249,15 +263,15 @@ def _flattened(image):
     return (128 + 40*detail/(strength+1)).clip(0, 255).astype(np.uint8)
 
 def _features_of(image):
-    "Flattened image; its features' x, y, size, angle (radians) [F, 4]; and what they look like, uint8 [F, 128]"
+    "Flattened image; its features' x, y, size, angle (radians) [F, 4]; and their descriptors, uint8 [F, 128]"
     pixels = _flattened(image)
     sift = require_opencv().SIFT_create(nfeatures=_FEATURES, contrastThreshold=.005, edgeThreshold=20)
-    found,looks = sift.detectAndCompute(pixels, None)
-    if looks is None: return pixels,np.zeros((0, 4), np.float32),np.zeros((0, _WIDTH), np.uint8)
+    found,descriptors = sift.detectAndCompute(pixels, None)
+    if descriptors is None: return pixels,np.zeros((0, 4), np.float32),np.zeros((0, _WIDTH), np.uint8)
     strongest = np.argsort([-f.response for f in found], kind='stable')[:_FEATURES]
     points = np.array([[*f.pt, f.size, np.radians(f.angle)] for f in found], np.float32)[strongest]
-    looks = np.sqrt(looks/looks.sum(1, keepdims=True).clip(1e-6))[strongest]
-    return pixels,points,(512*looks).round().clip(0, 255).astype(np.uint8)
+    descriptors = np.sqrt(descriptors/descriptors.sum(1, keepdims=True).clip(1e-6))[strongest]
+    return pixels,points,(512*descriptors).round().clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/data/30_copies.ipynb #f29fb0a4
 class LocalFeatures:
@@ -276,18 +290,18 @@ class LocalFeatures:
     def __exit__(self, *exc): self.file.close()
 
     def _write(self, one):
-        "Append one image's pixels, points and looks"
+        "Append one image's pixels, points and descriptors"
         self.places.append((self.file.seek(0, 2), *one[0].shape, len(one[1])))
         for part in one: self.file.write(np.ascontiguousarray(part).tobytes())
 
     def __getitem__(self, row):
-        "Pixels uint8 [H, W], points float32 [F, 4] and looks float32 [F, 128], of length 1, of one image"
+        "Pixels uint8 [H, W], points float32 [F, 4] and descriptors float32 [F, 128], of length 1, of one image"
         start,height,width,n = self.places[row]
         data = os.pread(self.file.fileno(), height*width + n*(16+_WIDTH), start)
         points = np.frombuffer(data, np.float32, 4*n, height*width) if n else np.zeros(0, np.float32)
-        looks = np.frombuffer(data, np.uint8, _WIDTH*n, height*width + 16*n).reshape(n, _WIDTH).astype(np.float32)
+        found = np.frombuffer(data, np.uint8, _WIDTH*n, height*width + 16*n).reshape(n, _WIDTH).astype(np.float32)
         pixels = np.frombuffer(data, np.uint8, height*width).reshape(height, width)
-        return pixels,points.reshape(n, 4),looks/np.linalg.norm(looks, axis=1, keepdims=True).clip(1e-6)
+        return pixels,points.reshape(n, 4),found/np.linalg.norm(found, axis=1, keepdims=True).clip(1e-6)
 
 _FEATURE_BYTES,_BLOCK = 60_000,256
 
@@ -296,14 +310,14 @@ _CODE,_LIST,_SHARD = 40,450,8192 # numbers of a code; features of one word, abou
 
 @dataclass(frozen=True)
 class _Words:
-    "How looks become short codes, and codes words"
-    mean:np.ndarray       # Of the looks [128]
+    "How descriptors become short codes, and codes visual words"
+    mean:np.ndarray       # Of the descriptors [128]
     axes:np.ndarray       # Along which they differ most [128, 40]
     words:np.ndarray=None # Codes [W, 40]
 
-    def codes(self, looks):
+    def codes(self, descriptors):
         "Codes of length 1, float32 [F, 40]"
-        codes = (looks-self.mean)@self.axes
+        codes = (descriptors-self.mean)@self.axes
         return codes/np.linalg.norm(codes, axis=1, keepdims=True).clip(1e-6)
 
     def nearest(self, codes, n):
@@ -311,21 +325,22 @@ class _Words:
         n = min(n, len(self.words))
         nearest = np.zeros((len(codes), n), np.uint16)
         for s in range(0, len(codes), 1024):
-            likeness = codes[s:s+1024]@self.words.T
-            nearest[s:s+1024] = likeness.argmax(1)[:, None] if n==1 else torch.from_numpy(likeness).topk(n, sorted=False).indices
+            similarity = codes[s:s+1024]@self.words.T
+            if n==1: nearest[s:s+1024] = similarity.argmax(1)[:, None]
+            else: nearest[s:s+1024] = torch.from_numpy(similarity).topk(n, sorted=False).indices
         return nearest
 
 def _learn_words(features, seed=0):
-    "Words from the features of up to 400 images; None if there are no features"
+    "Visual words from the features of up to 400 images; None if there are no features"
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(features))[:400])
-    looks = np.concatenate([features[row][2] for row in rows])
-    if not len(looks): return None
-    mean = (looks.mean(0) + looks.mean(0)[_MIRRORED])/2
-    centered = np.concatenate([looks, looks[:, _MIRRORED]]) - mean
+    found = np.concatenate([features[row][2] for row in rows])
+    if not len(found): return None
+    mean = (found.mean(0) + found.mean(0)[_MIRRORED])/2
+    centered = np.concatenate([found, found[:, _MIRRORED]]) - mean
     axes = np.linalg.eigh(centered.T@centered)[1][:, ::-1][:, :_CODE].astype(np.float32)
-    number = int(np.clip(len(looks)/len(rows)*min(len(features), _SHARD)/_LIST, 1, min(4096, len(looks))))
-    return _Words(mean, axes, _Words(mean, axes).codes(looks[rng.permutation(len(looks))[:number]]))
+    number = int(np.clip(len(found)/len(rows)*min(len(features), _SHARD)/_LIST, 1, min(4096, len(found))))
+    return _Words(mean, axes, _Words(mean, axes).codes(found[rng.permutation(len(found))[:number]]))
 
 # %% ../../nbs/data/30_copies.ipynb #a11278a2
 @dataclass(frozen=True)
@@ -337,68 +352,80 @@ class _Features:
     size:np.ndarray     # Width and height of that image [F, 2]
     mirrored:np.ndarray # Whether the image was mirrored left to right [F]
 
-def _mirror(points, looks, width):
+def _mirror(points, descriptors, width):
     "Features of an image as they are in its mirror image"
     points = points.copy()
-    points[:, 0],points[:, 3] = width-1-points[:, 0],np.pi-points[:, 3]
-    return points,looks[:, _MIRRORED]
+    points[:, 0] = width-1-points[:, 0]
+    points[:, 3] = np.pi-points[:, 3]
+    return points,descriptors[:, _MIRRORED]
 
 def _gather(features, rows, words, mirrored, most=_FEATURES, precision=np.float32):
-    "Features of some images, the `most` clearest of each; of their mirror images besides, if `mirrored`"
+    "Features of some images, the `most` clearest of each; also of their mirror images, if `mirrored`"
     number = sum(min(features.places[row][-1], most) for row in rows)*(1+mirrored)
-    found = _Features(np.empty((number, _CODE), precision), np.empty((number, 4), np.float32), np.empty(number, np.int32),
-                      np.empty((number, 2), np.int16), np.empty(number, bool))
+    found = _Features(
+        codes=np.empty((number, _CODE), precision), points=np.empty((number, 4), np.float32),
+        image=np.empty(number, np.int32), size=np.empty((number, 2), np.int16), mirrored=np.empty(number, bool))
     at = 0
     for row in rows:
-        pixels,points,looks = features[row]
-        (height,width),clearest = pixels.shape,(points[:most], looks[:most]) # they come clearest first
+        pixels,points,descriptors = features[row]
+        height,width = pixels.shape
+        clearest = points[:most],descriptors[:most] # they are sorted, clearest first
         for flipped in range(1+mirrored):
             where,what = _mirror(*clearest, width) if flipped else clearest
             part = slice(at, at+len(where))
-            found.codes[part],found.points[part],found.image[part] = words.codes(what),where,row
-            found.size[part],found.mirrored[part] = (width, height),bool(flipped)
+            found.codes[part] = words.codes(what)
+            found.points[part] = where
+            found.image[part] = row
+            found.size[part] = width,height
+            found.mirrored[part] = bool(flipped)
             at += len(where)
     return found
 
-_AT_ONCE,_PROBES,_ASKED,_ASK_AT_ONCE = 2**20,6,128,96 # likenesses; words of a feature; its image's features; images
+# %% ../../nbs/data/30_copies.ipynb #33d67f65
+# Similarities computed at a time; words probed for a feature; features of an image that are searched for, and
+# images whose features are searched for at a time
+_SIMILARITIES_AT_ONCE,_PROBES,_QUERY_FEATURES,_QUERY_IMAGES = 2**20,6,128,64
 
 def _by_word(words, number):
     "Places in a flat array of words, in the order of the words, and where each word begins"
-    order = np.argsort(words, kind='stable')
+    order = np.argsort(words, kind='stable').astype(np.int32)
     return order,np.searchsorted(words[order], np.arange(number+1))
 
-def _most_alike(likeness, most, least):
-    "Where each row has its `most` largest values, of those that are at least `least`: rows, columns and ranks in no order"
-    limit = np.full(len(likeness), least, np.float32)
-    if likeness.shape[1]>most: limit = np.maximum(np.partition(likeness, -most, axis=1)[:, -most], least)
-    row,column = np.divmod(np.flatnonzero(likeness>=limit[:, None]), likeness.shape[1])
+def _most_similar(similarity, most, least):
+    "Where each row has its `most` largest values, if at least `least`: rows, columns and ranks in no order"
+    limit = np.full(len(similarity), least, np.float32)
+    if similarity.shape[1]>most: limit = np.maximum(np.partition(similarity, -most, axis=1)[:, -most], least)
+    row,column = np.divmod(np.flatnonzero(similarity>=limit[:, None]), similarity.shape[1])
     rank = np.arange(len(row)) - np.searchsorted(row, row)
     return row[rank<most],column[rank<most],rank[rank<most]
 
-def _forget_own(likeness, image, images):
-    "Set to -1 what features of an image share with features of the same image; `images` are in order"
+def _mask_own(similarity, image, images):
+    "Set to -1 the similarity of features of one and the same image; `images` are sorted"
     begin,end = np.searchsorted(images, image, 'left'),np.searchsorted(images, image, 'right')
     row = np.repeat(np.arange(len(image)), end-begin)
     first = np.cumsum(end-begin) - (end-begin)
-    likeness[row, np.arange(len(row)) - first[row] + begin[row]] = -1
+    similarity[row, np.arange(len(row)) - first[row] + begin[row]] = -1
 
-def _alike(queries, probed, shard, filed, most=10, least=.7):
-    "Features of `shard`, `filed` by word, on the words `probed` for each of `queries` that look like it, of other images: two arrays of feature numbers, and how much more alike each pair is than the last one kept"
+# %% ../../nbs/data/30_copies.ipynb #0e826ff5
+def _similar_features(queries, probed, shard, filed, most=10, least=.7):
+    """Features of `shard`, `filed` by word, that are similar to those of `queries`, on the words `probed` for each,
+    of other images: two arrays of feature numbers, and by how much each pair exceeds the last one kept"""
     there,start = filed
     number,probes = len(start)-1,probed.shape[1]
-    asked,begin = _by_word(probed.ravel(), number)
+    queried,begin = _by_word(probed.ravel(), number)
     best,which = np.full((len(probed)*probes, most), -1, np.float32),np.zeros((len(probed)*probes, most), np.int32)
     for w in range(number):
-        every,s = asked[begin[w]:begin[w+1]],there[start[w]:start[w+1]]
+        every,s = queried[begin[w]:begin[w+1]],there[start[w]:start[w+1]]
         if not len(s): continue
         codes = shard.codes[s].astype(np.float32).T
-        step = max(1, _AT_ONCE//len(s)) # of films of one kind most features look alike, and fall on few words
+        # In radiographs of one kind most features look alike, and fall on few words
+        step = max(1, _SIMILARITIES_AT_ONCE//len(s))
         for slot in (every[i:i+step] for i in range(0, len(every), step)):
             q = slot//probes
-            likeness = queries.codes[q]@codes
-            _forget_own(likeness, queries.image[q], shard.image[s])
-            row,column,rank = _most_alike(likeness, most, least)
-            best[slot[row], rank],which[slot[row], rank] = likeness[row, column],s[column]
+            similarity = queries.codes[q]@codes
+            _mask_own(similarity, queries.image[q], shard.image[s])
+            row,column,rank = _most_similar(similarity, most, least)
+            best[slot[row], rank],which[slot[row], rank] = similarity[row, column],s[column]
     best,which = best.reshape(len(probed), -1),which.reshape(len(probed), -1)
     first = np.argpartition(-best, most-1, axis=1)[:, :most]
     best,which = np.take_along_axis(best, first, 1),np.take_along_axis(which, first, 1)
@@ -407,7 +434,7 @@ def _alike(queries, probed, shard, filed, most=10, least=.7):
     return q,which[q, column],best[q, column]-last[q]
 
 # %% ../../nbs/data/30_copies.ipynb #6c49fe8b
-# Offsets of place, angle and zoom, in cells: what one grid parts, another keeps together
+# Offsets of place, angle and zoom, in cells: what one grid separates, another keeps together
 _GRIDS = (0, 0, 0), (.5, .5, .5), (.25, .75, .5), (.75, .25, 0)
 _CELLS = 32, 32, 12, 8 # of places across and down, angles, zooms
 _LEAST_VOTES,_LEAST_AGREEING = 2,3 # features that agree on a transform in a cell, and after it was fitted
@@ -420,7 +447,8 @@ def _transforms(a, b):
     return zoom,angle,b.points[:, 0] + cos*x - sin*y,b.points[:, 1] + sin*x + cos*y
 
 def _votes(a, b, n, more):
-    "Pairs of images, of `n` in all, whose features agree on a transform: rows `a` and `b`, `mirrored`, and `votes`; a feature that is `more` alike than others are counts more"
+    """Pairs of images, of `n` in all, whose features agree on a transform: rows `a` and `b`, `mirrored`, and `votes`.
+    A feature counts `more` where its match stands out among the similar ones."""
     zoom,angle,x,y = _transforms(a, b)
     possible = (np.abs(np.log(zoom))<1) & (np.abs(x-b.size[:, 0]/2)<_SIDE) & (np.abs(y-b.size[:, 1]/2)<_SIDE)
     pair = (a.image.astype(np.int64)*n + b.image)*2 + a.mirrored
@@ -437,8 +465,9 @@ def _votes(a, b, n, more):
     key,votes = np.concatenate(keys),np.concatenate(counts)
     return pd.DataFrame({'a': key//2//n, 'b': key//2%n, 'mirrored': key%2==1, 'votes': votes})
 
+# %% ../../nbs/data/30_copies.ipynb #97324728
 def _take(features, rows):
-    "Some of the features, without their codes, which take most room"
+    "Some of the features, without their codes, which take most of the memory"
     return _Features(None, *(getattr(features, f.name)[rows] for f in fields(features)[1:]))
 
 def _most_votes(pairs, most):
@@ -446,24 +475,30 @@ def _most_votes(pairs, most):
     pairs = pairs.sort_values(['a', 'votes', 'b', 'mirrored'], ascending=[True, False, True, True])
     return pairs.drop_duplicates(['a', 'b']).groupby('a').head(most)
 
+def _search_shard(features, rows, words, probed, part, most, progress):
+    "The images of one shard with the most votes for each image: tables of pairs; its memory is released on return"
+    shard,n = _gather(features, rows, words, mirrored=False, precision=np.float16),len(features)
+    filed = _by_word(words.nearest(shard.codes, 1).ravel(), len(words.words))
+    def search(start):
+        queries = _gather(features, range(start, min(start+_QUERY_IMAGES, n)), words, True, _QUERY_FEATURES)
+        if start not in probed: probed[start] = words.nearest(queries.codes, _PROBES)
+        q,s,more = _similar_features(queries, probed[start], shard, filed)
+        pairs = _votes(_take(queries, q), _take(shard, s), n, more)
+        return _most_votes(pairs[part[pairs.a]!=part[pairs.b]], most)
+    blocks = range(0, n, _QUERY_IMAGES)
+    with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool: # one thread each, not a team for each
+        done = pool.map(search, blocks)
+        return list(progress_bar(done, total=len(blocks), leave=False) if progress else done)
+
 def _candidates(features, part, most, progress):
     "Pairs of images of different `part` with the most votes for each image: rows `a` and `b`, and whether `mirrored`"
     words,n = _learn_words(features),len(features)
     if words is None: return pd.DataFrame({'a': [], 'b': [], 'mirrored': []}, dtype=int)
+    length = ceil(n/ceil(n/_SHARD)) # of each shard
     found,probed = [],{} # words by block: the same for every shard
-    for first in range(0, n, _SHARD):
-        shard = _gather(features, range(first, min(first+_SHARD, n)), words, mirrored=False, precision=np.float16)
-        filed = _by_word(words.nearest(shard.codes, 1).ravel(), len(words.words))
-        def ask(start):
-            asked = _gather(features, range(start, min(start+_ASK_AT_ONCE, n)), words, True, _ASKED)
-            if start not in probed: probed[start] = words.nearest(asked.codes, _PROBES)
-            q,s,more = _alike(asked, probed[start], shard, filed)
-            pairs = _votes(_take(asked, q), _take(shard, s), n, more)
-            return _most_votes(pairs[part[pairs.a]!=part[pairs.b]], most)
-        blocks = range(0, n, _ASK_AT_ONCE)
-        with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool: # a thread each, not a team of threads for each
-            done = pool.map(ask, blocks)
-            found += progress_bar(done, total=len(blocks), leave=False) if progress else done
+    for first in range(0, n, length):
+        rows = range(first, min(first+length, n))
+        found += _search_shard(features, rows, words, probed, part, most, progress)
     pairs = _most_votes(pd.concat(found), most)
     turned = (part[pairs.a]>part[pairs.b]) | ((part[pairs.a]==part[pairs.b]) & (pairs.a>pairs.b)).to_numpy()
     pairs = pairs.assign(a=np.where(turned, pairs.b, pairs.a), b=np.where(turned, pairs.a, pairs.b))
@@ -472,7 +507,7 @@ def _candidates(features, part, most, progress):
 
 # %% ../../nbs/data/30_copies.ipynb #ce847347
 def _agreeing(a, b, tolerance=6.):
-    "Which pairs of points, [P, 4] both, agree with the similarity transform of one pair that most agree with, bool [P]"
+    "Pairs of points, [P, 4] both, that agree with the one pair whose similarity transform most agree with, bool [P]"
     zoom,angle = b[:, 2]/a[:, 2],b[:, 3]-a[:, 3]
     turn = zoom*np.exp(1j*angle)
     from_,to = (p[:, 0] + 1j*p[:, 1] for p in (a, b))
@@ -493,7 +528,8 @@ def _fit(a, b, affine):
 def _plausible(transform):
     "Whether a transform [2, 3] zooms by a factor from .3 to 3, hardly squeezes, and does not mirror"
     (a, b),(c, d) = transform[:, :2].tolist()
-    turned,mirrored = math.hypot(a+d, c-b)/2,math.hypot(a-d, c+b)/2 # a matrix of 2 × 2 zooms by their sum and difference
+    # A 2 × 2 matrix zooms by the sum and the difference of these
+    turned,mirrored = math.hypot(a+d, c-b)/2,math.hypot(a-d, c+b)/2
     least,most = abs(turned-mirrored),turned+mirrored
     return .3<least and most<3 and most<1.6*least and a*d-b*c>0
 
@@ -537,16 +573,16 @@ _LEAST_OVERLAP = .15
 # %% ../../nbs/data/30_copies.ipynb #c014539b
 def _partners(a, b):
     "Features [P] of `a` and of `b` that are each other's most similar, and similar enough"
-    likeness,of_a = a@b.T,np.arange(len(a))
-    best = likeness.argmax(1)
-    mutual = (likeness.argmax(0)[best]==of_a) & (likeness[of_a, best]>.8)
+    similarity,of_a = a@b.T,np.arange(len(a))
+    best = similarity.argmax(1)
+    mutual = (similarity.argmax(0)[best]==of_a) & (similarity[of_a, best]>.8)
     return np.flatnonzero(mutual),best[mutual]
 
 def _match(a, b, mirrored):
     "How one image of `LocalFeatures`, or its mirror image, lies over another: a dict; None if it does not"
-    points,looks = _mirror(*a[1:], a[0].shape[1]) if mirrored else a[1:]
+    points,descriptors = _mirror(*a[1:], a[0].shape[1]) if mirrored else a[1:]
     if min(len(points), len(b[1]))<_LEAST_AGREEING: return None
-    of_a,of_b = _partners(looks, b[2])
+    of_a,of_b = _partners(descriptors, b[2])
     if len(of_a)<_LEAST_AGREEING: return None
     transform,agreeing = _align(points[of_a], b[1][of_b])
     if transform is None: return None
@@ -589,12 +625,13 @@ def least_correlation(
     rng = np.random.default_rng(seed)
     rows = np.unique(np.sort(rng.integers(len(features), size=(200, 2)), 1), axis=0)
     rows = rows[rows[:, 0]<rows[:, 1]]
-    pairs = pd.concat([pd.DataFrame({'a': rows[:, 0], 'b': rows[:, 1], 'mirrored': flipped}) for flipped in (False, True)])
+    pairs = pd.concat([pd.DataFrame({'a': rows[:, 0], 'b': rows[:, 1], 'mirrored': m}) for m in (False, True)])
     best = _verify(features, pairs).groupby(['a', 'b']).correlation.max().to_numpy()
-    strangers = np.r_[best, np.zeros(max(len(rows), 1)-len(best))] # those without a common transform do not correlate
-    return float(np.clip(.35 + 1.2*np.quantile(strangers, .9), .5, .72)) # set on the tuning half of real images
+    # Pairs without a common transform do not correlate
+    unrelated = np.r_[best, np.zeros(max(len(rows), 1)-len(best))]
+    return float(np.clip(.35 + 1.2*np.quantile(unrelated, .9), .5, .72)) # set on the tuning half of real images
 
-STRONGER = .1 # so much more has a strong link
+STRONGER = .1 # how much more correlation a strong link has
 
 def match_copies(
     images,                 # Paths, arrays, or whatever else a table's `image` column holds
@@ -602,7 +639,7 @@ def match_copies(
     correlation:float=None, # Least correlation of a copy with its original, in (0, 1]; `least_correlation` by default
     candidates:int=10,      # Candidates compared for each image
     progress:bool=False,    # Show progress bars
-)->pd.DataFrame: # Rows `a` and `b`, `correlation`, and what makes `b` of `a`: `mirrored`, turned left by `angle` (°), zoomed, shifted
+)->pd.DataFrame: # `a`, `b`, `correlation`, and what turns `a` into `b`: `mirrored`, `angle` (° left), zoom, shift
     "Pairs of images that show one picture under any angle, mirrored, cropped, brighter, saved again; needs OpenCV"
     if correlation is not None: check_number(correlation, 'correlation', above=0, most=1)
     check_integer(candidates, 'candidates', 1)
@@ -616,27 +653,31 @@ def match_copies(
 # %% ../../nbs/data/30_copies.ipynb #7c7fc818
 MEASURED = {'features': dict(recall=0.992, precision=1.0),
             'fingerprints': dict(recall=0.0, precision=None),
-            'rings': dict(recall=0.125, precision=1.0)} # among some hundred images of each of four sets; results/copies/measured.json
+            'rings': dict(recall=0.125, precision=1.0)} # some hundred images of each of four sets: measured.json
 AMONG_MANY = dict(images=2650, recall=.967) # `features`: the more images, the more look alike
 
-_KINDS = {'fingerprints': 'files with the same bytes, and pictures resized, saved again, mirrored or turned by right angles',
-          'features': 'pictures turned by any angle, mirrored, cropped to 80 %, changed in brightness by 20 %, or saved again',
-          'rings': 'pictures turned around their center by any angle, mirrored or zoomed'}
+_KINDS = {
+    'fingerprints': 'files with the same bytes, and pictures resized, saved again, mirrored or turned by right angles',
+    'features': 'pictures turned by any angle, mirrored, cropped to 80 %, changed in brightness by 20 %, '
+                'or saved again',
+    'rings': 'pictures turned around their center by any angle, mirrored or zoomed'}
 NOT_LOOKED_FOR = 'copies turned by other than right angles, cropped or shifted'
 
 def describe_search(
     how:str, # `fingerprints`, `features` (fingerprints as well) or `rings`
 )->str:
-    "Which copies a search can see, and what share of those made from real images it found when that was measured"
+    "Which copies a search can find, and what share of copies made from real images it found when that was measured"
     check_in(how, tuple(_KINDS), 'how')
-    kinds = f"{_KINDS['fingerprints']}; {_KINDS['features']}" if how=='features' else _KINDS[how]
-    many = f", {AMONG_MANY['recall']:.1%} among {AMONG_MANY['images']:,} images" if how=='features' else ''
+    kinds,many = _KINDS[how],''
+    if how=='features':
+        kinds = f"{_KINDS['fingerprints']}; {kinds}"
+        many = f", {AMONG_MANY['recall']:.1%} among {AMONG_MANY['images']:,} images"
     return (f'{kinds}. Of copies made from real images by any rotation, mirroring, cropping to 80 %, '
             f"changing the brightness by up to 20 % and saving as JPEG, it found {MEASURED[how]['recall']:.1%}{many}")
 
 # %% ../../nbs/data/30_copies.ipynb #7dbb3753
 def _suffices(links, size_a, size_b):
-    "Whether links (a member of each group, strong or not) are enough to make one of two groups of these sizes"
+    "Whether links (a member of each group, strong or not) are enough to merge two groups of these sizes"
     if size_a==size_b==1: return True
     if 1 in (size_a, size_b): return len(links)>1 or any(strong for _,_,strong in links)
     return len({i for i,_,_ in links})>1 and len({j for _,j,_ in links})>1
@@ -656,7 +697,7 @@ class _Groups:
         while (b := self._ready(a)) is not None: self._join(a, b)
 
     def _ready(self, a):
-        "A group that the links to `a` suffice for"
+        "A group whose links to `a` suffice"
         for b,links in self.links[a].items():
             if _suffices(links, len(self.members[a]), len(self.members[b])): return b
 
@@ -670,46 +711,50 @@ class _Groups:
             self.links[a].setdefault(c, []).extend(links)
             self.links[c].setdefault(a, []).extend(back)
 
+# %% ../../nbs/data/30_copies.ipynb #dc4c4220
 def link_groups(
     n:int,              # Images
     pairs:pd.DataFrame, # Rows `a` and `b` that may be of one source, and their `correlation`
     strong:float=.68,   # Correlation from which one link is enough for a single image
 )->tuple: # Group of each image [N], and pairs of groups that are linked, but not well enough
-    "Groups of linked images: two become one by two links without a common image, a single image joins by a strong link or two"
+    "Groups of linked images: two merge by two links without a common image, a single image by a strong link or two"
     groups = _Groups(n)
     for pair in pairs.sort_values(['correlation', 'a', 'b'], ascending=[False, True, True]).itertuples():
         groups.add(pair.a, pair.b, pair.correlation>=strong)
-    refused = sorted({tuple(sorted((int(a), int(b)))) for a,links in groups.links.items() for b in links})
-    return groups.group,[(groups.members[a], groups.members[b]) for a,b in refused]
+    rejected = sorted({tuple(sorted((int(a), int(b)))) for a,links in groups.links.items() for b in links})
+    return groups.group,[(groups.members[a], groups.members[b]) for a,b in rejected]
 
 # %% ../../nbs/data/30_copies.ipynb #81d88ded
-def _more_pairs(refused, known, most=8):
+def _more_pairs(rejected, known, most=8):
     "Pairs of images of two groups that too few links would join, so far not compared"
     more = []
-    for a,b in refused:
+    for a,b in rejected:
         between = ((min(i, j), max(i, j)) for i in a for j in b)
         more += list(islice((pair for pair in between if pair not in known), most))
     more = np.array(sorted(set(more)), int).reshape(-1, 2)
-    return pd.concat([pd.DataFrame({'a': more[:, 0], 'b': more[:, 1], 'mirrored': mirrored}) for mirrored in (False, True)])
+    return pd.concat([pd.DataFrame({'a': more[:, 0], 'b': more[:, 1], 'mirrored': m}) for m in (False, True)])
 
 def _refuse_unreadable(unreadable, n):
     "Raise an error that names the images that cannot be read"
-    if unreadable: raise ValueError(f'{len(unreadable)} of {n} images cannot be read:\n' + '\n'.join(unreadable.values()))
+    if not unreadable: return
+    raise ValueError(f'{len(unreadable)} of {n} images cannot be read:\n' + '\n'.join(unreadable.values()))
 
+# %% ../../nbs/data/30_copies.ipynb #da0b201c
 def _groups_by_features(images, correlation, candidates, progress):
     "Group number of each image, by fingerprints and verified matches"
     prints = fingerprints(images, progress)
     _refuse_unreadable(prints.unreadable, len(images))
-    alike = find_copies(prints)
-    alike = alike.assign(correlation=1-alike.distance)[['a', 'b', 'correlation']]
+    same = find_copies(prints)
+    same = same.assign(correlation=1-same.distance)[['a', 'b', 'correlation']]
     with LocalFeatures(images, progress) as features:
         correlation = correlation or least_correlation(features)
         pairs = _candidates(features, np.arange(len(images)), candidates, progress)
-        links = pd.concat([alike, _verify(features, pairs, correlation, progress)])
-        groups,refused = link_groups(len(images), links, correlation+STRONGER)
-        if not refused: return groups
-        more = _more_pairs(refused, set(zip(links.a, links.b)))
-        return link_groups(len(images), pd.concat([links, _verify(features, more, correlation)]), correlation+STRONGER)[0]
+        links = pd.concat([same, _verify(features, pairs, correlation, progress)])
+        groups,rejected = link_groups(len(images), links, correlation+STRONGER)
+        if not rejected: return groups
+        more = _more_pairs(rejected, set(zip(links.a, links.b)))
+        links = pd.concat([links, _verify(features, more, correlation)])
+        return link_groups(len(images), links, correlation+STRONGER)[0]
 
 def _groups_by_rings(images, correlation, candidates, progress):
     "Group number of each image, by correlation on rings around its center"
@@ -717,15 +762,17 @@ def _groups_by_rings(images, correlation, candidates, progress):
     _refuse_unreadable(unreadable, len(images))
     rings = np.stack(rings)
     i,j = _likely_siblings(rings, candidates)
-    alike = [_turned_correlation(rings[i[s:s+4096]], rings[j[s:s+4096]]) for s in range(0, len(i), 4096)]
-    linked = np.concatenate(alike) >= correlation
+    found = [_turned_correlation(rings[i[s:s+4096]], rings[j[s:s+4096]]) for s in range(0, len(i), 4096)]
+    linked = np.concatenate(found) >= correlation
     links = coo_matrix((np.ones(linked.sum()), (i[linked], j[linked])), shape=(len(images),)*2)
     return connected_components(links, directed=False)[1]
 
+# %% ../../nbs/data/30_copies.ipynb #883ed313
 def group_copies(
     images,                 # Paths, arrays, or whatever else a table's `image` column holds
-    correlation:float=None, # Least correlation of copies, in (0, 1]: `least_correlation` for `features`, .7 for `rings` by default
-    neighbors:int=None,     # Candidates compared for each image; 20 for `features`, 40 for `rings` by default
+    # Least correlation of copies, in (0, 1]; default: `least_correlation` for `features`, .7 for `rings`
+    correlation:float=None,
+    neighbors:int=None,     # Candidates compared for each image; default: 10 for `features`, 40 for `rings`
     progress:bool=False,    # Show progress bars
     how:str='auto',         # `features` (needs OpenCV), `rings`, or `auto`: features where OpenCV is installed
 )->np.ndarray: # Group number of each image [N], in order of appearance
@@ -742,15 +789,16 @@ def group_copies(
     return pd.factorize(groups)[0]
 
 def _fall_back():
-    "The weaker way, and a warning that says so"
-    warnings.warn(f'OpenCV is not installed: {NOT_LOOKED_FOR}; pip install "kdmed[copies]" finds them', stacklevel=3)
+    "The weaker method, and a warning that says so"
+    warnings.warn(f'OpenCV is not installed, so these are not searched for: {NOT_LOOKED_FOR}; '
+                  'pip install "kdmed[copies]" to find them', stacklevel=3)
     return 'rings'
 
 # %% ../../nbs/data/30_copies.ipynb #0527c0b1
 def join_groups(
     table:pd.DataFrame, # Image table; not changed
     pairs,              # Rows that belong together: a table with columns `a` and `b`, such as `find_copies` gives
-)->pd.DataFrame: # Copy in which groups that any pair connects have one name, that of the first
+)->pd.DataFrame: # Copy in which groups connected by any pair have one name, that of the first
     "Make one group of all groups that share a picture"
     check_table(table)
     numbers,groups = pd.factorize(table.group)
@@ -763,15 +811,15 @@ def join_groups(
 def guessed_note(
     how:str='auto', # As in `group_copies`
 )->str:
-    "What is said of groups that were guessed: `table.attrs['guessed_groups']`"
+    "The note on guessed groups in cards and reports: `table.attrs['guessed_groups']`"
     used = ('features' if has_opencv() else 'rings') if how=='auto' else how
-    return f'groups are guessed from the pixels; the search sees {describe_search(used)}'
+    return f'groups are guessed from the pixels; the search can find {describe_search(used)}'
 
 def guess_groups(
     table:pd.DataFrame,  # Image table; not changed
     progress:bool=False, # Show progress bars
     how:str='auto',      # As in `group_copies`
-)->pd.DataFrame: # Copy in which groups that share a picture are one; `table.attrs['guessed_groups']` says how they were found
+)->pd.DataFrame: # Copy in which groups that share a picture are one, marked in `attrs['guessed_groups']`
     "Join the groups of a table whose images look like copies of one source, and mark the groups as guessed"
     groups = group_copies(check_table(table).image, progress=progress, how=how)
     first = pd.Series(range(len(table))).groupby(groups).transform('first').to_numpy()
@@ -784,12 +832,12 @@ def guess_groups(
 class LeakageReport:
     "What crosses the splits of a table"
     name:str             # The set's
-    counts:pd.DataFrame  # For every two splits, how many images of the second have what in the first
+    counts:pd.DataFrame  # For every two splits, how many images of the second have something in the first
     pairs:pd.DataFrame   # Copies across splits, nearest first
-    unreadable:dict      # Images that could not be compared, and why: {row: sentence}
+    unreadable:dict      # Images that could not be compared: {row: reason}
     images:list = field(repr=False) # Of the table
-    looked_for:str = ''     # Which copies the search can see, and its measured recall
-    not_looked_for:str = '' # Which copies were not looked for, and what to do; empty if all were
+    looked_for:str = ''     # Which copies the search can find, and its measured recall
+    not_looked_for:str = '' # Which copies were not searched for, and how to find them; empty if all were
 
     def share(self, what='group_mates', first='train', second='test'):
         "Share of the second split's images with `group_mates`, an `identical` file or `copies` in the first"
@@ -798,7 +846,8 @@ class LeakageReport:
 
     def to_dict(self):
         "Counts and shares as plain numbers"
-        return {'name': self.name, **self.counts.to_dict('index'), 'pairs': len(self.pairs), 'unreadable': len(self.unreadable),
+        return {'name': self.name, **self.counts.to_dict('index'), 'pairs': len(self.pairs),
+                'unreadable': len(self.unreadable),
                 'looked_for': self.looked_for, 'not_looked_for': self.not_looked_for}
 
     def plot(self, n=6):
@@ -807,15 +856,20 @@ class LeakageReport:
 
     def __repr__(self):
         lines = [f'{self.name}: what crosses the splits']
-        for between,c in self.counts.iterrows():
-            first,second = between.split('-')
-            of = {what: f'{c[what]:,} ({c[what]/c.images:.1%})' for what in ('group_mates', 'copies', 'identical')}
-            lines.append(f'{second} images: {c.images:,}; with a group-mate in {first}: {of["group_mates"]}, of {c.groups:,} groups; '
-                         f'with a copy in {first}: {of["copies"]}, byte by byte: {of["identical"]}')
+        lines += [_crossing_line(between, counts) for between,counts in self.counts.iterrows()]
         if self.looked_for: lines.append(f'Looked for: {self.looked_for}.')
         if self.not_looked_for: lines.append(f'Not looked for: {self.not_looked_for}.')
-        if self.unreadable: lines += [f'{len(self.unreadable):,} images could not be read and compared:', *self.unreadable.values()]
+        if self.unreadable:
+            lines += [f'{len(self.unreadable):,} images could not be read and compared:', *self.unreadable.values()]
         return '\n'.join(lines)
+
+# %% ../../nbs/data/30_copies.ipynb #961c06c7
+def _crossing_line(between, counts):
+    "What images of one split have in another, for `between` such as `train-test`"
+    first,second = between.split('-')
+    def of(what): return f'{counts[what]:,} ({counts[what]/counts.images:.1%})'
+    return (f'{second} images: {counts.images:,}; with another image of their group in {first}: {of("group_mates")}, '
+            f'of {counts.groups:,} groups; with a copy in {first}: {of("copies")}, byte by byte: {of("identical")}')
 
 # %% ../../nbs/data/30_copies.ipynb #86a4ff24
 def _crossing(table, prints, pairs, first, second):
@@ -826,36 +880,51 @@ def _crossing(table, prints, pairs, first, second):
     identical = pd.Series(content[here]).isin(content[there])
     crossing = pairs[there[pairs.a] & here[pairs.b]]
     copies = pd.Series(content[here]).isin(content[crossing.b])
-    return dict(images=int(here.sum()), groups=int(pd.Series(group[here])[mates].nunique()), group_mates=int(mates.sum()),
+    groups = pd.Series(group[here])[mates].nunique()
+    return dict(images=int(here.sum()), groups=int(groups), group_mates=int(mates.sum()),
                 identical=int(identical.sum()), copies=int(copies.sum()))
 
 # %% ../../nbs/data/30_copies.ipynb #51459371
+def _transform_parts(match):
+    "What turns `a` into `b`, in words, for a row of `match_copies`; empty if nothing does"
+    parts = ['mirrored'] if match.mirrored else []
+    if match.angle: parts.append(f'turned {match.angle}° left')
+    if abs(match.zoom-1)>.02: parts.append(f'zoomed {match.zoom:.2f} times')
+    shifted = max(abs(match.shift_x), abs(match.shift_y))>.02
+    if shifted: parts.append(f'shifted by {match.shift_x:.0%} and {match.shift_y:.0%}')
+    return parts
+
 def describe_transform(
     match, # A row of `match_copies`
 )->str:
     "A transform in words, such as `mirrored, turned 17°, zoomed 1.20 times`"
-    parts = ['mirrored'] if match.mirrored else []
-    if match.angle: parts.append(f'turned {match.angle}° left')
-    if abs(match.zoom-1)>.02: parts.append(f'zoomed {match.zoom:.2f} times')
-    if max(abs(match.shift_x), abs(match.shift_y))>.02: parts.append(f'shifted by {match.shift_x:.0%} and {match.shift_y:.0%}')
-    return ', '.join(parts) or 'as it is'
+    return ', '.join(_transform_parts(match)) or ORIENTATIONS[0]
 
-def _all_pairs(images, prints, split, distance, features, progress):
-    "Copies by fingerprint and, if `features`, by verified matches as well: as `find_copies` gives them, with `verified`"
-    pairs = find_copies(prints, split, distance).assign(verified=False)
-    if not features: return pairs
+# %% ../../nbs/data/30_copies.ipynb #4efb2e93
+_SAME_BYTES,_SAME_PICTURE,_TRANSFORMED = 'same bytes','same picture','transformed' # kinds of copies
+
+def _matched_pairs(images, prints, split, progress):
+    "Verified matches of readable images, one of each content and split, in the columns of `find_copies` and `kind`"
     rows = _first_of_each(prints, split)
     readable = np.array([row for row in rows if row not in prints.unreadable], int)
     splits = None if split is None else np.asarray(split, object)[readable]
     matched = match_copies([images[row] for row in readable], splits, progress=progress)
-    matched = matched.assign(a=readable[matched.a], b=readable[matched.b])
-    more = pd.DataFrame({'a': matched.a, 'b': matched.b, 'distance': 1-matched.correlation,
-                         'identical': False, 'verified': True,
-                         'orientation': [describe_transform(m) for m in matched.itertuples()]})
-    known = set(zip(pairs.a, pairs.b))
-    confirmed = set(zip(more.a, more.b))
-    pairs['verified'] = [(a, b) in confirmed for a,b in zip(pairs.a, pairs.b)]
-    new = more[[(a, b) not in known for a,b in zip(more.a, more.b)]]
+    moved = [bool(_transform_parts(m)) for m in matched.itertuples()]
+    return pd.DataFrame({
+        'a': readable[matched.a], 'b': readable[matched.b],
+        'distance': 1-matched.correlation, 'identical': False,
+        'orientation': [describe_transform(m) for m in matched.itertuples()],
+        'verified': True, 'kind': np.where(moved, _TRANSFORMED, _SAME_PICTURE)})
+
+def _all_pairs(images, prints, split, distance, features, progress):
+    "Copies by fingerprint and, if `features`, verified matches: as in `find_copies`, with `verified` and `kind`"
+    pairs = find_copies(prints, split, distance)
+    pairs = pairs.assign(verified=False, kind=np.where(pairs.identical, _SAME_BYTES, _SAME_PICTURE))
+    if not features: return pairs
+    more = _matched_pairs(images, prints, split, progress)
+    known,confirmed = set(zip(pairs.a, pairs.b)),set(zip(more.a, more.b))
+    pairs['verified'] = [pair in confirmed for pair in zip(pairs.a, pairs.b)]
+    new = more[[pair not in known for pair in zip(more.a, more.b)]]
     both = pd.concat([pairs, new]) if len(new) else pairs
     return both.sort_values(['distance', 'a', 'b'], ignore_index=True)
 
@@ -868,30 +937,38 @@ def _first_of_each(prints, split):
 def leakage_report(
     table:pd.DataFrame,       # Image table with `split` filled
     distance:float=.07,       # Largest distance of a copy by fingerprint, in [0, 1]; see `find_copies`
-    prints:Fingerprints=None, # Fingerprints of the table's images, if they are made already
+    prints:Fingerprints=None, # Fingerprints of the table's images, if they are already computed
     progress:bool=False,      # Show progress bars
-    how:str='auto',           # `features` (verified matches besides; needs OpenCV), `fingerprints`, or `auto`: what is installed
+    # `features` (also verified matches; needs OpenCV), `fingerprints`, or `auto`: features where OpenCV is installed
+    how:str='auto',
 )->LeakageReport:
     "Count groups, identical files and copies of images that cross the splits of a table"
     check_table(table)
     check_in(how, ('auto', 'features', 'fingerprints'), 'how')
     if how=='features': require_opencv()
-    if table.split.isna().any(): raise ValueError(f'{table.split.isna().sum()} of {len(table)} rows have no split; deal them out with split_groups')
+    if table.split.isna().any():
+        raise ValueError(f'{table.split.isna().sum()} of {len(table)} rows have no split; assign one with split_groups')
     if prints is None: prints = fingerprints(table.image, progress)
-    if len(prints)!=len(table): raise ValueError(f'prints must be of the table\'s {len(table)} images, got {len(prints)}')
+    if len(prints)!=len(table):
+        raise ValueError(f'prints must be of the table\'s {len(table)} images, got {len(prints)}')
     splits,groups = table.split.to_numpy(object),table.group.to_numpy()
     features = how!='fingerprints' and has_opencv()
-    pairs = _all_pairs(list(table.image), prints, splits, distance, features, progress)
+    pairs = _all_pairs(list(table.image), prints, splits, distance, features, progress).drop(columns='kind')
     pairs = pairs[splits[pairs.a]!=splits[pairs.b]]
     pairs = pairs.assign(split_a=splits[pairs.a], split_b=splits[pairs.b], same_group=groups[pairs.a]==groups[pairs.b])
     between = list(combinations([s for s in SPLITS if (splits==s).any()], 2))
-    counts = pd.DataFrame([_crossing(table, prints, pairs, *two) for two in between], index=['-'.join(two) for two in between])
-    return LeakageReport(table.attrs.get('name', 'images'), counts, pairs, prints.unreadable, list(table.image),
-                         describe_search('features' if features else 'fingerprints'), '' if features else _why_not(how))
+    counts = [_crossing(table, prints, pairs, *two) for two in between]
+    return LeakageReport(
+        name=table.attrs.get('name', 'images'),
+        counts=pd.DataFrame(counts, index=['-'.join(two) for two in between]),
+        pairs=pairs, unreadable=prints.unreadable, images=list(table.image),
+        looked_for=describe_search('features' if features else 'fingerprints'),
+        not_looked_for='' if features else _why_not(how))
 
 def _why_not(how):
-    "What was not looked for, and how to"
-    return NOT_LOOKED_FOR + (", because how='fingerprints'" if how=='fingerprints' else '; pip install "kdmed[copies]" finds them')
+    "What was not searched for, and how to search for it"
+    reason = ", because how='fingerprints'" if how=='fingerprints' else '; pip install "kdmed[copies]" finds them'
+    return NOT_LOOKED_FOR + reason
 
 # %% ../../nbs/data/30_copies.ipynb #55b0717f
 def show_leaks(
@@ -911,50 +988,69 @@ def show_leaks(
     return axes
 
 # %% ../../nbs/data/30_copies.ipynb #c8a6c507
+# Long because: one record, whose fields and sentences are read together
 @dataclass(frozen=True)
 class CopyCheck:
     "Copies in a table: those that cross its splits, and those with contradictory labels"
     name:str                   # The set's
     images:int                 # Number of images
-    crossing:pd.DataFrame      # Pairs in two splits: rows `a`, `b`, their splits, `kind`, `transform`, `verified`, `same_group`
-    shares:dict                # For each two splits, such as `train-test`: images of the second, and how many have a copy in the first
-    contradictory:pd.DataFrame # Pairs with different labels: `a`, `b`, `label_a`, `label_b`, `kind`, `transform`, `verified`
-    looked_for:str             # Which copies the search can see, and its measured recall
-    not_looked_for:str         # Which were not looked for, and why; empty if all were
+    # Pairs in two splits: rows `a`, `b`, their splits, `kind`, `transform`, `verified`, `same_group`
+    crossing:pd.DataFrame
+    # For each two splits, such as `train-test`: images of the second, and how many have a copy in the first
+    shares:dict
+    # Pairs with different labels: `a`, `b`, `label_a`, `label_b`, `kind`, `transform`, `verified`
+    contradictory:pd.DataFrame
+    looked_for:str             # Which copies the search can find, and its measured recall
+    not_looked_for:str         # Which were not searched for, and why; empty if all were
     seconds_expected:float     # Seconds that a full search was expected to take
-    unreadable:dict            # Images that could not be compared, and why: {row: sentence}
+    unreadable:dict            # Images that could not be compared: {row: reason}
 
     def sentences(self):
-        "What to say in a report"
-        said = [f'Copies among {self.images:,} images. Looked for: {self.looked_for}.']
-        if self.not_looked_for: said.append(f'Not looked for: {self.not_looked_for}.')
-        for between,share in self.shares.items():
-            first,second = between.split('-')
-            said.append(f"{share['share']:.1%} ({share['with_copy']:,}/{share['images']:,}) of the {second} images have a copy in {first}"
-                        + ('; scores on them are optimistic.' if share['with_copy'] and first=='train' else '.'))
-        if len(self.contradictory): said.append(f'{len(self.contradictory):,} pair{"s"*(len(self.contradictory)!=1)} of copies have different labels.')
-        if self.unreadable: said.append(f'{len(self.unreadable):,} images could not be read, and were not compared.')
-        return said
+        "Sentences for a report"
+        lines = [f'Copies among {self.images:,} images. Looked for: {self.looked_for}.']
+        if self.not_looked_for: lines.append(f'Not looked for: {self.not_looked_for}.')
+        lines += [_share_sentence(between, share) for between,share in self.shares.items()]
+        if n := len(self.contradictory):
+            lines.append(f'{n:,} {"pair" if n==1 else "pairs"} of copies have different labels.')
+        if n := len(self.unreadable): lines.append(f'{n:,} images could not be read, and were not compared.')
+        return lines
 
     def pairs(self, table):
-        "Every pair that crosses splits or has different labels, by the names of the images of the table that was looked at"
-        found = pd.concat([self.crossing, self.contradictory])[['a', 'b', 'kind', 'transform', 'verified']].drop_duplicates(['a', 'b'], ignore_index=True)
-        both = {}
-        for end in ('a', 'b'):
-            rows = found[end].to_numpy(int)
-            images = [f'row {i}' if isinstance(table.image.iloc[i], np.ndarray) else name_of(table.image.iloc[i]) for i in rows]
-            both |= {f'image_{end}': images} | {f'{what}_{end}': table[what].to_numpy(object)[rows] for what in ('split', 'label', 'group')}
-        return pd.DataFrame(both).assign(**found[['kind', 'transform', 'verified']])
+        "Every pair that crosses splits or has different labels, by the image names of the table that was checked"
+        found = pd.concat([self.crossing, self.contradictory])[['a', 'b', 'kind', 'transform', 'verified']]
+        found = found.drop_duplicates(['a', 'b'], ignore_index=True)
+        ends = {**_rows_of(table, found.a, 'a'), **_rows_of(table, found.b, 'b')}
+        return pd.DataFrame(ends).assign(**found[['kind', 'transform', 'verified']])
 
     def to_dict(self):
         "Plain numbers and sentences, without file names"
-        return dict(name=self.name, images=self.images, shares=self.shares, crossing=len(self.crossing), verified=int(self.crossing.verified.sum()),
-                    contradictory=len(self.contradictory), unreadable=len(self.unreadable), looked_for=self.looked_for,
-                    not_looked_for=self.not_looked_for, seconds_expected=round(self.seconds_expected, 1))
+        verified = int(self.crossing.verified.sum())
+        return dict(
+            name=self.name, images=self.images, shares=self.shares, crossing=len(self.crossing), verified=verified,
+            contradictory=len(self.contradictory), unreadable=len(self.unreadable), looked_for=self.looked_for,
+            not_looked_for=self.not_looked_for, seconds_expected=round(self.seconds_expected, 1))
 
     def __repr__(self): return '\n'.join(self.sentences())
 
-# %% ../../nbs/data/30_copies.ipynb #439bde04
+# %% ../../nbs/data/30_copies.ipynb #335c5694
+def _share_sentence(between, share):
+    "How many images of one split have a copy in another, for `between` such as `train-test`"
+    first,second = between.split('-')
+    optimistic = '; scores on them are optimistic' if share['with_copy'] and first=='train' else ''
+    return (f"{share['share']:.1%} ({share['with_copy']:,}/{share['images']:,}) of the {second} images "
+            f'have a copy in {first}{optimistic}.')
+
+def _rows_of(table, rows, end):
+    "Names, splits, labels and groups of some rows, as columns such as `image_a` for `end` a"
+    def name(image, row): return f'row {row}' if isinstance(image, np.ndarray) else name_of(image)
+    rows = rows.to_numpy(int)
+    images = [name(table.image.iloc[i], i) for i in rows]
+    more = {f'{c}_{end}': table[c].to_numpy(object)[rows] for c in ('split', 'label', 'group')}
+    return {f'image_{end}': images, **more}
+
+# Time for reading and verifying, and for searching so many images, in units of the time to read the features
+_VERIFIED,_SEARCHED = 2.5,1.3
+
 def expected_seconds(
     images, # Paths, arrays, or whatever else a table's `image` column holds
     n:int=8, # Images to try
@@ -966,31 +1062,29 @@ def expected_seconds(
     read_each(tried[:1], read) # the first takes longer
     start = time.perf_counter()
     read_each(tried, read)
-    return (_VERIFIED + _SEARCHED*ceil(len(images)/_SHARD))*(time.perf_counter()-start)*len(images)/len(tried)
+    per_image = (time.perf_counter()-start)/len(tried)
+    return (_VERIFIED + _SEARCHED*ceil(len(images)/_SHARD))*per_image*len(images)
 
-_VERIFIED,_SEARCHED = 2.5,1.3 # reading and verifying, and searching so many images, in units of the time to read the features
-
-def _kind(pair):
-    "What a pair of copies is called"
-    if pair.identical: return 'same bytes'
-    return 'same picture' if pair.orientation in ORIENTATIONS else 'transformed'
-
-def _with_same_bytes(pairs, prints, table):
-    "The pairs, and besides those of rows with the same bytes as one of them but another split or label"
-    rows = pd.DataFrame({'content': prints.content, 'split': table.split.to_numpy(object), 'label': _labels(table)}).astype(str)
-    rows = rows.assign(row=range(len(rows))).drop_duplicates(['content', 'split', 'label'])[['content', 'row']]
-    every = pairs.assign(content=prints.content[pairs.a]).merge(rows, on='content').rename(columns={'row': 'other_a'})
-    every = every.assign(content=prints.content[every.b]).merge(rows, on='content').rename(columns={'row': 'other_b'})
-    every = every[every.other_a!=every.other_b]
-    turned = (every.other_a>every.other_b).to_numpy()
-    plain = every['transform'].eq('as it is') | every.identical
-    every = every.assign(a=np.where(turned, every.other_b, every.other_a), b=np.where(turned, every.other_a, every.other_b),
-                         transform=np.where(turned & ~plain, 'the inverse of: ' + every['transform'], every['transform']))
-    return pd.concat([pairs, every[pairs.columns]]).drop_duplicates(['a', 'b'], ignore_index=True)
-
+# %% ../../nbs/data/30_copies.ipynb #439bde04
 def _labels(table):
     "Labels that can be compared: findings in any order are the same"
     return table.label.map(lambda l: '|'.join(sorted(str(l).split('|'))), na_action='ignore').to_numpy(object)
+
+def _with_same_bytes(pairs, prints, table):
+    "The pairs, plus those of rows that have the same bytes as one of them but another split or label"
+    rows = pd.DataFrame({'content': prints.content, 'split': table.split.to_numpy(object), 'label': _labels(table)})
+    rows = rows.astype(str).assign(row=range(len(rows))).drop_duplicates(['content', 'split', 'label'])
+    rows = rows[['content', 'row']]
+    every = pairs.assign(content=prints.content[pairs.a]).merge(rows, on='content').rename(columns={'row': 'other_a'})
+    every = every.assign(content=prints.content[every.b]).merge(rows, on='content').rename(columns={'row': 'other_b'})
+    every = every[every.other_a!=every.other_b]
+    swapped = (every.other_a>every.other_b).to_numpy()
+    unchanged = every['transform'].eq(ORIENTATIONS[0]) | every.identical
+    inverse = 'the inverse of: ' + every['transform']
+    every = every.assign(
+        a=np.where(swapped, every.other_b, every.other_a), b=np.where(swapped, every.other_a, every.other_b),
+        transform=np.where(swapped & ~unchanged, inverse, every['transform']))
+    return pd.concat([pairs, every[pairs.columns]]).drop_duplicates(['a', 'b'], ignore_index=True)
 
 def _shares(table, prints, pairs):
     "For each two splits, how many images of the second have a copy in the first"
@@ -1002,9 +1096,33 @@ def _shares(table, prints, pairs):
         shares[f'{first}-{second}'] = dict(images=int(here.sum()), with_copy=found, share=found/int(here.sum()))
     return shares
 
+# %% ../../nbs/data/30_copies.ipynb #aa148e23
+def _cross(table, pairs):
+    "Pairs in two splits, the earlier split first; the table's rows must be in the order of the splits"
+    splits,groups = table.split.to_numpy(object),table.group.to_numpy()
+    a,b = pairs.a.to_numpy(int),pairs.b.to_numpy(int)
+    crossing = pairs.assign(split_a=splits[a], split_b=splits[b], same_group=groups[a]==groups[b])
+    kept = crossing[(splits[a]!=splits[b]) & pd.notna(splits[a]) & pd.notna(splits[b])]
+    columns = ['a', 'b', 'split_a', 'split_b', 'kind', 'transform', 'verified', 'same_group']
+    return kept[columns].reset_index(drop=True)
+
+def _contradict(table, pairs):
+    "Pairs whose labels differ"
+    labels = _labels(table)
+    listed = pairs.assign(label_a=labels[pairs.a.to_numpy(int)], label_b=labels[pairs.b.to_numpy(int)])
+    listed = listed[(listed.label_a!=listed.label_b) & listed.label_a.notna() & listed.label_b.notna()]
+    return listed[['a', 'b', 'label_a', 'label_b', 'kind', 'transform', 'verified']].reset_index(drop=True)
+
+def _left_out(features, expected, seconds):
+    "What was not searched for, and why"
+    if features: return ''
+    if not has_opencv(): return NOT_LOOKED_FOR + '; pip install "kdmed[copies]" finds them'
+    return f'{NOT_LOOKED_FOR}: that was expected to take {expected:,.0f} s, and {seconds:,.0f} s were allowed'
+
+# %% ../../nbs/data/30_copies.ipynb #ca3c3188
 def check_copies(
     table:pd.DataFrame,  # Image table, with `split` filled or not
-    seconds:float=None,  # Where a full search would take longer, fingerprints alone are compared; no limit by default
+    seconds:float=None,  # If a full search would take longer, fingerprints alone are compared; no limit by default
     progress=False,      # Print the time expected, and show progress bars; `'line'` prints the time alone
 )->CopyCheck:
     "Look for copies that cross the splits of a table, and for copies with different labels"
@@ -1015,35 +1133,17 @@ def check_copies(
     features = has_opencv() and (seconds is None or expected<=seconds)
     if progress: print(f'Looking for copies among {len(images):,} images: about {max(expected, 1):,.0f} s')
     progress = progress is True
-    order = np.argsort(table.split.map(list(SPLITS).index, na_action='ignore').to_numpy(float), kind='stable') # `a` in the earlier split
+    numbers = table.split.map(list(SPLITS).index, na_action='ignore').to_numpy(float)
+    order = np.argsort(numbers, kind='stable') # `a` in the earlier split
     table = table.iloc[order].reset_index(drop=True)
     prints = fingerprints(table.image, progress)
     pairs = _all_pairs(list(table.image), prints, None, .07, features, progress)
-    pairs = pairs.assign(kind=[_kind(p) for p in pairs.itertuples()]).rename(columns={'orientation': 'transform'})
-    pairs = _with_same_bytes(pairs, prints, table)
+    pairs = _with_same_bytes(pairs.rename(columns={'orientation': 'transform'}), prints, table)
     found = _cross(table, pairs),_contradict(table, pairs)
     crossing,contradictory = (f.assign(a=order[f.a], b=order[f.b]) for f in found) # rows of the table given
-    return CopyCheck(table.attrs.get('name', 'images'), len(images), crossing, _shares(table, prints, pairs), contradictory,
-                     describe_search('features' if features else 'fingerprints'), _left_out(features, expected, seconds), expected,
-                     {int(order[row]): why for row,why in prints.unreadable.items()})
-
-def _cross(table, pairs):
-    "Pairs in two splits, the earlier split first; the table's rows must be in the order of the splits"
-    splits,groups = table.split.to_numpy(object),table.group.to_numpy()
-    a,b = pairs.a.to_numpy(int),pairs.b.to_numpy(int)
-    crossing = pairs.assign(split_a=splits[a], split_b=splits[b], same_group=groups[a]==groups[b])
-    kept = crossing[(splits[a]!=splits[b]) & pd.notna(splits[a]) & pd.notna(splits[b])]
-    return kept[['a', 'b', 'split_a', 'split_b', 'kind', 'transform', 'verified', 'same_group']].reset_index(drop=True)
-
-def _contradict(table, pairs):
-    "Pairs whose labels differ"
-    labels = _labels(table)
-    listed = pairs.assign(label_a=labels[pairs.a.to_numpy(int)], label_b=labels[pairs.b.to_numpy(int)])
-    listed = listed[(listed.label_a!=listed.label_b) & listed.label_a.notna() & listed.label_b.notna()]
-    return listed[['a', 'b', 'label_a', 'label_b', 'kind', 'transform', 'verified']].reset_index(drop=True)
-
-def _left_out(features, expected, seconds):
-    "What was not looked for, and why"
-    if features: return ''
-    if not has_opencv(): return NOT_LOOKED_FOR + '; pip install "kdmed[copies]" finds them'
-    return f'{NOT_LOOKED_FOR}: that was expected to take {expected:,.0f} s, and {seconds:,.0f} s were allowed'
+    return CopyCheck(
+        name=table.attrs.get('name', 'images'), images=len(images), crossing=crossing,
+        shares=_shares(table, prints, pairs), contradictory=contradictory,
+        looked_for=describe_search('features' if features else 'fingerprints'),
+        not_looked_for=_left_out(features, expected, seconds), seconds_expected=expected,
+        unreadable={int(order[row]): why for row,why in prints.unreadable.items()})

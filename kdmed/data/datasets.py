@@ -1,4 +1,4 @@
-"""Published sets, from the folder Kaggle gave you to an image table with groups, classes, licence, citation and all that is odd about them
+"""Published sets, from the folder that Kaggle provides to an image table with groups, classes, licence, citation and all known anomalies
 
 Docs: https://kdmed.github.io/kdmed/data/datasets.html.md"""
 
@@ -22,13 +22,13 @@ from .copies import group_copies, guessed_note
 from .folders import check_file, existing_path, find_files, some_names
 from .images import SPLITS, class_counts, image_table
 from .lists import keep_found, need_columns, read_list
-from .readers import NO_GROUPS, finish_table, years
+from .readers import NO_GROUPS, finish_table, register_reader, years
 from .store import default_store_folder
 
 # %% ../../nbs/data/50_datasets.ipynb #6980c60e
 @dataclass(frozen=True)
 class _Published:
-    "What is published about a set: to look for it, and to say whose it is"
+    "What is published about a set: how to find it, its licence and its citation"
     name:str
     slug:str     # On Kaggle
     signs:tuple  # Names of a file or folder inside the set's folder that only this set has
@@ -41,25 +41,26 @@ class _Published:
 def _input_folder(): return Path(os.environ.get('KDMED_INPUT') or '/kaggle/input')
 
 # %% ../../nbs/data/50_datasets.ipynb #c9882b5b
-_LOOK = 2000 # entries of a folder that are looked at one by one: one that holds more is full of images
+_LOOK = 2000 # entries of a folder that are looked at one by one: a folder with more is full of images
 
 def _look(folder, names):
-    "What a folder holds that is called as one of `names`, in any case, in their order; and its subfolders"
+    "Entries of a folder that are called as one of `names`, in any case, in their order; and its subfolders"
     try:
         with os.scandir(folder) as entries: some = list(islice(entries, _LOOK))
-    except OSError: return [],[] # no folder, or not ours to read
+    except OSError: return [],[] # not a folder, or not readable
     there = {e.name.lower(): Path(e.path) for e in some}
     if len(some)==_LOOK: there.update({n.lower(): Path(folder, n) for n in names if Path(folder, n).exists()})
-    return [there[n.lower()] for n in names if n.lower() in there],sorted(Path(e.path) for e in some if e.name[0]!='.' and e.is_dir())
+    subfolders = sorted(Path(e.path) for e in some if e.name[0]!='.' and e.is_dir())
+    return [there[n.lower()] for n in names if n.lower() in there],subfolders
 
 def _folders_with(start, names, depth=5, accept=None):
-    "Folders at or below `start` that hold something called as one of `names`, nearest first; none inside another"
+    "Folders at or below `start` that contain an entry called as one of `names`, nearest first; none inside another"
     found,level = [],[Path(start)]
     for _ in range(depth+1):
         below = []
         for folder in level:
-            held,subfolders = _look(folder, names)
-            if held and (accept is None or accept(folder)): found.append(folder)
+            named,subfolders = _look(folder, names)
+            if named and (accept is None or accept(folder)): found.append(folder)
             else: below += subfolders
         level = below
     return found
@@ -67,27 +68,31 @@ def _folders_with(start, names, depth=5, accept=None):
 # %% ../../nbs/data/50_datasets.ipynb #717f4a5f
 def _find_set(
     known,          # `_Published`
-    path=None,      # The set's folder or one above it; the input folder if left out
-    accept=None,    # Function from a folder to whether it holds the set, for sets whose signs others have, too
-    loose:bool=False, # Take `path` itself when nothing below it has a sign
+    path=None,      # The set's folder or one above it; default: the input folder
+    accept=None,    # Function from a folder to whether it contains the set, if other sets share its signs
+    loose:bool=False, # Take `path` itself if nothing below it has a sign
 )->Path:
     "Folder of a published set"
     start = _input_folder() if path is None else existing_path(path, f'{known.name} folder')
-    if path is not None and not start.is_dir(): raise NotADirectoryError(f'{known.name}: expected a folder, got the file {start}')
+    if path is not None and not start.is_dir():
+        raise NotADirectoryError(f'{known.name}: expected a folder, got the file {start}')
     found = _folders_with(start, known.signs, accept=accept)
     if len(found)==1: return found[0]
-    if found: raise ValueError(f'{known.name} is {len(found)} times below {start}: {some_names(found)}; pass the folder of one of them as path')
+    if found:
+        raise ValueError(f'{known.name} is {len(found)} times below {start}: {some_names(found)}; '
+                         'pass the folder of one of them as path')
     if loose and path is not None: return start
     raise FileNotFoundError(_not_found(known, start, ' or '.join(known.signs)))
 
-def _not_found(known, start, looked):
-    "What was looked for, and where the set can be had"
-    return (f'{known.name} not found in {start}: looked for {looked}. On Kaggle, add the data set {known.slug} to the notebook; '
+def _not_found(known, start, searched):
+    "What was searched for, and where the set is available"
+    return (f'{known.name} not found in {start}: looked for {searched}. '
+            f'On Kaggle, add the data set {known.slug} to the notebook; '
             'elsewhere, pass its folder or one above it as path, or set KDMED_INPUT')
 
 # %% ../../nbs/data/50_datasets.ipynb #7849b8d1
 def files_below(folder, suffixes=''):
-    "Files at or below a folder whose names end so, in any case, sorted by path; a link that leads nowhere is no file"
+    "Files at or below a folder with one of these extensions, in any case, sorted by path; without broken links"
     return find_files(folder, suffixes).files
 
 def _one_for_each_name(files, key):
@@ -107,51 +112,61 @@ def _published_notes(
     if len(table)<images: return [f'{len(table):,} of {images:,} published images']
     if len(table)>images: return [f'{len(table):,} images, where {images:,} are published']
     found,published = {**class_counts(table), 'groups': table.group.nunique()},{**counts, 'groups': groups}
-    return [f'{n:,} {what}, where {published[what]:,} are published' for what,n in found.items() if published.get(what) not in (None, n)]
+    differ = {what: n for what,n in found.items() if published.get(what) not in (None, n)}
+    return [f'{n:,} {what}, where {published[what]:,} are published' for what,n in differ.items()]
 
 # %% ../../nbs/data/50_datasets.ipynb #69e64f22
-LC25000_CLASSES = {'lung': ('lung_n', 'lung_aca', 'lung_scc'), 'colon': ('colon_n', 'colon_aca')} # folders; benign tissue first
-_LC25000_NAMES = {'lung_n': 'lungn', 'lung_aca': 'lungaca', 'lung_scc': 'lungscc', 'colon_n': 'colonn', 'colon_aca': 'colonca'}
+LC25000_CLASSES = { # folders; benign tissue first
+    'lung': ('lung_n', 'lung_aca', 'lung_scc'), 'colon': ('colon_n', 'colon_aca')}
+_LC25000_NAMES = {
+    'lung_n': 'lungn', 'lung_aca': 'lungaca', 'lung_scc': 'lungscc', 'colon_n': 'colonn', 'colon_aca': 'colonca'}
 _LC25000 = _Published('LC25000', 'andrewmvd/lung-and-colon-cancer-histopathological-images',
-    ('lung_image_sets', 'colon_image_sets', *_LC25000_NAMES), 'free to use, say its authors', 'Borkowski et al., arXiv:1912.12142, 2019')
+    ('lung_image_sets', 'colon_image_sets', *_LC25000_NAMES), 'free to use, according to its authors',
+    'Borkowski et al., arXiv:1912.12142, 2019')
 _TILE_LISTS = 'lc25000_image_groups.csv','final_clusters.csv'
-_LC25000_ENDINGS = '.jpeg','.jpg','.png'
+_LC25000_EXTENSIONS = '.jpeg','.jpg','.png'
 
-def _holds_images(folder):
-    "Whether there are images right in a folder"
+def _has_images(folder):
+    "Whether there are images directly in a folder"
     if not folder.is_dir(): return False
-    with os.scandir(folder) as entries: return any(e.name.lower().endswith(_LC25000_ENDINGS) for e in islice(entries, _LOOK))
+    with os.scandir(folder) as entries:
+        return any(e.name.lower().endswith(_LC25000_EXTENSIONS) for e in islice(entries, _LOOK))
 
 def _class_folders(folder, classes):
     "{class: folder with its images}, at either of the depths in use"
     places = {c: (folder/c, folder/f"{c.split('_')[0]}_image_sets"/c) for c in classes}
-    return {c: f for c,fs in places.items() for f in fs if _holds_images(f)}
+    return {c: f for c,fs in places.items() for f in fs if _has_images(f)}
 
 # %% ../../nbs/data/50_datasets.ipynb #d919934e
+def _tiles_in(file):
+    "Pairs of an image name without its extension and its source tile, from either form of the published list"
+    rows = read_list(file, ('stem', 'group_id', 'cluster_label', 'img_path'))
+    if {'stem', 'group_id'} <= set(rows): return zip(rows.stem, 'tile ' + rows.group_id)
+    if {'cluster_label', 'img_path'} <= set(rows):
+        stems = rows.img_path.str.extract(r'([^/\\]+?)(?:\.\w+)?$')[0] # lungaca12, of a path
+        return zip(stems, stems.str.rstrip('0123456789') + ' tile ' + rows.cluster_label)
+    raise ValueError(f'{file}: expected columns stem and group_id, or cluster_label and img_path; '
+                     f'it has {list(rows.columns)}')
+
 def _tiles(lists):
-    "{image name without its ending: source tile}, from either form of the published list"
+    "{image name without its extension: source tile}, from files that list them"
     tiles = {}
     for file in lists:
-        rows = read_list(file, ('stem', 'group_id', 'cluster_label', 'img_path'))
-        if {'stem', 'group_id'} <= set(rows): found = zip(rows.stem, 'tile ' + rows.group_id)
-        elif {'cluster_label', 'img_path'} <= set(rows):
-            stems = rows.img_path.str.extract(r'([^/\\]+?)(?:\.\w+)?$')[0] # lungaca12, of a path
-            found = zip(stems, stems.str.rstrip('0123456789') + ' tile ' + rows.cluster_label)
-        else: raise ValueError(f'{file}: expected columns stem and group_id, or cluster_label and img_path; it has {list(rows.columns)}')
-        for stem,tile in found:
-            if tiles.setdefault(stem, tile)!=tile: raise ValueError(f'{file}: image {stem} is in two groups, {tiles[stem]!r} and {tile!r}')
+        for stem,tile in _tiles_in(file):
+            if tiles.setdefault(stem, tile)!=tile:
+                raise ValueError(f'{file}: image {stem} is in two groups, {tiles[stem]!r} and {tile!r}')
     return tiles
 
 # %% ../../nbs/data/50_datasets.ipynb #a007f147
 def _tile_lists(groups, near):
-    "Files that list source tiles: what `groups` names, or the first found in the folders `near`"
+    "Files that list source tiles: those that `groups` names, or the first found in the folders `near`"
     if groups is not None:
         groups = existing_path(groups, 'list of LC25000 groups')
         if groups.is_file(): return [groups]
         near = [groups]
     for folder in near:
         found = [_look(f, _TILE_LISTS)[0][0] for f in _folders_with(folder, _TILE_LISTS, depth=6)]
-        if found: return [f for f in found if f.name.lower()==_TILE_LISTS[0]] or found # one form, where both are there
+        if found: return [f for f in found if f.name.lower()==_TILE_LISTS[0]] or found # one form, if both are there
     if groups is not None: raise FileNotFoundError(f'{groups}: expected {" or ".join(_TILE_LISTS)} in it')
     return []
 
@@ -162,30 +177,35 @@ def _lc25000_files(folder, classes):
         there = list(_class_folders(folder, _LC25000_NAMES))
         raise FileNotFoundError(f'{folder}: no folder of images for {absent}, only for {there}; '
                                 f'choose another tissue, or complete the set: {_LC25000.slug}')
-    files = [(f, c) for c in classes for f in files_below(folders[c], _LC25000_ENDINGS)]
+    files = [(f, c) for c in classes for f in files_below(folders[c], _LC25000_EXTENSIONS)]
     odd = [f.name for f,c in files if f.stem.rstrip('0123456789')!=_LC25000_NAMES[c]]
-    return *map(list, zip(*files)),[f'{len(odd):,} files are not named like the others of their class: {some_names(odd, 3)}'] if odd else []
+    notes = []
+    if odd: notes = [f'{len(odd):,} files are not named like the others of their class: {some_names(odd, 3)}']
+    return *map(list, zip(*files)),notes
 
 # %% ../../nbs/data/50_datasets.ipynb #87ba93e0
 def _lc25000_groups(files, groups, near, progress):
-    "Group of each file (None: each its own), notes, and whom else to cite"
+    "Group of each file (None: each its own), notes, and a further citation"
     lists = [] if groups in ('fingerprint', 'none') else _tile_lists(groups, near)
     if lists:
         tiles = _tiles(lists)
         absent = [f.name for f in files if f.stem not in tiles]
-        if absent: raise ValueError(f'{lists[0]}: {len(absent):,} images are not in the list of groups: {some_names(absent)}')
+        if absent:
+            raise ValueError(f'{lists[0]}: {len(absent):,} images are not in the list of groups: {some_names(absent)}')
         return [tiles[f.stem] for f in files],[],'; groups: Batchkala et al., DEMI at MICCAI 2024 (CC BY 4.0)'
     what = 'each image its own group' if groups=='none' else 'groups guessed by look'
     note = f'source tiles unknown, {what}: about 20 copies of every tile are in this set, and any split may leak'
-    warnings.warn(f'LC25000: {note}. Their list is gbatchkala/lc25000-clean-groups on Kaggle; pass its folder as groups', stacklevel=3)
+    warnings.warn(f'LC25000: {note}. Their list is gbatchkala/lc25000-clean-groups on Kaggle; '
+                  'pass its folder as groups', stacklevel=3)
     if groups=='none': return None,[note],''
     return list(group_copies(files, progress=progress)),[note],''
 
 # %% ../../nbs/data/50_datasets.ipynb #23d01122
 def read_lc25000(
-    path=None,            # The set's folder or one above it; if left out, the input folder is searched
+    path=None,            # The set's folder or one above it; default: the input folder is searched
     tissue:str='lung',    # `lung` (3 classes), `colon` (2) or `both` (5)
-    groups=None,          # List of source tiles (file or folder), `fingerprint` (guess by look) or `none`; searched, else guessed, if left out
+    # List of source tiles (file or folder), `fingerprint` (guess by look) or `none`; default: searched, else guessed
+    groups=None,
     print_card:bool=True, # Print the card of the set
     positive:str='',      # Class of a binary task (`colon`) whose probability models give; default: cancer
 )->pd.DataFrame: # Image table; groups are source tiles
@@ -194,7 +214,8 @@ def read_lc25000(
     classes = [c for t,cs in LC25000_CLASSES.items() if tissue in (t, 'both') for c in cs]
     folder = _find_set(_LC25000, path, accept=lambda f: _class_folders(f, _LC25000_NAMES))
     files,labels,notes = _lc25000_files(folder, classes)
-    found,more,cite = _lc25000_groups(files, groups, [folder, Path(path or folder), _input_folder()], print_card)
+    near = [folder, Path(path or folder), _input_folder()]
+    found,more,cite = _lc25000_groups(files, groups, near, print_card)
     about = {**_LC25000.about, 'citation': _LC25000.citation + cite}
     table = image_table(files, labels, found, classes, 'binary' if tissue=='colon' else 'multiclass', **about)
     if found is not None and not cite: table.attrs['guessed_groups'] = guessed_note()
@@ -202,8 +223,12 @@ def read_lc25000(
     published = _published_notes(table, 5000*len(classes), dict.fromkeys(classes, 5000), tiles)
     return finish_table(table, {}, [*more, *notes, *published], print_card, positive)
 
+register_reader('lc25000', read_lc25000, reads='lung and colon tissue', options=('tissue', 'positive'),
+    signs='*lung_image_sets*', licence=_LC25000.licence, citation=_LC25000.citation)
+
 # %% ../../nbs/data/50_datasets.ipynb #207f2855
-HAM10000_CLASSES = {'akiec': 327, 'bcc': 514, 'bkl': 1099, 'df': 115, 'mel': 1113, 'nv': 6705, 'vasc': 142} # images of each
+HAM10000_CLASSES = { # images of each
+    'akiec': 327, 'bcc': 514, 'bkl': 1099, 'df': 115, 'mel': 1113, 'nv': 6705, 'vasc': 142}
 _HAM10000 = _Published('HAM10000', 'kmader/skin-cancer-mnist-ham10000', ('HAM10000_metadata.csv', 'HAM10000_metadata'),
     'CC BY-NC 4.0', 'Tschandl, Rosendahl & Kittler, Scientific Data 5:180161, 2018')
 
@@ -213,68 +238,94 @@ def _listed_rows(csv, key, text, needed):
     rows = read_list(csv, text)
     need_columns(csv, rows, needed)
     once = rows.drop_duplicates()
-    if once[key].duplicated().any(): raise ValueError(f'{csv}: rows of one {key} differ: {some_names(once[key][once[key].duplicated()])}')
+    again = once[key].duplicated()
+    if again.any(): raise ValueError(f'{csv}: rows of one {key} differ: {some_names(once[key][again])}')
     repeats = len(rows)-len(once)
-    return once.set_index(key, drop=False),[f'{repeats:,} rows of {csv.name} repeat another, left out'] if repeats else []
+    notes = [f'{repeats:,} rows of {csv.name} repeat another, left out'] if repeats else []
+    return once.set_index(key, drop=False),notes
+
+def _listed_images(rows, extension, key, folder, path, csv, missing, known):
+    "Rows whose image exists, and their images, by the `key` of a file; and notes on all others"
+    files = files_below(folder, extension) or files_below(path or folder, extension)
+    named,doubles = _one_for_each_name(files, key)
+    unlisted = len(set(named)-set(rows.index))
+    notes = [f'{unlisted:,} images that {csv.name} does not list, left out'] if unlisted else []
+    there = [named.get(n) for n in rows.index]
+    rows,images,absent = keep_found(rows, there, missing, f'{folder} ({known.slug} on Kaggle)')
+    return rows,images,[*notes, *doubles, *absent]
 
 # %% ../../nbs/data/50_datasets.ipynb #6d472f4d
 def read_ham10000(
-    path=None,            # Folder with `HAM10000_metadata.csv` and the images, or one above it; if left out, the input folder is searched
-    missing:str='error',  # What to do about a listed image that is not there: `error`, or `note` it and go on
+    # Folder with `HAM10000_metadata.csv` and the images, or one above it; default: the input folder is searched
+    path=None,
+    missing:str='error',  # What to do about a listed image that does not exist: `error`, or `note` it and continue
     print_card:bool=True, # Print the card of the set
 )->pd.DataFrame: # Image table; groups are lesions; the metadata's further columns are kept
     "Image table of HAM10000"
     check_in(missing, ('error', 'note'), 'missing')
     folder = _find_set(_HAM10000, path)
     csv = _look(folder, _HAM10000.signs)[0][0]
-    rows,notes = _listed_rows(csv, 'image_id', ('lesion_id', 'image_id', 'dx'), ['lesion_id', 'image_id', 'dx'])
-    files,doubles = _one_for_each_name(files_below(folder, '.jpg') or files_below(path or folder, '.jpg'), lambda f: f.stem)
-    if unlisted := len(set(files)-set(rows.image_id)): notes.append(f'{unlisted:,} images that {csv.name} does not list, left out')
-    rows,images,absent = keep_found(rows, [files.get(i) for i in rows.image_id], missing, f'{folder} ({_HAM10000.slug} on Kaggle)')
+    used = ['lesion_id', 'image_id', 'dx']
+    rows,notes = _listed_rows(csv, 'image_id', used, used)
+    rows,images,others = _listed_images(rows, '.jpg', lambda f: f.stem, folder, path, csv, missing, _HAM10000)
     table = image_table(images, rows.dx, rows.lesion_id, list(HAM10000_CLASSES), 'multiclass', **_HAM10000.about)
-    notes += [*doubles, *absent, *_published_notes(table, 10015, HAM10000_CLASSES, 7470)]
-    return finish_table(table, rows.drop(columns=['lesion_id', 'image_id', 'dx']), notes, print_card)
+    notes = [*notes, *others, *_published_notes(table, 10015, HAM10000_CLASSES, 7470)]
+    return finish_table(table, rows.drop(columns=used), notes, print_card)
+
+register_reader('ham10000', read_ham10000, reads='skin, 7 diagnoses', options='missing',
+    signs='HAM10000_metadata*', licence=_HAM10000.licence, citation=_HAM10000.citation)
 
 # %% ../../nbs/data/50_datasets.ipynb #824db9d9
 BREAKHIS_SUBTYPES = { # code: name, images
-    'A': ('adenosis', 444), 'F': ('fibroadenoma', 1014), 'PT': ('phyllodes tumor', 453), 'TA': ('tubular adenoma', 569),
-    'DC': ('ductal carcinoma', 3451), 'LC': ('lobular carcinoma', 626), 'MC': ('mucinous carcinoma', 792), 'PC': ('papillary carcinoma', 560)}
+    'A': ('adenosis', 444), 'F': ('fibroadenoma', 1014), 'PT': ('phyllodes tumor', 453),
+    'TA': ('tubular adenoma', 569), 'DC': ('ductal carcinoma', 3451), 'LC': ('lobular carcinoma', 626),
+    'MC': ('mucinous carcinoma', 792), 'PC': ('papillary carcinoma', 560)}
 BREAKHIS_IMAGES = {40: 1995, 100: 2081, 200: 2013, 400: 1820} # of each magnification
 _BREAKHIS = _Published('BreakHis', 'ambarish/breakhis', ('Folds.csv', 'histology_slides'),
-    'CC BY 4.0 by public loaders; see the page of the set', 'Spanhol et al., IEEE Transactions on Biomedical Engineering 63(7), 2016')
+    'CC BY 4.0 by public loaders; see the page of the set',
+    'Spanhol et al., IEEE Transactions on Biomedical Engineering 63(7), 2016')
 _BREAKHIS_NAME = (r'SOB_(?P<kind>[BM])_(?P<code>A|F|PT|TA|DC|LC|MC|PC)-'
                   r'(?P<patient>\d+-\d+)(?P<block>[A-Z]*)-(?P<magnification>40|100|200|400)-\d+$')
 
 # %% ../../nbs/data/50_datasets.ipynb #525f636a
 def _breakhis_rows(files, magnification=None):
-    "What the names of BreakHis files say: a row for each name; notes on names that are doubled or say nothing"
+    "What the names of BreakHis files tell: a row for each name; notes on repeated names and on other names"
     named,notes = _one_for_each_name(files, lambda f: f.stem)
-    rows = pd.Series(list(named), dtype=str).str.extract(_BREAKHIS_NAME).assign(name=list(named), image=list(named.values()))
-    if odd := rows.name[rows.code.isna()].tolist(): notes.append(f'{len(odd):,} files not named like BreakHis, left out: {some_names(odd, 3)}')
+    rows = pd.Series(list(named), dtype=str).str.extract(_BREAKHIS_NAME)
+    rows = rows.assign(name=list(named), image=list(named.values()))
+    if odd := rows.name[rows.code.isna()].tolist():
+        notes.append(f'{len(odd):,} files not named like BreakHis, left out: {some_names(odd, 3)}')
     rows = rows[rows.code.notna()]
-    rows = rows.assign(magnification=rows.magnification.astype(int), slide=rows.patient + rows.block,
-                       tumor=rows.kind.map({'B': 'benign', 'M': 'malignant'}),
-                       subtype=rows.code.map({c: name for c,(name,_) in BREAKHIS_SUBTYPES.items()}))
-    return (rows[rows.magnification==int(magnification)] if magnification else rows).reset_index(drop=True),notes
+    rows = rows.assign(
+        magnification=rows.magnification.astype(int), slide=rows.patient + rows.block,
+        tumor=rows.kind.map({'B': 'benign', 'M': 'malignant'}),
+        subtype=rows.code.map({c: name for c,(name,_) in BREAKHIS_SUBTYPES.items()}))
+    if magnification: rows = rows[rows.magnification==int(magnification)]
+    return rows.reset_index(drop=True),notes
 
 # %% ../../nbs/data/50_datasets.ipynb #f6b3780c
+def _sharing(files, mark):
+    "Lists of several files that have the same `mark`"
+    found = {}
+    for f in files: found.setdefault(mark(f), []).append(f)
+    return [fs for fs in found.values() if len(fs)>1]
+
 def _identical_files(files):
     "Lists of files that are the same byte by byte; only those of equal size are read"
-    def alike(files, mark):
-        found = {}
-        for f in files: found.setdefault(mark(f), []).append(f)
-        return [fs for fs in found.values() if len(fs)>1]
-    return [same for equal in alike(files, os.path.getsize) for same in alike(equal, lambda f: hashlib.sha1(Path(f).read_bytes()).digest())]
+    def content(file): return hashlib.sha1(Path(file).read_bytes()).digest()
+    return [same for equal in _sharing(files, os.path.getsize) for same in _sharing(equal, content)]
 
 def _breakhis_doubts(rows):
     "Notes on slides filed under two subtypes, and on files that are the same"
     subtypes = rows.groupby('slide').code.unique()
-    notes = [f'slide {slide} is filed under {" and ".join(sorted(codes))}' for slide,codes in subtypes.items() if len(codes)>1]
-    code = dict(zip(rows.image, rows.code))
-    same = {True: [], False: []}
-    for files in _identical_files(rows.image): same[len({code[f] for f in files})>1].append(' = '.join(f.stem for f in files))
-    if same[True]: notes.append(f'{len(same[True]):,} images are there under two subtypes, such as {same[True][0]}')
-    if same[False]: notes.append(f'{len(same[False]):,} images are there under two names of one subtype, such as {same[False][0]}')
+    several = {slide: ' and '.join(sorted(codes)) for slide,codes in subtypes.items() if len(codes)>1}
+    notes = [f'slide {slide} is filed under {codes}' for slide,codes in several.items()]
+    code,across,within = dict(zip(rows.image, rows.code)),[],[]
+    for files in _identical_files(rows.image):
+        names = ' = '.join(f.stem for f in files)
+        (across if len({code[f] for f in files})>1 else within).append(names)
+    if across: notes.append(f'{len(across):,} images are there under two subtypes, such as {across[0]}')
+    if within: notes.append(f'{len(within):,} images are there under two names of one subtype, such as {within[0]}')
     return notes
 
 # %% ../../nbs/data/50_datasets.ipynb #8c9130fb
@@ -294,8 +345,10 @@ def _read_folds(files):
     if files[0].suffix.lower()=='.csv': listed = read_list(files[0])
     else: listed = pd.concat([pd.read_csv(f, sep='|', names=['filename', 'mag', 'fold', 'grp']) for f in files])
     need_columns(files[0], listed, ['filename', 'fold', 'grp'])
-    listed = listed.assign(name=listed.filename.str.extract(r'([^/\\]+?)(?:\.png)?\s*$')[0], grp=listed.grp.str.strip())
-    if odd := sorted(set(listed.grp) - {'train', 'test'}): raise ValueError(f'{files[0]}: grp must be train or test, got {odd}')
+    names = listed.filename.str.extract(r'([^/\\]+?)(?:\.png)?\s*$')[0]
+    listed = listed.assign(name=names, grp=listed.grp.str.strip())
+    odd = sorted(set(listed.grp) - {'train', 'test'})
+    if odd: raise ValueError(f'{files[0]}: grp must be train or test, got {odd}')
     listed = listed.drop_duplicates(['name', 'fold', 'grp'])
     twice = listed.name[listed.duplicated(['name', 'fold'])]
     if len(twice): raise ValueError(f'{files[0]}: {some_names(twice, 3)} in train and in test of one fold')
@@ -303,8 +356,9 @@ def _read_folds(files):
 
 # %% ../../nbs/data/50_datasets.ipynb #ac81bef7
 def _fold_notes(groups, folds):
-    "Notes on groups that stand on both sides of an official fold, and on images in no fold"
-    if not len(folds.columns): return ['neither Folds.csv nor dsfold1.txt to dsfold5.txt found: no columns of official folds']
+    "Notes on groups in train and in test of an official fold, and on images in no fold"
+    if not len(folds.columns):
+        return ['neither Folds.csv nor dsfold1.txt to dsfold5.txt found: no columns of official folds']
     sides = {f: folds[f].groupby(groups.to_numpy()).nunique() for f in folds}
     leaks = [f'{f} {some_names(n.index[n>1], 4)}' for f,n in sides.items() if (n>1).any()]
     notes = [f'groups in train and in test of official folds: {"; ".join(leaks)}'] if leaks else []
@@ -312,109 +366,137 @@ def _fold_notes(groups, folds):
     return notes + ([f'{absent:,} images are missing in official folds'] if absent else [])
 
 def _breakhis_counts(task, magnification, group):
-    "Published number of images, of each class, and of groups; the latter two for the whole set only"
+    "Published number of images, of each class, and of groups; the latter two for the complete set only"
     if magnification: return BREAKHIS_IMAGES[int(magnification)],{},None
     counts = dict(BREAKHIS_SUBTYPES.values()) if task=='multiclass' else {'benign': 2480, 'malignant': 5429}
     return 7909,counts,{'slide': 81, 'patient': 70}[group]
 
 # %% ../../nbs/data/50_datasets.ipynb #de1d6a50
 def read_breakhis(
-    path=None,            # The set's folder or one above it; if left out, the input folder is searched
+    path=None,            # The set's folder or one above it; default: the input folder is searched
     task:str='binary',    # `binary` (benign, malignant) or `multiclass` (8 subtypes)
-    magnification=None,   # 40, 100, 200 or 400; all if left out
-    group:str='patient',  # `patient`: the slide's number, or `slide`: with the letters of its block, as the makers count
-    folds=None,           # `Folds.csv`, or the folder of `dsfold1.txt` to `dsfold5.txt`; looked for with the images if left out
+    magnification=None,   # 40, 100, 200 or 400; default: all
+    group:str='patient',  # `patient`: the slide's number, or `slide`: with the letters of its block, as published
+    # `Folds.csv`, or the folder of `dsfold1.txt` to `dsfold5.txt`; default: searched near the images
+    folds=None,
     print_card:bool=True, # Print the card of the set
     positive:str='',      # Class of the binary task whose probability models give; default: `malignant`
-)->pd.DataFrame: # Image table with magnification, subtype, slide, patient, and fold1 to fold5 (`train`, `test`) where folds were found
+)->pd.DataFrame: # Image table with magnification, subtype, slide, patient, and the folds found (`train`, `test`)
     "Image table of BreakHis"
     check_in(task, ('binary', 'multiclass'), 'task')
     check_in(group, ('patient', 'slide'), 'group')
     if magnification is not None: check_in(magnification, BREAKHIS_IMAGES, 'magnification')
     folder = _find_set(_BREAKHIS, path, loose=True)
     rows,notes = _breakhis_rows(files_below(folder, '.png'), magnification)
-    looked = f'files named like SOB_M_DC-14-2523-{magnification or 40}-010.png'
-    if not len(rows): raise FileNotFoundError(_not_found(_BREAKHIS, folder, looked))
+    pattern = f'files named like SOB_M_DC-14-2523-{magnification or 40}-010.png'
+    if not len(rows): raise FileNotFoundError(_not_found(_BREAKHIS, folder, pattern))
     folds = _read_folds(_fold_files(folder, folds)).reindex(rows.name).reset_index(drop=True)
-    classes = ['benign', 'malignant'] if task=='binary' else [name for name,_ in BREAKHIS_SUBTYPES.values()]
-    table = image_table(rows.image, rows.tumor if task=='binary' else rows.subtype, rows[group], classes, task, **_BREAKHIS.about)
+    classes = [name for name,_ in BREAKHIS_SUBTYPES.values()]
+    if task=='binary': classes = ['benign', 'malignant']
+    labels = rows.tumor if task=='binary' else rows.subtype
+    table = image_table(rows.image, labels, rows[group], classes, task, **_BREAKHIS.about)
     published = _published_notes(table, *_breakhis_counts(task, magnification, group))
     notes += [*_breakhis_doubts(rows), *_fold_notes(rows[group], folds), *published]
-    return finish_table(table, pd.concat([rows[['magnification', 'subtype', 'slide', 'patient']], folds], axis=1), notes, print_card, positive)
+    more = pd.concat([rows[['magnification', 'subtype', 'slide', 'patient']], folds], axis=1)
+    return finish_table(table, more, notes, print_card, positive)
+
+register_reader('breakhis', read_breakhis, reads='breast tissue, benign or malignant, or 8 subtypes',
+    options=('task', 'magnification', 'positive'), licence=_BREAKHIS.licence, citation=_BREAKHIS.citation)
 
 # %% ../../nbs/data/50_datasets.ipynb #4fe74dec
 CHESTXRAY14_FINDINGS = { # images of each
-    'Atelectasis': 11559, 'Cardiomegaly': 2776, 'Effusion': 13317, 'Infiltration': 19894, 'Mass': 5782, 'Nodule': 6331, 'Pneumonia': 1431,
-    'Pneumothorax': 5302, 'Consolidation': 4667, 'Edema': 2303, 'Emphysema': 2516, 'Fibrosis': 1686, 'Pleural_Thickening': 3385, 'Hernia': 227}
-_CHESTXRAY14 = _Published('ChestX-ray14', 'nih-chest-xrays/data', ('Data_Entry_2017.csv', 'Data_Entry_2017_v2020.csv', 'sample_labels.csv'),
+    'Atelectasis': 11559, 'Cardiomegaly': 2776, 'Effusion': 13317, 'Infiltration': 19894, 'Mass': 5782,
+    'Nodule': 6331, 'Pneumonia': 1431, 'Pneumothorax': 5302, 'Consolidation': 4667, 'Edema': 2303,
+    'Emphysema': 2516, 'Fibrosis': 1686, 'Pleural_Thickening': 3385, 'Hernia': 227}
+_CHESTXRAY14 = _Published('ChestX-ray14', 'nih-chest-xrays/data',
+    ('Data_Entry_2017.csv', 'Data_Entry_2017_v2020.csv', 'sample_labels.csv'),
     'free use; credit the NIH Clinical Center', 'Wang et al., CVPR 2017')
 _CHEST_NEEDED = ['Image Index', 'Finding Labels', 'Patient ID']
-_CHEST_COLUMNS = {'Follow-up #': 'follow_up', 'Patient Age': 'age', 'Patient Gender': 'sex', 'Patient Sex': 'sex', 'View Position': 'view',
-    'OriginalImage[Width': 'width', 'Height]': 'height', 'OriginalImagePixelSpacing[x': 'spacing_x', 'y]': 'spacing_y',
+_CHEST_COLUMNS = {
+    'Follow-up #': 'follow_up', 'Patient Age': 'age', 'Patient Gender': 'sex', 'Patient Sex': 'sex',
+    'View Position': 'view', 'OriginalImage[Width': 'width', 'Height]': 'height',
+    'OriginalImagePixelSpacing[x': 'spacing_x', 'y]': 'spacing_y',
     'OriginalImageWidth': 'width', 'OriginalImageHeight': 'height',
     'OriginalImagePixelSpacing_x': 'spacing_x', 'OriginalImagePixelSpacing_y': 'spacing_y'}
 
 # %% ../../nbs/data/50_datasets.ipynb #2cdf7e41
 def _chest_labels(csv, findings, no_finding):
     "Labels as findings joined by `|`; `No Finding` is an empty label, or one of its own"
-    unknown = sorted(set(findings.dropna().str.split('|').explode()) - {*CHESTXRAY14_FINDINGS, 'No Finding'})
-    if unknown: raise ValueError(f'{csv}: Finding Labels holds {unknown}, expected {[*CHESTXRAY14_FINDINGS, "No Finding"]}')
+    expected = [*CHESTXRAY14_FINDINGS, 'No Finding']
+    unknown = sorted(set(findings.dropna().str.split('|').explode()) - set(expected))
+    if unknown: raise ValueError(f'{csv}: Finding Labels contains {unknown}, expected {expected}')
     return findings if no_finding else findings.replace('No Finding', '')
 
 def _chest_columns(rows, folder):
     "Further columns under tidy names, with `official` from the two lists of file names if they are there; and notes"
-    more = rows.drop(columns=[c for c in rows if c.startswith('Unnamed') or c in _CHEST_NEEDED]).rename(columns=_CHEST_COLUMNS)
+    unused = [c for c in rows if c.startswith('Unnamed') or c in _CHEST_NEEDED]
+    more = rows.drop(columns=unused).rename(columns=_CHEST_COLUMNS)
     if 'age' in more: more['age'] = more.age.map(years)
     old = (more.age>110).sum() if 'age' in more else 0
-    notes = [f'{old:,} images of patients said to be older than 110 years'] if old else []
+    notes = [f'{old:,} images of patients listed as older than 110 years'] if old else []
     lists = _look(folder, ['train_val_list.txt', 'test_list.txt'])[0]
-    if len(lists)<2: return more,[*notes, 'train_val_list.txt and test_list.txt not found: no column of the official split']
+    if len(lists)<2:
+        return more,[*notes, 'train_val_list.txt and test_list.txt not found: no column of the official split']
     part = {n: split for split,file in zip(('train', 'test'), lists) for n in file.read_text().split()}
     more['official'] = [part.get(n) for n in rows.index]
     both = (more.official.groupby(rows['Patient ID'].to_numpy()).nunique()>1).sum()
-    counts = {'images are in neither official list': more.official.isna().sum(), 'patients are in both official lists': both}
-    return more,[*notes, *(f'{n:,} {what}' for what,n in counts.items() if n)]
+    neither = more.official.isna().sum()
+    if neither: notes.append(f'{neither:,} images are in neither official list')
+    if both: notes.append(f'{both:,} patients are in both official lists')
+    return more,notes
 
 # %% ../../nbs/data/50_datasets.ipynb #0f466074
 def read_chestxray14(
-    path=None,            # Folder with `Data_Entry_2017.csv` and the images, or one above it; if left out, the input folder is searched
+    # Folder with `Data_Entry_2017.csv` and the images, or one above it; default: the input folder is searched
+    path=None,
     no_finding:bool=False, # Make `No Finding` a 15th class; an empty label otherwise
-    missing:str='note',   # What to do about a listed image that is not there: `note` it and go on (many have a part of the set), or `error`
+    # What to do about a listed image that does not exist: `note` it and continue (many have only a part), or `error`
+    missing:str='note',
     print_card:bool=True, # Print the card of the set
-)->pd.DataFrame: # Image table with age (years), sex, view, follow-up, and `official` (`train`, `test`) where the lists are there; groups are patients
-    "Image table of ChestX-ray14"
+)->pd.DataFrame: # Image table with age (years), sex, view, follow-up, and `official` (`train`, `test`) if listed
+    "Image table of ChestX-ray14; groups are patients"
     check_in(missing, ('error', 'note'), 'missing')
     folder = _find_set(_CHESTXRAY14, path)
     csv = _look(folder, _CHESTXRAY14.signs)[0][0]
     rows,notes = _listed_rows(csv, 'Image Index', _CHEST_NEEDED, _CHEST_NEEDED)
     rows['Finding Labels'] = _chest_labels(csv, rows['Finding Labels'], no_finding)
-    files,doubles = _one_for_each_name(files_below(folder, '.png') or files_below(path or folder, '.png'), lambda f: f.name)
-    if unlisted := len(set(files)-set(rows.index)): notes.append(f'{unlisted:,} images that {csv.name} does not list, left out')
-    rows,images,absent = keep_found(rows, [files.get(n) for n in rows.index], missing, f'{folder} ({_CHESTXRAY14.slug} on Kaggle)')
-    classes = [*CHESTXRAY14_FINDINGS, *['No Finding']*no_finding]
-    table = image_table(images, rows['Finding Labels'], rows['Patient ID'], classes, 'multilabel', **_CHESTXRAY14.about)
+    rows,images,others = _listed_images(rows, '.png', lambda f: f.name, folder, path, csv, missing, _CHESTXRAY14)
+    classes = list(CHESTXRAY14_FINDINGS) + (['No Finding'] if no_finding else [])
+    labels,patients = rows['Finding Labels'],rows['Patient ID']
+    table = image_table(images, labels, patients, classes, 'multilabel', **_CHESTXRAY14.about)
     more,odd = _chest_columns(rows, folder)
     published = _published_notes(table, 112120, {**CHESTXRAY14_FINDINGS, 'No Finding': 60361}, 30805)
-    return finish_table(table, more, [*notes, *doubles, *absent, *odd, *published], print_card)
+    return finish_table(table, more, [*notes, *others, *odd, *published], print_card)
+
+register_reader('chestxray14', read_chestxray14, reads='chest radiographs, 14 findings', options='missing',
+    signs='Data_Entry_2017*', licence=_CHESTXRAY14.licence, citation=_CHESTXRAY14.citation)
 
 # %% ../../nbs/data/50_datasets.ipynb #7c1ddeb2
-_ORGANS = 'bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|pancreas|spleen'
+_ORGANS = ('bladder|femur-left|femur-right|heart|kidney-left|kidney-right|liver|lung-left|lung-right|'
+           'pancreas|spleen')
 MEDMNIST = { # name: task, images for training, validation and test, classes joined by `|`
-    'pathmnist': ('multiclass', (89996, 10004, 7180), 'adipose|background|debris|lymphocytes|mucus|smooth muscle|normal colon mucosa|'
+    'pathmnist': ('multiclass', (89996, 10004, 7180),
+        'adipose|background|debris|lymphocytes|mucus|smooth muscle|normal colon mucosa|'
         'cancer-associated stroma|colorectal adenocarcinoma epithelium'),
-    'chestmnist': ('multilabel', (78468, 11219, 22433), 'atelectasis|cardiomegaly|effusion|infiltration|mass|nodule|pneumonia|pneumothorax|consolidation|'
+    'chestmnist': ('multilabel', (78468, 11219, 22433),
+        'atelectasis|cardiomegaly|effusion|infiltration|mass|nodule|pneumonia|pneumothorax|consolidation|'
         'edema|emphysema|fibrosis|pleural|hernia'),
-    'dermamnist': ('multiclass', (7007, 1003, 2005), 'actinic keratoses and intraepithelial carcinoma|basal cell carcinoma|benign keratosis-like lesions|'
+    'dermamnist': ('multiclass', (7007, 1003, 2005),
+        'actinic keratoses and intraepithelial carcinoma|basal cell carcinoma|benign keratosis-like lesions|'
         'dermatofibroma|melanoma|melanocytic nevi|vascular lesions'),
-    'octmnist': ('multiclass', (97477, 10832, 1000), 'choroidal neovascularization|diabetic macular edema|drusen|normal'),
+    'octmnist': ('multiclass', (97477, 10832, 1000),
+        'choroidal neovascularization|diabetic macular edema|drusen|normal'),
     'pneumoniamnist': ('binary', (4708, 524, 624), 'normal|pneumonia'),
     'retinamnist': ('multiclass', (1080, 120, 400), '0|1|2|3|4'),
     'breastmnist': ('binary', (546, 78, 156), 'malignant|normal, benign'),
-    'bloodmnist': ('multiclass', (11959, 1712, 3421), 'basophil|eosinophil|erythroblast|immature granulocytes(myelocytes, metamyelocytes and promyelocytes)|'
+    'bloodmnist': ('multiclass', (11959, 1712, 3421),
+        'basophil|eosinophil|erythroblast|immature granulocytes(myelocytes, metamyelocytes and promyelocytes)|'
         'lymphocyte|monocyte|neutrophil|platelet'),
-    'tissuemnist': ('multiclass', (165466, 23640, 47280), 'Collecting Duct, Connecting Tubule|Distal Convoluted Tubule|Glomerular endothelial cells|'
+    'tissuemnist': ('multiclass', (165466, 23640, 47280),
+        'Collecting Duct, Connecting Tubule|Distal Convoluted Tubule|Glomerular endothelial cells|'
         'Interstitial endothelial cells|Leukocytes|Podocytes|Proximal Tubule Segments|Thick Ascending Limb'),
-    'organamnist': ('multiclass', (34561, 6491, 17778), _ORGANS), 'organcmnist': ('multiclass', (12975, 2392, 8216), _ORGANS),
+    'organamnist': ('multiclass', (34561, 6491, 17778), _ORGANS),
+    'organcmnist': ('multiclass', (12975, 2392, 8216), _ORGANS),
     'organsmnist': ('multiclass', (13932, 2452, 8827), _ORGANS)}
 _MEDMNIST_SPLITS = {'train': 'train', 'val': 'valid', 'test': 'test'}
 
@@ -436,12 +518,13 @@ def _npy_header(stream):
     return _Header(*read(stream))
 
 def _member_header(file, archive, member):
-    "Header of one array of an archive; an error if it claims another length than there is"
+    "Header of one array of an archive; an error if its length is not that of the data"
     with archive.open(member) as stream:
         header = _npy_header(stream)
-        held = archive.getinfo(member).file_size - stream.tell()
-    if not header.dtype.hasobject and header.bytes!=held:
-        raise ValueError(f'{member} should have {header.bytes:,} bytes by its header, shape {header.shape}, but has {held:,}')
+        length = archive.getinfo(member).file_size - stream.tell()
+    if not header.dtype.hasobject and header.bytes!=length:
+        raise ValueError(f'{member} should have {header.bytes:,} bytes by its header, shape {header.shape}, '
+                         f'but has {length:,}')
     return header
 
 def _npz_headers(file):
@@ -451,22 +534,27 @@ def _npz_headers(file):
         with zipfile.ZipFile(file) as archive:
             for member in archive.namelist():
                 headers[member.removesuffix('.npy')] = _member_header(file, archive, member)
-    except (zipfile.BadZipFile, ValueError, EOFError) as e: raise ValueError(f'{file} is no whole npz file: {e}') from e
+    except (zipfile.BadZipFile, ValueError, EOFError) as e:
+        raise ValueError(f'{file} is not a complete npz file: {e}') from e
     return headers
 
 # %% ../../nbs/data/50_datasets.ipynb #d246fef8
 def _check_medmnist(file, headers, several):
     "Raise an error that names what an npz file lacks, or what shape or type is wrong"
     needed = [f'{s}_{what}' for s in _MEDMNIST_SPLITS for what in ('images', 'labels')]
-    if missing := [k for k in needed if k not in headers]: raise ValueError(f'{file}: missing {missing}; it has {sorted(headers)}')
+    if missing := [k for k in needed if k not in headers]:
+        raise ValueError(f'{file}: missing {missing}; it has {sorted(headers)}')
     for s in _MEDMNIST_SPLITS:
-        if not headers[f'{s}_images'].shape or not headers[f'{s}_images'].shape[0]: raise ValueError(f'{file}: {s}_images holds no images')
         images,labels = headers[f'{s}_images'],headers[f'{s}_labels']
-        if images.dtype!=np.uint8 or len(images.shape) not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)) or images.by_column:
-            raise ValueError(f'{file}: {s}_images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {images.shape}')
+        if not images.shape or not images.shape[0]: raise ValueError(f'{file}: {s}_images contains no images')
+        fits = len(images.shape) in (3, 4) and images.shape[3:] in ((), (1,), (3,))
+        if images.dtype!=np.uint8 or not fits or images.by_column:
+            raise ValueError(f'{file}: {s}_images must be uint8 [N, H, W] or [N, H, W, 3], '
+                             f'got {images.dtype} {images.shape}')
         expected = {(images.shape[0], several)} if several else {(images.shape[0],), (images.shape[0], 1)}
         if labels.dtype.kind not in 'iuf' or labels.shape not in expected:
-            raise ValueError(f'{file}: {s}_labels must be numbers {" or ".join(map(str, expected))}, got {labels.dtype} {labels.shape}')
+            shapes = ' or '.join(map(str, expected))
+            raise ValueError(f'{file}: {s}_labels must be numbers {shapes}, got {labels.dtype} {labels.shape}')
 
 # %% ../../nbs/data/50_datasets.ipynb #515aa659
 def _unpack(file, key, cache):
@@ -497,11 +585,12 @@ def _unpack_to(unpacked, archive, member, size):
 
 # %% ../../nbs/data/50_datasets.ipynb #12bf1d97
 def _medmnist_file(path, flag, size, download):
-    "The npz file that a path, or a set's name, means; and the set's name"
+    "The npz file that a path, or a set's name, refers to; and the set's name"
     if path is not None and str(path).lower() in MEDMNIST: path,flag = None,str(path).lower()
     if flag: check_in(flag, MEDMNIST, 'flag')
-    if path is None and not flag: raise ValueError(f'path must be an npz file, its folder, or one of {list(MEDMNIST)}')
-    wanted = f'{flag}{"" if size==28 else f"_{size}"}.npz'
+    if path is None and not flag:
+        raise ValueError(f'path must be an npz file, its folder, or one of {list(MEDMNIST)}')
+    wanted = f'{flag}.npz' if size==28 else f'{flag}_{size}.npz'
     if path is None: return _find_npz(wanted, flag, size, download),flag
     file = existing_path(path, 'MedMNIST file')
     if file.is_dir(): file = _npz_in(file, wanted if flag else '')
@@ -509,17 +598,20 @@ def _medmnist_file(path, flag, size, download):
     return file,flag or _flag_of(file)
 
 def _flag_of(file):
-    "The set that a file's name says; an error if it says none, or several"
+    "The set that a file's name contains; an error if it contains none, or several"
     names = [f for f in MEDMNIST if f in file.stem.lower()]
     if len(names)==1: return names[0]
-    said = f'several of the sets, {names}' if names else 'none of the sets'
-    raise ValueError(f'the name of {file} says {said}; pass flag as one of {list(MEDMNIST)}, or rename it, such as breastmnist.npz')
+    contained = f'several of the sets, {names}' if names else 'none of the sets'
+    raise ValueError(f'the name of {file} contains {contained}; pass flag as one of {list(MEDMNIST)}, '
+                     'or rename it, such as breastmnist.npz')
 
 def _npz_in(folder, wanted):
     "The file called `wanted` at or below a folder; without a name, the only npz file in it"
     if wanted: found = [_look(f, [wanted])[0][0] for f in _folders_with(folder, [wanted])]
     else: found = sorted(folder.glob('*.npz'))
-    if len(found)!=1: raise FileNotFoundError(f'{folder}: expected one {wanted or "npz file, or a flag"}, found {some_names(found) or "none"}')
+    if len(found)!=1:
+        expected = wanted or 'npz file, or a flag'
+        raise FileNotFoundError(f'{folder}: expected one {expected}, found {some_names(found) or "none"}')
     return found[0]
 
 # %% ../../nbs/data/50_datasets.ipynb #3551282f
@@ -527,16 +619,18 @@ def _find_npz(wanted, flag, size, download):
     "Path of a set's file: in the input folder, in the package's folder, or downloaded into that"
     home = Path.home()/'.medmnist'
     if _folders_with(_input_folder(), [wanted]): return _npz_in(_input_folder(), wanted)
-    if zipfile.is_zipfile(home/wanted): return home/wanted # and no download that was cut short
+    if zipfile.is_zipfile(home/wanted): return home/wanted # not a download that was interrupted
     where = f'{wanted} not found in {_input_folder()} or {home}'
-    if not download: raise FileNotFoundError(f'{where}; get it from https://medmnist.com and pass its path, or allow download=True')
+    if not download:
+        raise FileNotFoundError(f'{where}; get it from https://medmnist.com and pass its path, '
+                                'or allow download=True')
     try: from medmnist import INFO
     except ImportError as e: raise ImportError(f'{where}; downloading it needs medmnist: pip install medmnist') from e
     from torchvision.datasets.utils import download_url
     url,md5 = (INFO[flag][what if size==28 else f'{what}_{size}'] for what in ('url', 'MD5'))
     try: download_url(url, root=home, filename=wanted, md5=md5)
     except BaseException as e:
-        (home/wanted).unlink(missing_ok=True) # or it would be taken for the whole file
+        (home/wanted).unlink(missing_ok=True) # or it would be taken for the complete file
         if isinstance(e, Exception): raise FileNotFoundError(f'{where}, and {url} could not be downloaded: {e}') from e
         raise
     return home/wanted
@@ -546,25 +640,33 @@ def _medmnist_labels(file, key, numbers, names, several):
     "Class names for an array of numbers, [N], [N, 1] or, for several findings, [N, C] of 0 and 1"
     numbers = numbers if several else numbers.reshape(-1)
     highest = 1 if several else len(names)-1
-    if (wrong := numbers[(numbers!=np.floor(numbers)) | (numbers<0) | (numbers>highest)]).size:
-        raise ValueError(f'{file}: {key} holds {wrong.flat[0]}, expected whole numbers from 0 to {highest}')
-    return ['|'.join(n for n,there in zip(names, row) if there) for row in numbers] if several else [names[int(i)] for i in numbers]
+    wrong = numbers[(numbers!=np.floor(numbers)) | (numbers<0) | (numbers>highest)]
+    if wrong.size:
+        raise ValueError(f'{file}: {key} contains {wrong.flat[0]}, expected whole numbers from 0 to {highest}')
+    if not several: return [names[int(i)] for i in numbers]
+    return ['|'.join(n for n,there in zip(names, row) if there) for row in numbers]
 
 def _medmnist_notes(flag, found, published):
     "Notes on missing groups and on counts that differ from those published"
-    derma = '; it is made of HAM10000, and images of one lesion stand on both sides of the official split' if flag=='dermamnist' else ''
-    return [NO_GROUPS + derma, *(f'{n:,} images in {s}, where {p:,} are published' for s,n,p in zip(SPLITS, found, published) if n!=p)]
+    groups = NO_GROUPS
+    if flag=='dermamnist':
+        groups += '; it is made of HAM10000, and images of one lesion are on both sides of the official split'
+    counts = [(s, n, p) for s,n,p in zip(SPLITS, found, published) if n!=p]
+    return [groups, *(f'{n:,} images in {s}, where {p:,} are published' for s,n,p in counts)]
 
 # %% ../../nbs/data/50_datasets.ipynb #687d9a09
 def _medmnist_name(flag):
     "A set's name as it is printed"
     stem = flag.removesuffix('mnist')
-    return {'oct': 'OCT', 'organa': 'OrganA', 'organc': 'OrganC', 'organs': 'OrganS'}.get(stem, stem.capitalize()) + 'MNIST'
+    special = {'oct': 'OCT', 'organa': 'OrganA', 'organc': 'OrganC', 'organs': 'OrganS'}
+    return special.get(stem, stem.capitalize()) + 'MNIST'
 
 def _medmnist_rows(file, names, several, cache):
     "Images, labels and splits of an npz file; images are memory-mapped if there is a folder `cache` to unpack them to"
     images,labels,splits = [],[],[]
-    for s in _MEDMNIST_SPLITS: labels += _medmnist_labels(file, f'{s}_labels', _array(file, f'{s}_labels'), names, several)
+    for s in _MEDMNIST_SPLITS:
+        numbers = _array(file, f'{s}_labels')
+        labels += _medmnist_labels(file, f'{s}_labels', numbers, names, several)
     for s,split in _MEDMNIST_SPLITS.items():
         pixels = _array(file, f'{s}_images', cache)
         images += list(pixels[..., 0] if pixels.shape[3:]==(1,) else pixels)
@@ -576,16 +678,17 @@ def _array(file, key, cache=None):
     try:
         if cache is not None: return np.asarray(_unpack(file, key, cache))
         with np.load(file, allow_pickle=False) as arrays: return arrays[key]
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e: raise ValueError(f'{file}: {key} is damaged: {e}') from e
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise ValueError(f'{file}: {key} is damaged: {e}') from e
 
 # %% ../../nbs/data/50_datasets.ipynb #c2109401
 def read_medmnist(
-    path=None,            # Npz file, a folder that holds it, or a set's name, such as `'breastmnist'`
+    path=None,            # Npz file, a folder that contains it, or a set's name, such as `'breastmnist'`
     size:int=28,          # 28, 64, 128 or 224 pixels: which file to look for; a file given by its path has its own size
-    flag:str='',          # The set's name, where the file's name does not say it
+    flag:str='',          # The set's name, if the file's name does not contain it
     download:bool=True,   # Download a set that is not on disk, through the `medmnist` package
-    memory:float=1.,      # GiB of images to hold in memory; a larger set is unpacked to `cache` and mapped
-    cache=None,           # Folder for what is unpacked; that of the stores if left out
+    memory:float=1.,      # GiB of images to keep in memory; a larger set is unpacked to `cache` and mapped
+    cache=None,           # Folder for unpacked arrays; default: that of the stores
     print_card:bool=True, # Print the card of the set
     positive:str='',      # Class of a binary set whose probability models give; default: the second, as published
 )->pd.DataFrame: # Image table of uint8 arrays [H, W] or [H, W, 3]; `split` and `official` are the official split
@@ -598,8 +701,14 @@ def read_medmnist(
     headers = _npz_headers(file)
     _check_medmnist(file, headers, several)
     large = sum(h.bytes for k,h in headers.items() if k.endswith('_images')) > memory*2**30
-    images,labels,splits = _medmnist_rows(file, names, several, (cache or default_store_folder()/'medmnist') if large else None)
-    table = image_table(images, labels, classes=names, task=task, name=_medmnist_name(flag),
-        licence='CC BY-NC 4.0' if flag=='dermamnist' else 'CC BY 4.0', citation='Yang et al., Scientific Data 10:41, 2023')
+    if large: cache = cache or default_store_folder()/'medmnist'
+    images,labels,splits = _medmnist_rows(file, names, several, cache if large else None)
+    licence = 'CC BY-NC 4.0' if flag=='dermamnist' else 'CC BY 4.0'
+    about = dict(name=_medmnist_name(flag), licence=licence, citation=_MEDMNIST_CITATION)
+    table = image_table(images, labels, classes=names, task=task, **about)
     notes = _medmnist_notes(flag, [(splits==s).sum() for s in SPLITS], published)
     return finish_table(table, {'split': splits, 'official': splits}, notes, print_card, positive)
+
+_MEDMNIST_CITATION = 'Yang et al., Scientific Data 10:41, 2023'
+register_reader('medmnist', read_medmnist, reads='any 2-D set of MedMNIST, by its npz file', options='positive',
+    licence='CC BY 4.0; DermaMNIST: CC BY-NC 4.0', citation=_MEDMNIST_CITATION)

@@ -1,4 +1,4 @@
-"""What may be done to an image once, before it is stored: quieter, more contrast, one stain for all, more pixels
+"""What may be done to an image once, before it is stored: less noise, more contrast, one stain for all, more pixels
 
 Docs: https://kdmed.github.io/kdmed/data/filters.html.md"""
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import listify, patch
+from fastcore.basics import listify
 from PIL import Image, ImageFilter
 from safetensors import torch as safetensors
 from scipy.ndimage import gaussian_filter
@@ -29,28 +29,30 @@ from .images import open_image
 # %% ../../nbs/data/20_filters.ipynb #956b1b76
 def _check_pixels(pixels):
     "The same pixels, if they are uint8 [H, W, 3]"
-    if isinstance(pixels, np.ndarray) and pixels.dtype==np.uint8 and pixels.ndim==3 and pixels.shape[2]==3 and pixels.size: return pixels
-    got = f'{pixels.dtype} {pixels.shape}' if isinstance(pixels, np.ndarray) else type(pixels).__name__
+    is_array = isinstance(pixels, np.ndarray)
+    if is_array and pixels.dtype==np.uint8 and pixels.ndim==3 and pixels.shape[2]==3 and pixels.size: return pixels
+    got = f'{pixels.dtype} {pixels.shape}' if is_array else type(pixels).__name__
     raise TypeError(f'pixels must be a uint8 array [H, W, 3], got {got}')
 
 def _to_uint8(values): return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 def _check(good, name, expected, value):
-    "Raise `ValueError` that names an argument unless `good`"
+    "Raise a `ValueError` that names the argument unless `good`"
     if not good: raise ValueError(f'{name} must be {expected}, got {value!r}')
 
 def _set(filter_, **values):
-    "Set fields of a frozen dataclass while it is being made"
+    "Set fields of a frozen dataclass in its `__post_init__`"
     for name,value in values.items(): object.__setattr__(filter_, name, value)
 
 # %% ../../nbs/data/20_filters.ipynb #61818dc2
 @dataclass(frozen=True)
 class MedianFilter:
-    "Median of each color over a square; beyond the border, the border's pixels repeat"
+    "Median of each color over a square; beyond the border, the border pixels are repeated"
     size:int=3 # Side of the square, in pixels; odd
 
     def __post_init__(self):
-        _check(isinstance(self.size, Integral) and self.size>=3 and self.size%2, 'median size', 'an odd number of pixels, 3 or more', self.size)
+        valid = isinstance(self.size, Integral) and self.size>=3 and self.size%2
+        _check(valid, 'median size', 'an odd number of pixels, 3 or more', self.size)
         _set(self, size=int(self.size))
 
     def __call__(self,
@@ -79,18 +81,21 @@ class GaussianFilter:
 def compare_filters(
     filters,          # One filter, or several: a panel each
     image,            # Anything `open_image` opens
-    names=None,       # Titles of the panels; the filters' kinds if left out
-    crop=None,        # Top, left and side of the square to show, in pixels of the image; all of it if left out
+    names=None,       # Titles of the panels; default: the filters' classes
+    crop=None,        # Top, left and side of the square to show, in pixels of the image; default: all of it
     height:float=2.,  # Height of the figure, in inches
 ): # Array of Axes
-    "An image, and what each filter makes of it, at one zoom"
+    "An image and the result of each filter, at the same magnification"
     filters,pixels = listify(filters),np.asarray(open_image(image))
     names = names or [type(f).__name__ for f in filters]
-    if len(names)!=len(filters): raise ValueError(f'expected one name a filter, got {len(names)} names, {len(filters)} filters')
+    if len(names)!=len(filters):
+        raise ValueError(f'expected one name per filter, got {len(names)} names, {len(filters)} filters')
     top,left,side = crop or (0, 0, max(pixels.shape))
-    _check(0<=top<pixels.shape[0] and 0<=left<pixels.shape[1] and side>0, 'crop', f'(top, left, side) inside an image of {pixels.shape[:2]} pixels', crop)
+    inside = 0<=top<pixels.shape[0] and 0<=left<pixels.shape[1] and side>0
+    _check(inside, 'crop', f'(top, left, side) inside an image of {pixels.shape[:2]} pixels', crop)
     fig,axes = figure(1, 1+len(filters), height=height, squeeze=False)
-    for ax,result,name in zip(axes[0], [pixels, *(f(pixels) for f in filters)], ['before', *names]):
+    results = [pixels, *(f(pixels) for f in filters)]
+    for ax,result,name in zip(axes[0], results, ['before', *names]):
         scale = result.shape[0]/pixels.shape[0]
         y0,y1,x0,x1 = (round(scale*v) for v in (top, top+side, left, left+side))
         ax.imshow(result[y0:y1, x0:x1], interpolation='nearest')
@@ -110,28 +115,31 @@ def _to_lab(pixels):
     return _skimage()[0].rgb2lab(_check_pixels(pixels).astype(np.float32)/255)
 
 def _from_lab(lab):
-    "The image, uint8 [H, W, 3], that has a given CIELAB, or the nearest the screen can show"
-    yellowest = np.float32(199.99/116)*(lab[..., 0]+16) # beyond, there would be less than no blue light
-    return _to_uint8(255*_skimage()[0].lab2rgb(np.stack([lab[..., 0], lab[..., 1], np.minimum(lab[..., 2], yellowest)], -1)))
+    "The image, uint8 [H, W, 3], of given CIELAB values, or the nearest that a screen can show"
+    yellowest = np.float32(199.99/116)*(lab[..., 0]+16) # beyond it, blue would be negative
+    visible = np.stack([lab[..., 0], lab[..., 1], np.minimum(lab[..., 2], yellowest)], -1)
+    return _to_uint8(255*_skimage()[0].lab2rgb(visible))
 
 # %% ../../nbs/data/20_filters.ipynb #73dd2717
 @dataclass(frozen=True)
 class CLAHE:
     "Contrast-limited adaptive histogram equalization of the lightness (CIELAB L*), within the image's own range"
-    clip_limit:float=.01 # Largest share of a tile's pixels that one of 256 gray levels may count, in (0, 1]; 1: no limit
+    clip_limit:float=.01 # Largest fraction of a tile's pixels to count for one of 256 gray levels; 1: no limit
     tiles:int=8          # Tiles along each side
 
     def __post_init__(self):
         _check(0<self.clip_limit<=1, 'CLAHE clip_limit', 'in (0, 1]', self.clip_limit)
-        _check(isinstance(self.tiles, Integral) and self.tiles>=1, 'CLAHE tiles', 'a whole number, 1 or more', self.tiles)
+        valid = isinstance(self.tiles, Integral) and self.tiles>=1
+        _check(valid, 'CLAHE tiles', 'a whole number, 1 or more', self.tiles)
         _set(self, clip_limit=float(self.clip_limit), tiles=int(self.tiles))
 
     def __call__(self,
-        pixels, # uint8 [H, W, 3]; at least two pixels a tile along each side
+        pixels, # uint8 [H, W, 3]; at least two pixels per tile along each side
     )->np.ndarray: # uint8 [H, W, 3]
         "The filtered image"
         h,w = _check_pixels(pixels).shape[:2]
-        _check(min(h, w)>=2*self.tiles, 'image', f'at least {2*self.tiles} pixels a side for {self.tiles} CLAHE tiles', (h, w))
+        expected = f'at least {2*self.tiles} pixels per side for {self.tiles} CLAHE tiles'
+        _check(min(h, w)>=2*self.tiles, 'image', expected, (h, w))
         lab = _to_lab(pixels)
         low,high = lab[..., 0].min(),lab[..., 0].max()
         if low==high: return pixels
@@ -141,16 +149,17 @@ class CLAHE:
         return _from_lab(lab)
 
 # %% ../../nbs/data/20_filters.ipynb #270d805f
-_LEAST_TISSUE = .02 # share of an image that must be stained
+_LEAST_TISSUE = .02 # fraction of an image that must be stained
 _LEAST_ANGLE = 10   # degrees between two stains that count as two
-_MOST_GAIN = 5      # strongest multiplication of a stain's strength, or of a color's deviation
+_MOST_GAIN = 5      # largest factor for a stain's strength, or for a color's standard deviation
 
 class _StainUndefined(ValueError): "Why an image has no stain to normalize"
 
 def _check_gain(gain, what):
-    "Raise unless every gain is one that an image can bear"
-    if not (np.asarray(gain)<=_MOST_GAIN).all():
-        raise _StainUndefined(f'{what} would have to be multiplied by {np.round(gain, 1).tolist()}, and more than {_MOST_GAIN} amplifies noise')
+    "Raise an error for gains so large that they would amplify noise"
+    if (np.asarray(gain)<=_MOST_GAIN).all(): return
+    raise _StainUndefined(f'{what} would have to be multiplied by {np.round(gain, 1).tolist()}, '
+                          f'and more than {_MOST_GAIN} amplifies noise')
 
 def _density(pixels, light): return -np.log((pixels.reshape(-1, 3)+1.)/light)
 
@@ -160,23 +169,28 @@ def _estimate_stains(pixels, light, least_density):
     except ImportError as e: raise ImportError('Macenko normalization needs torchstain: pip install torchstain') from e
     stained = (_density(_check_pixels(pixels), light)>=least_density).all(-1)
     if stained.sum()<max(10, _LEAST_TISSUE*stained.size):
-        raise _StainUndefined(f'{stained.mean():.2%} of the pixels are stained, at least {_LEAST_TISSUE:.0%} (and 10 pixels) are needed')
+        raise _StainUndefined(f'{stained.mean():.2%} of the pixels are stained, '
+                              f'at least {_LEAST_TISSUE:.0%} (and 10 pixels) are needed')
     estimate = NumpyMacenkoNormalizer()
     estimate.fit(pixels, Io=light, alpha=1, beta=least_density)
     stains = estimate.HERef.T
     angle = math.degrees(math.acos(np.clip(stains[0]@stains[1], -1, 1)))
-    if angle<_LEAST_ANGLE: raise _StainUndefined(f'one color only: the extreme directions are {angle:.1f}° apart, two stains are at least {_LEAST_ANGLE}°')
+    if angle<_LEAST_ANGLE:
+        raise _StainUndefined(f'one color only: the extreme directions are {angle:.1f}° apart, '
+                              f'two stains are at least {_LEAST_ANGLE}°')
     return stains,estimate.maxCRef
 
-# %% ../../nbs/data/20_filters.ipynb #e8bbe6a2
 def _rounded(values, digits=4):
-    "Nested tuples of plain numbers: they print alike everywhere"
+    "Nested tuples of plain numbers, which print alike everywhere"
     return round(float(values), digits) if np.ndim(values)==0 else tuple(_rounded(v, digits) for v in values)
 
+# %% ../../nbs/data/20_filters.ipynb #e8bbe6a2
+# Long because: one filter, with its settings, how it is fitted and what it computes
 @dataclass(frozen=True)
 class MacenkoNormalizer:
     "Repaint hematoxylin and eosin in a target's colors and strengths"
-    stains:tuple=((.5626, .7201, .4062), (.2159, .8012, .5581)) # Absorption of red, green and blue by the target's hematoxylin and eosin
+    # Absorption of red, green and blue light by the target's hematoxylin and eosin
+    stains:tuple=((.5626, .7201, .4062), (.2159, .8012, .5581))
     strengths:tuple=(1.9705, 1.0308) # 99th percentiles of the target's amounts of the two
     light:float=240.         # Brightness of a slide without tissue, I₀, in gray levels
     least_density:float=.15  # Optical density below which, in any color, a pixel counts as unstained; β in the paper
@@ -184,40 +198,48 @@ class MacenkoNormalizer:
 
     def __post_init__(self):
         _check(np.shape(self.stains)==(2, 3), 'stains', 'two vectors of three numbers', self.stains)
-        _check(np.shape(self.strengths)==(2,) and min(self.strengths)>0, 'strengths', 'two positive numbers', self.strengths)
+        positive = np.shape(self.strengths)==(2,) and min(self.strengths)>0
+        _check(positive, 'strengths', 'two positive numbers', self.strengths)
         _check(0<self.light<=255, 'light', 'in (0, 255]', self.light)
         _check(0<self.least_density<math.inf, 'least_density', 'positive', self.least_density)
         check_in(self.undefined, ('keep', 'error'), 'undefined')
-        _set(self, stains=_rounded(self.stains), strengths=_rounded(self.strengths), light=float(self.light), least_density=float(self.least_density))
+        _set(self, stains=_rounded(self.stains), strengths=_rounded(self.strengths))
+        _set(self, light=float(self.light), least_density=float(self.least_density))
 
-# %% ../../nbs/data/20_filters.ipynb #0d831879
-@patch(cls_method=True)
-def fit(cls:MacenkoNormalizer,
-    target,                  # Image with the colors to have: anything `open_image` opens
-    light:float=240.,        # Brightness of a slide without tissue, I₀, in gray levels
-    least_density:float=.15, # Optical density below which, in any color, a pixel counts as unstained
-    undefined:str='keep',    # For an image with no stain to normalize: `keep` it as it is, or `error`
-)->MacenkoNormalizer:
-    "The filter that gives every image the stains of `target`"
-    how = cls(light=light, least_density=least_density, undefined=undefined)
-    stains,strengths = _estimate_stains(np.asarray(open_image(target)), how.light, how.least_density)
-    return replace(how, stains=stains, strengths=strengths)
+    @classmethod
+    def fit(cls,
+        target,                  # Image with the colors to have: anything `open_image` opens
+        light:float=240.,        # Brightness of a slide without tissue, I₀, in gray levels
+        least_density:float=.15, # Optical density below which, in any color, a pixel counts as unstained
+        undefined:str='keep',    # For an image with no stain to normalize: `keep` it as it is, or `error`
+    ): # `MacenkoNormalizer`
+        "The filter that gives every image the stains of `target`"
+        settings = cls(light=light, least_density=least_density, undefined=undefined)
+        pixels = np.asarray(open_image(target))
+        stains,strengths = _estimate_stains(pixels, settings.light, settings.least_density)
+        return replace(settings, stains=stains, strengths=strengths)
 
-@patch
-def __call__(self:MacenkoNormalizer,
-    pixels, # uint8 [H, W, 3]
-)->np.ndarray: # uint8 [H, W, 3]
-    "The image in the target's stains"
-    try:
-        stains,strengths = _estimate_stains(pixels, self.light, self.least_density)
-        _check_gain(gain := self.strengths/strengths, 'hematoxylin and eosin')
-    except _StainUndefined:
-        if self.undefined=='error': raise
-        return pixels
-    amounts = np.linalg.lstsq(stains.T, _density(pixels, self.light).T, rcond=None)[0] * gain[:, None]
-    return _to_uint8(self.light*np.exp(-amounts.T @ self.stains) - 1).reshape(pixels.shape)
+    def __call__(self,
+        pixels, # uint8 [H, W, 3]
+    )->np.ndarray: # uint8 [H, W, 3]
+        "The image in the target's stains"
+        try:
+            stains,strengths = _estimate_stains(pixels, self.light, self.least_density)
+            gain = self.strengths/strengths
+            _check_gain(gain, 'hematoxylin and eosin')
+        except _StainUndefined:
+            if self.undefined=='error': raise
+            return pixels
+        amounts = np.linalg.lstsq(stains.T, _density(pixels, self.light).T, rcond=None)[0] * gain[:, None]
+        return _to_uint8(self.light*np.exp(-amounts.T @ self.stains) - 1).reshape(pixels.shape)
 
 # %% ../../nbs/data/20_filters.ipynb #12550c69
+def _moments(pixels):
+    "CIELAB of an image, its mean and its standard deviation along each axis"
+    lab = _to_lab(pixels)
+    return lab,lab.mean((0, 1), dtype=float),lab.std((0, 1), dtype=float)
+
+# %% ../../nbs/data/20_filters.ipynb #a62adcf8
 @dataclass(frozen=True)
 class ReinhardNormalizer:
     "Give an image the mean and deviation that a target has in CIELAB; make one with `ReinhardNormalizer.fit`"
@@ -227,120 +249,133 @@ class ReinhardNormalizer:
 
     def __post_init__(self):
         _check(np.shape(self.mean)==(3,), 'mean', 'three numbers', self.mean)
-        _check(np.shape(self.deviation)==(3,) and min(self.deviation)>0, 'deviation', 'three positive numbers', self.deviation)
+        positive = np.shape(self.deviation)==(3,) and min(self.deviation)>0
+        _check(positive, 'deviation', 'three positive numbers', self.deviation)
         check_in(self.undefined, ('keep', 'error'), 'undefined')
         _set(self, mean=_rounded(self.mean), deviation=_rounded(self.deviation))
 
-# %% ../../nbs/data/20_filters.ipynb #7d613368
-def _moments(pixels):
-    "CIELAB of an image, its mean and its deviation along each axis"
-    lab = _to_lab(pixels)
-    return lab,lab.mean((0, 1), dtype=float),lab.std((0, 1), dtype=float)
+    @classmethod
+    def fit(cls,
+        target,               # Image with the colors to have: anything `open_image` opens
+        undefined:str='keep', # For an image too even to be stretched: `keep` it as it is, or `error`
+    ): # `ReinhardNormalizer`
+        "The filter that gives every image the mean color and contrast of `target`"
+        _,mean,deviation = _moments(np.asarray(open_image(target)))
+        if deviation.min()<1:
+            raise _StainUndefined('a target must vary in lightness and in color, by a CIELAB unit or more; '
+                                  f'this one varies by {_rounded(deviation, 2)}')
+        return cls(mean, deviation, undefined)
 
-# %% ../../nbs/data/20_filters.ipynb #32621fcb
-@patch(cls_method=True)
-def fit(cls:ReinhardNormalizer,
-    target,               # Image with the colors to have: anything `open_image` opens
-    undefined:str='keep', # For an image too even to be stretched: `keep` it as it is, or `error`
-)->ReinhardNormalizer:
-    "The filter that gives every image the mean color and contrast of `target`"
-    _,mean,deviation = _moments(np.asarray(open_image(target)))
-    if deviation.min()<1: raise _StainUndefined(f'a target must vary in lightness and in color, by a CIELAB unit or more; this one does by {_rounded(deviation, 2)}')
-    return cls(mean, deviation, undefined)
-
-@patch
-def __call__(self:ReinhardNormalizer,
-    pixels, # uint8 [H, W, 3]
-)->np.ndarray: # uint8 [H, W, 3]
-    "The image in the target's colors"
-    lab,mean,deviation = _moments(pixels)
-    try: _check_gain(gain := self.deviation/np.maximum(deviation, 1e-6), 'lightness, green–red and blue–yellow')
-    except _StainUndefined:
-        if self.undefined=='error': raise
-        return pixels
-    return _from_lab(((lab-mean)*gain + self.mean).astype(np.float32))
+    def __call__(self,
+        pixels, # uint8 [H, W, 3]
+    )->np.ndarray: # uint8 [H, W, 3]
+        "The image in the target's colors"
+        lab,mean,deviation = _moments(pixels)
+        gain = self.deviation/np.maximum(deviation, 1e-6)
+        try: _check_gain(gain, 'lightness, green–red and blue–yellow')
+        except _StainUndefined:
+            if self.undefined=='error': raise
+            return pixels
+        return _from_lab(((lab-mean)*gain + self.mean).astype(np.float32))
 
 # %% ../../nbs/data/20_filters.ipynb #cacfb8d6
+def _torch_version(): return tuple(int(''.join(filter(str.isdigit, v)) or 0) for v in torch.__version__.split('.')[:2])
+
 def _read_weights(path):
-    "Tensors of a weights file, read without running any code it may hold, and a digest of the file"
+    "Tensors of a weights file, read without running any code it may contain, and a digest of the file"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'weights: no file {str(path)!r}')
     data,plain = path.read_bytes(),path.suffix.lower()=='.safetensors'
-    old = tuple(int(''.join(filter(str.isdigit, v)) or 0) for v in torch.__version__.split('.')[:2]) < (2, 6)
-    if old and not plain: raise ValueError(f'{path}: PyTorch {torch.__version__} cannot read such a file safely; take a .safetensors file, or PyTorch 2.6 or newer')
+    if not plain and _torch_version() < (2, 6):
+        raise ValueError(f'{path}: PyTorch {torch.__version__} cannot read such a file safely; '
+                         'use a .safetensors file, or PyTorch 2.6 or newer')
     try: state = safetensors.load(data) if plain else torch.load(BytesIO(data), map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path}: refused, expected a file of plain tensors ({type(e).__name__}); what else a file holds may be a program') from e
+    except Exception as e:
+        raise ValueError(f'{path}: refused, expected a file of plain tensors ({type(e).__name__}); '
+                         'anything else in a file may be a program') from e
     return state,hashlib.sha256(data).hexdigest()[:16]
 
 def _to_network(state, path):
-    "The image-to-image network that spandrel makes of these tensors"
+    "The image-to-image network that spandrel builds from these tensors"
     try: from spandrel import ImageModelDescriptor, ModelLoader
     except ImportError as e: raise ImportError('super-resolution needs spandrel: pip install spandrel') from e
     try: network = ModelLoader().load_from_state_dict(state)
-    except Exception as e: raise ValueError(f'{path}: expected the weights of a network that spandrel knows, got others ({type(e).__name__})') from e
+    except Exception as e:
+        raise ValueError(f'{path}: expected the weights of a network that spandrel knows, got others '
+                         f'({type(e).__name__})') from e
     if not isinstance(network, ImageModelDescriptor) or network.purpose=='FaceSR':
         raise ValueError(f'{path}: expected a network that restores any image, got one for {network.purpose}')
     channels = network.input_channels,network.output_channels
-    if channels!=(3, 3): raise ValueError(f'{path}: expected a network for color images, 3 channels in and out, got {channels[0]} in and {channels[1]} out')
+    if channels!=(3, 3):
+        raise ValueError(f'{path}: expected a network for color images, 3 channels in and out, '
+                         f'got {channels[0]} in and {channels[1]} out')
     return network.eval()
 
-# %% ../../nbs/data/20_filters.ipynb #bf2ee6c1
-_IN_TURN = threading.Lock() # one tile at a time, however many threads pack
-
 # %% ../../nbs/data/20_filters.ipynb #51a1fb9d
-@dataclass(frozen=True)
-class SuperResolution:
-    "Send an image through a restoration network, tile by tile; it gets `scale` times the pixels along each side"
-    weights:str=field(repr=False, compare=False) # File: `.safetensors`, or `.pth` of plain tensors
-    tile:int=256     # Side of the tiles, in pixels; bounds the memory that is needed
-    overlap:int=32   # Pixels the network sees beyond each side of a tile and that are thrown away
-    device:str=field(default='auto', repr=False, compare=False) # As PyTorch names it; `auto`: the GPU where there is one
-    network:str=field(init=False) # What spandrel calls the architecture
-    scale:int=field(init=False)   # Pixels made of one, along each side
-    digest:str=field(init=False)  # Of the content of the file, SHA-256: stands for `weights` in the `repr`
+_IN_TURN = threading.Lock() # one tile at a time, however many threads pack images
 
-    def __post_init__(self):
-        for name,least in (('tile', 16), ('overlap', 0)):
-            value = getattr(self, name)
-            _check(isinstance(value, Integral) and value>=least, name, f'a number of pixels, {least} or more', value)
-        state,digest = _read_weights(self.weights)
-        network = _to_network(state, self.weights)
-        device = ('cuda' if torch.cuda.is_available() else 'cpu') if self.device=='auto' else self.device
-        try: network.to(torch.device(device))
-        except (RuntimeError, AssertionError) as e: raise ValueError(f'device must be auto, cpu or a GPU that PyTorch finds, got {device!r}') from e
-        _set(self, tile=int(self.tile), overlap=int(self.overlap), network=network.architecture.name, scale=network.scale, digest=digest, _network=network)
-
-    def __reduce__(self): return SuperResolution,(str(self.weights), self.tile, self.overlap, self.device)
-    def __deepcopy__(self, memo): return self
-
-# %% ../../nbs/data/20_filters.ipynb #71bb4a8d
 def _spans(length, tile, overlap):
     "Start and stop of each tile along a side, and of what the network sees around it"
     for start in range(0, length, tile):
         stop = min(start+tile, length)
         yield start,stop,max(start-overlap, 0),min(stop+overlap, length)
 
-@patch
-def _restore(self:SuperResolution, pixels):
-    "What the network makes of one piece, uint8 [H·scale, W·scale, 3]"
-    x = torch.from_numpy(pixels.astype(np.float32)/255).permute(2, 0, 1)[None]
-    with _IN_TURN: y = self._network(x.to(self._network.device))[0].permute(1, 2, 0).float().cpu().numpy()
-    if not np.isfinite(y).all(): raise ValueError(f'{self.weights}: the network gives values that are not numbers')
-    return _to_uint8(255*y)
+def _placed(network, device):
+    "The network on the device of this name"
+    name = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
+    try: return network.to(torch.device(name))
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'device must be auto, cpu or a GPU that PyTorch finds, got {name!r}') from e
 
-# %% ../../nbs/data/20_filters.ipynb #124eb10c
-@patch
-def __call__(self:SuperResolution,
-    pixels, # uint8 [H, W, 3]
-)->np.ndarray: # uint8 [H·scale, W·scale, 3]
-    "The restored image"
-    (h,w,_),s = _check_pixels(pixels).shape,self.scale
-    grid,tiling = self._network.size_requirements.multiple_of,self._network.tiling.name
-    tile,overlap = (-(-v//grid)*grid for v in (self.tile if tiling=='SUPPORTED' else max(h, w), self.overlap))
-    result = np.empty((s*h, s*w, 3), np.uint8)
-    for top,bottom,see_top,see_bottom in _spans(h, tile, overlap):
-        for left,right,see_left,see_right in _spans(w, tile, overlap):
-            piece = self._restore(pixels[see_top:see_bottom, see_left:see_right])
-            y,x = s*(top-see_top),s*(left-see_left)
-            result[s*top:s*bottom, s*left:s*right] = piece[y:y+s*(bottom-top), x:x+s*(right-left)]
-    return result
+# %% ../../nbs/data/20_filters.ipynb #71bb4a8d
+# Long because: one filter, with its settings, how its network is loaded and how an image is sent through it
+@dataclass(frozen=True)
+class SuperResolution:
+    "Send an image through a restoration network, tile by tile; it gets `scale` times the pixels along each side"
+    weights:str=field(repr=False, compare=False) # File: `.safetensors`, or `.pth` of plain tensors
+    tile:int=256     # Side of the tiles, in pixels; limits the memory that is needed
+    overlap:int=32   # Pixels the network sees beyond each side of a tile, and that are discarded
+    device:str=field(default='auto', repr=False, compare=False) # As PyTorch names it; `auto`: the GPU if there is one
+    network:str=field(init=False) # Spandrel's name of the architecture
+    scale:int=field(init=False)   # Pixels made of one, along each side
+    digest:str=field(init=False)  # SHA-256 of the content of the file: stands for `weights` in the `repr`
+
+    def __post_init__(self):
+        for name,least in (('tile', 16), ('overlap', 0)):
+            value = getattr(self, name)
+            valid = isinstance(value, Integral) and value>=least
+            _check(valid, name, f'a number of pixels, {least} or more', value)
+        state,digest = _read_weights(self.weights)
+        network = _to_network(state, self.weights)
+        _placed(network, self.device)
+        _set(self, tile=int(self.tile), overlap=int(self.overlap), digest=digest, _network=network)
+        _set(self, network=network.architecture.name, scale=network.scale)
+
+    def __reduce__(self): return SuperResolution,(str(self.weights), self.tile, self.overlap, self.device)
+    def __deepcopy__(self, memo): return self
+
+    def __call__(self,
+        pixels, # uint8 [H, W, 3]
+    )->np.ndarray: # uint8 [H·scale, W·scale, 3]
+        "The restored image"
+        (h,w,_),s = _check_pixels(pixels).shape,self.scale
+        tile,overlap = self._tiling(max(h, w))
+        result = np.empty((s*h, s*w, 3), np.uint8)
+        for top,bottom,see_top,see_bottom in _spans(h, tile, overlap):
+            for left,right,see_left,see_right in _spans(w, tile, overlap):
+                piece = self._restore(pixels[see_top:see_bottom, see_left:see_right])
+                y,x = s*(top-see_top),s*(left-see_left)
+                result[s*top:s*bottom, s*left:s*right] = piece[y:y+s*(bottom-top), x:x+s*(right-left)]
+        return result
+
+    def _tiling(self, longest):
+        "Side and overlap of the tiles, as multiples of what the network needs; one tile if it must see the whole image"
+        grid,tiles = self._network.size_requirements.multiple_of,self._network.tiling.name=='SUPPORTED'
+        return (-(-v//grid)*grid for v in (self.tile if tiles else longest, self.overlap))
+
+    def _restore(self, pixels):
+        "Output of the network for one piece, uint8 [H·scale, W·scale, 3]"
+        x = torch.from_numpy(pixels.astype(np.float32)/255).permute(2, 0, 1)[None]
+        with _IN_TURN: y = self._network(x.to(self._network.device))[0].permute(1, 2, 0).float().cpu().numpy()
+        if not np.isfinite(y).all(): raise ValueError(f'{self.weights}: the network gives values that are not numbers')
+        return _to_uint8(255*y)

@@ -1,4 +1,4 @@
-"""What lies in a folder: each file once, nothing lost in silence, and nothing opened that would never end
+"""What is in a folder: each file once, every omission reported, and nothing opened that could be read forever
 
 Docs: https://kdmed.github.io/kdmed/data/folders.html.md"""
 
@@ -18,66 +18,82 @@ from pathlib import Path
 from fastcore.basics import listify
 
 # %% ../../nbs/data/00_folders.ipynb #d748c80f
-_KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a named pipe', stat.S_IFSOCK: 'a socket', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device'}
+_KINDS = { # by the type bits of a file's mode
+    stat.S_IFDIR: 'a folder',
+    stat.S_IFIFO: 'a named pipe',
+    stat.S_IFSOCK: 'a socket',
+    stat.S_IFCHR: 'a device',
+    stat.S_IFBLK: 'a device',
+}
+
+def _kind(mode): return _KINDS.get(stat.S_IFMT(mode), 'something else')
 
 def some_names(
     names,       # Anything that can be printed
     most:int=10, # Names to list
     width:int=80, # Longest name, in characters
 )->str:
-    "Names for a message: all, or the first of them"
-    names = [str(n).encode('utf-8', 'backslashreplace').decode() for n in names] # a file's name may be no Unicode
+    "Names for a message: all of them, or the first few and a count of the rest"
+    names = [str(n).encode('utf-8', 'backslashreplace').decode() for n in names] # a file's name may be invalid Unicode
     short = [n if len(n)<=width else n[:width-1]+'…' for n in names[:most]]
     return ', '.join(short) + (f' and {len(names)-most:,} more' if len(names)>most else '')
 
+# %% ../../nbs/data/00_folders.ipynb #233aa40e
 def existing_path(
     path,     # Path as the user gave it
     what:str, # What the error message calls it
 )->Path:
-    "`path` as a `Path`, with `~` expanded; an error if it is empty or leads nowhere"
+    "`path` as a `Path`, with `~` expanded; an error if it is empty or does not exist"
     if not str(path).strip(): raise ValueError(f'{what}: the path is empty; for the current folder, pass "."')
     path = Path(path).expanduser()
-    try: there = path.exists()
-    except (OSError, ValueError): there = False # a name that is too long, or not for files at all
-    if not there: raise FileNotFoundError(f'{what} not found: {some_names([path], width=200)}')
+    try: exists = path.exists()
+    except (OSError, ValueError): exists = False # too long, or with characters that no path can have
+    if not exists: raise FileNotFoundError(f'{what} not found: {some_names([path], width=200)}')
     return path
 
 def check_file(
     path,            # Path as the user gave it
     what:str='file', # What the error message calls it
 )->Path:
-    "`path` as a `Path`, if a regular file is there; a pipe or device could be read forever"
+    "`path` as a `Path`, if it is a regular file; a pipe or device could be read forever"
     path = existing_path(path, what)
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode): raise ValueError(f'{what} must be a file, {path} is {_KINDS.get(stat.S_IFMT(mode), "something else")}')
+    if not stat.S_ISREG(mode): raise ValueError(f'{what} must be a file, {path} is {_kind(mode)}')
     return path
 
 # %% ../../nbs/data/00_folders.ipynb #2dd8516d
-JUNK_FOLDERS = '__MACOSX','@eaDir' # what file systems add; names that begin with a dot are hidden and skipped as well
-_MOST_VISITS = 20 # of one folder, by different links
+JUNK_FOLDERS = '__MACOSX','@eaDir' # created by file systems; names that begin with a dot are hidden and skipped as well
+_MOST_VISITS = 20 # of one folder, through different links
 
 @dataclass
 class FoundFiles:
     "Files at or below a folder, and what else is there"
     folder:Path
-    files:list = field(default_factory=list)         # Sorted paths
-    folders:set = field(default_factory=set)         # Relative paths of all folders met
-    others:Counter = field(default_factory=Counter)  # Files with other endings: {ending: how many}
-    excluded:Counter = field(default_factory=Counter) # What was left out on request: {pattern: how many files or folders}
-    special:list = field(default_factory=list)       # Pipes, sockets and devices: relative path and kind
-    loops:list = field(default_factory=list)         # Links to a folder that they are in: relative paths
-    broken:list = field(default_factory=list)        # Links that lead nowhere: relative paths
-    linked:bool = False                              # Whether a link was followed, or one file seems to have two names
+    files:list = field(default_factory=list)          # Sorted paths
+    folders:set = field(default_factory=set)          # Relative paths of all folders visited
+    others:Counter = field(default_factory=Counter)   # Files with other extensions: {extension: count}
+    excluded:Counter = field(default_factory=Counter) # Files and folders left out on request: {pattern: count}
+    special:list = field(default_factory=list)        # Pipes, sockets and devices: relative path and kind
+    loops:list = field(default_factory=list)          # Links to a folder that contains them: relative paths
+    broken:list = field(default_factory=list)         # Links whose target does not exist: relative paths
+    linked:bool = False                               # Whether a link was followed, or a file seems to have two names
 
     def notes(self):
         "What was left out, as sentences"
-        told = []
-        if self.excluded: told.append('left out by exclude: ' + ', '.join(f'{p} ({n:,})' for p,n in sorted(self.excluded.items())))
-        if self.others: told.append(f'{self.others.total():,} files left out, which are no images by their ending: ' +
-                                    some_names(f'{e or "none"} ({n:,})' for e,n in self.others.most_common()))
-        if self.special: told.append(f'{len(self.special):,} left out, which are no files: ' + some_names(f'{p} is {kind}' for p,kind in self.special))
-        if self.loops: told.append(f'{len(self.loops):,} links left out that lead back to a folder they are in: {some_names(self.loops)}')
-        return told
+        notes = []
+        if self.excluded:
+            patterns = ', '.join(f'{p} ({n:,})' for p,n in sorted(self.excluded.items()))
+            notes.append(f'left out by exclude: {patterns}')
+        if self.others:
+            extensions = some_names(f'{e or "none"} ({n:,})' for e,n in self.others.most_common())
+            notes.append(f'{self.others.total():,} files left out that are not images by their extension: {extensions}')
+        if self.special:
+            kinds = some_names(f'{path} is {kind}' for path,kind in self.special)
+            notes.append(f'{len(self.special):,} left out that are not regular files: {kinds}')
+        if self.loops:
+            notes.append(f'{len(self.loops):,} links left out that lead back to a folder containing them: '
+                         f'{some_names(self.loops)}')
+        return notes
 
 # %% ../../nbs/data/00_folders.ipynb #7773ccd5
 def _patterns(exclude):
@@ -88,26 +104,49 @@ def _patterns(exclude):
     return [p.rstrip('/') for p in patterns]
 
 def _excluding(relative, patterns):
-    "The first pattern that the name of a file or folder, or its path, matches in any case; None if none does"
-    name,path = relative.rpartition('/')[2].lower(),relative.lower()
+    "The first pattern that matches the name or the path of a file or folder, ignoring case; None if none does"
+    path = relative.lower()
+    name = path.rpartition('/')[2]
     return next((p for p in patterns if fnmatch(name, p.lower()) or fnmatch(path, p.lower())), None)
 
 def _entries(folder):
-    "What is in a folder, by name; an error if one may not look"
+    "Contents of a folder, sorted by name; an error if it cannot be read"
     try:
         with os.scandir(folder) as entries: return sorted(entries, key=lambda e: e.name)
     except OSError as e:
-        raise type(e)(f'{folder} cannot be read ({e.strerror}), so its images would be missing; change its permissions, '
-                      f'or leave it out with exclude={os.path.basename(folder)!r}') from e
+        raise type(e)(f'{folder} cannot be read ({e.strerror}), so its images would be missing; '
+                      f'change its permissions, or leave it out with exclude={os.path.basename(folder)!r}') from e
 
+def _is_folder(entry):
+    "Whether an entry is a folder, or a link to one"
+    try: return entry.is_dir()
+    except OSError: return False # a link to itself
+
+def _note_file(entry, relative, suffixes, found):
+    "Whether an entry is a file to collect; anything else is noted in `found`"
+    wanted = entry.name.lower().endswith(suffixes)
+    try: regular = entry.is_file()
+    except OSError: regular = False
+    if regular:
+        if not wanted: found.others[os.path.splitext(entry.name)[1].lower()] += 1
+        return wanted
+    try: found.special.append((relative, _kind(entry.stat().st_mode)))
+    except OSError:
+        if wanted: found.broken.append(relative)
+    return False
+
+# %% ../../nbs/data/00_folders.ipynb #977a9d47
 def find_files(
     folder,      # Where to start
-    suffixes='', # Endings to collect, in any case, such as `.png`: one or several; all if empty
-    exclude=(),  # Folders or glob patterns to leave out, in any case: matched against names and against paths below `folder`
+    suffixes='', # Extensions to collect, ignoring case, such as `.png`: one or several; all if empty
+    # Folders or glob patterns to leave out, ignoring case: matched against names and against paths below `folder`
+    exclude=(),
 )->FoundFiles:
     "Regular files at or below a folder; hidden ones are skipped, and links are followed, but never in a circle"
-    start,endings,patterns = Path(folder),tuple(s.lower() for s in listify(suffixes)) or '',_patterns(exclude)
-    found,visits,inodes,paths = FoundFiles(start),Counter(),set(),[]
+    start,patterns = Path(folder),_patterns(exclude)
+    suffixes = tuple(s.lower() for s in listify(suffixes)) or ''
+    found = FoundFiles(start)
+    visits,inodes = Counter(),set()
     todo = [(str(start), '', ())] # folder, its path below `start`, the real folders above it
     while todo:
         here,below,above = todo.pop()
@@ -116,7 +155,9 @@ def find_files(
             found.loops.append(below)
             continue
         visits[real] += 1
-        if visits[real]>_MOST_VISITS: raise ValueError(f'{start}: links lead to {real} in more than {_MOST_VISITS} ways; leave them out with exclude=')
+        if visits[real]>_MOST_VISITS:
+            raise ValueError(f'{start}: more than {_MOST_VISITS} different links lead to {real}; '
+                             'leave them out with exclude=')
         for entry in _entries(here):
             relative = f'{below}/{entry.name}' if below else entry.name
             if entry.name[0]=='.' or entry.name in JUNK_FOLDERS: continue
@@ -125,37 +166,20 @@ def find_files(
                 found.folders.add(relative)
                 found.linked |= entry.is_symlink()
                 todo.append((entry.path, relative, (*above, real)))
-            elif _note_file(entry, relative, endings, found):
-                paths.append(entry.path)
+            elif _note_file(entry, relative, suffixes, found):
+                found.files.append(entry.path)
                 found.linked |= entry.is_symlink() or entry.inode() in inodes
                 inodes.add(entry.inode())
-    if unused := [p for p in patterns if not found.excluded[p]]: raise ValueError(f'{start}: exclude={unused[0]!r} matches nothing below it')
-    found.files = [Path(p) for p in sorted(paths)]
+    unused = [p for p in patterns if not found.excluded[p]]
+    if unused: raise ValueError(f'{start}: exclude={unused[0]!r} matches nothing below it')
+    found.files = [Path(p) for p in sorted(found.files)]
     return found
-
-def _is_folder(entry):
-    "Whether an entry is a folder, or a link to one"
-    try: return entry.is_dir()
-    except OSError: return False # a link to itself
-
-def _note_file(entry, relative, endings, found):
-    "Whether an entry is a file that is looked for; what else it is, is noted in `found`"
-    wanted = entry.name.lower().endswith(endings)
-    try: regular = entry.is_file()
-    except OSError: regular = False
-    if regular:
-        if not wanted: found.others[os.path.splitext(entry.name)[1].lower()] += 1
-        return wanted
-    try: found.special.append((relative, _KINDS.get(stat.S_IFMT(entry.stat().st_mode), 'something else')))
-    except OSError:
-        if wanted: found.broken.append(relative)
-    return False
 
 # %% ../../nbs/data/00_folders.ipynb #c5a2c897
 def file_identity(
     path, # Path of a file
 ): # The same for all names of one file
-    "What tells a file from all others, whatever name it is called by"
+    "What distinguishes a file from all others, whatever name it is opened by"
     about = os.stat(path)
     if about.st_nlink>1 and about.st_ino: return about.st_dev,about.st_ino # hard links
     return os.path.realpath(path)
@@ -163,36 +187,47 @@ def file_identity(
 def repeated_files(
     files, # Paths
 )->list: # Lists of positions in `files`
-    "Which files are the same one under several names"
-    places = {}
-    for i,f in enumerate(files): places.setdefault(file_identity(f), []).append(i)
-    return [same for same in places.values() if len(same)>1]
+    "Which paths lead to the same file"
+    positions = {}
+    for i,f in enumerate(files): positions.setdefault(file_identity(f), []).append(i)
+    return [same for same in positions.values() if len(same)>1]
 
 # %% ../../nbs/data/00_folders.ipynb #a4add4a1
-_MASK_WORD = r'(?:mask|masks|seg|segmentation|segmented|annotation|ground[ _-]?truth|gt|contour|outline|superpixels)'
+_MASK_WORD = '(?:' + '|'.join([
+    'mask', 'masks', 'seg', 'segmentation', 'segmented', 'annotation', 'ground[ _-]?truth', 'gt', 'contour', 'outline',
+    'superpixels']) + ')'
 _MASK_NAME = re.compile(rf'(?:(.+?)[ _.-]+{_MASK_WORD}(?:[ _.-]?\d+)?|{_MASK_WORD}[ _.-]+(.+))', re.I)
 _MASK_FOLDER = re.compile(rf'{_MASK_WORD}s?', re.I)
 
 def _image_stem(stem):
-    "The name of the image that a mask of this name belongs to; the name itself if it is not called a mask"
+    "Name of the image that a mask with this name belongs to; the name itself if it is not that of a mask"
     matched = _MASK_NAME.fullmatch(stem)
     return (matched[1] or matched[2]) if matched else stem
+
+def _image_index(folders, depth):
+    "{(folder, file name): image} for each image outside of mask folders, in its own folder and in all above it"
+    index = {}
+    for file,parts in folders.items():
+        if depth[file] is not None: continue
+        stem = file.stem.lower()
+        for above in range(len(parts)+1): index.setdefault((parts[:above], stem), file)
+        index[parts, stem] = file
+    return index
 
 def find_masks(
     files,  # Paths
     folder, # Folder they are below
 )->dict: # {mask: image it belongs to}
     "Files that look like the mask of another one"
-    images,masks = {},{}
-    places = [(f, f.relative_to(folder).parts[:-1]) for f in files]
-    level = {f: next((i for i,p in enumerate(parts) if _MASK_FOLDER.fullmatch(p)), None) for f,parts in places}
-    for f,parts in places: # an image by its name, for its folder and all above it
-        if level[f] is None:
-            for depth in range(len(parts)+1): images.setdefault((parts[:depth], f.stem.lower()), f)
-            images[parts, f.stem.lower()] = f
-    for f,parts in places:
-        own,stem = parts if level[f] is None else parts[:level[f]],_image_stem(f.stem).lower()
-        if level[f] is None and stem==f.stem.lower(): continue
-        image = images.get((own, stem)) or images.get((own, f.stem.lower()))
-        if image is not None and image!=f and (level[f] is not None or image.parent==f.parent): masks[f] = image
+    folders = {f: f.relative_to(folder).parts[:-1] for f in files}
+    depth = {f: next((i for i,p in enumerate(parts) if _MASK_FOLDER.fullmatch(p)), None) for f,parts in folders.items()}
+    images,masks = _image_index(folders, depth),{}
+    for f,parts in folders.items():
+        in_mask_folder = depth[f] is not None
+        own,stem = f.stem.lower(),_image_stem(f.stem).lower()
+        if not in_mask_folder and stem==own: continue
+        beside = parts[:depth[f]] if in_mask_folder else parts
+        image = images.get((beside, stem)) or images.get((beside, own))
+        if image is None or image==f: continue
+        if in_mask_folder or image.parent==f.parent: masks[f] = image
     return masks

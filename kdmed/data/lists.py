@@ -1,4 +1,4 @@
-"""A CSV file as spreadsheets, challenges and scripts write it, and the images that its names mean
+"""CSV files as spreadsheets, challenges and scripts write them, and the images that their names refer to
 
 Docs: https://kdmed.github.io/kdmed/data/lists.html.md"""
 
@@ -18,64 +18,84 @@ from ..core.checks import check_in
 from .folders import check_file, find_files, some_names
 
 # %% ../../nbs/data/05_lists.ipynb #6620c755
-_MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
-          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'} # of UTF-32 before UTF-16, which begins with the same two bytes
+_MARKS = { # byte order marks; those of UTF-32 before UTF-16, which begins with the same two bytes
+    codecs.BOM_UTF8: 'utf-8-sig',
+    codecs.BOM_UTF32_LE: 'utf-32',
+    codecs.BOM_UTF32_BE: 'utf-32',
+    codecs.BOM_UTF16_LE: 'utf-16',
+    codecs.BOM_UTF16_BE: 'utf-16',
+}
 
 def _encoding_of(data):
-    "The encoding of text that marks itself; None if it does not"
+    "The Unicode encoding that the first bytes reveal; None if they do not"
     for mark,encoding in _MARKS.items():
         if data.startswith(mark): return encoding
     start = data[:4000]
     if b'\0' not in start: return None
     return 'utf-16-le' if start[1::2].count(0) > start[::2].count(0) else 'utf-16-be'
 
+def _check_encoding(encoding):
+    try: codecs.lookup(encoding)
+    except LookupError:
+        raise ValueError(f"unknown encoding {encoding!r}; expected a name that Python knows, "
+                         "such as 'utf-8' or 'cp1252'") from None
+
+# %% ../../nbs/data/05_lists.ipynb #65b69c91
 def decode_text(
     data:bytes,      # Content of a text file
     path,            # The file, for messages
-    encoding:str='', # Python's name of the encoding; found if empty
+    encoding:str='', # Python's name of the encoding; detected if empty
 )->tuple: # The text, and notes
-    "Text from bytes; an error if they are no text"
-    if encoding:
-        try: codecs.lookup(encoding)
-        except LookupError: raise ValueError(f"unknown encoding {encoding!r}; expected a name that Python knows, such as 'utf-8' or 'cp1252'") from None
+    "Text from bytes; an error if they are not text"
+    if encoding: _check_encoding(encoding)
     chosen = encoding or _encoding_of(data) or 'utf-8'
     try: return data.decode(chosen),[]
     except UnicodeDecodeError as e:
-        if encoding or chosen!='utf-8': raise ValueError(f'{path} is no text in {chosen}: {e}') from e
+        if encoding or chosen!='utf-8': raise ValueError(f'{path} is not text in {chosen}: {e}') from e
     try: text = data.decode('cp1252')
-    except UnicodeDecodeError: raise ValueError(f'{path} is no CSV file with a header: it is text neither in UTF-8 nor in UTF-16 or Windows-1252; pass encoding=') from None
+    except UnicodeDecodeError:
+        raise ValueError(f'{path} is not a CSV file with a header: its text is neither UTF-8 nor UTF-16 '
+                         'nor Windows-1252; pass encoding=') from None
     odd = next((w for w in re.findall(r'\w+', text) if not w.isascii()), '')
-    return text,[f'{Path(path).name} is not UTF-8, and read as Windows-1252' + (f", in which a word is {odd!r}" if odd else '') + '; pass encoding= if that is wrong']
+    example = f', with words such as {odd!r}' if odd else ''
+    note = f'{Path(path).name} is not UTF-8, so it was read as Windows-1252{example}; pass encoding= if that is wrong'
+    return text,[note]
 
 # %% ../../nbs/data/05_lists.ipynb #c68e0e98
 _SEPARATORS = ',',';','\t','|'
 
 def _separator_of(header, wanted):
-    "The sign that splits a header into the most columns that are looked for, and then into the most"
+    "The character that splits a header into the most wanted columns, and then into the most columns"
     def columns(sign):
         try: return {c.strip() for c in next(csv.reader([header], delimiter=sign))}
         except (csv.Error, StopIteration): return set()
     return max(_SEPARATORS, key=lambda s: (len(columns(s) & set(wanted)), len(columns(s))))
 
+def _split_declaration(text):
+    "The separator that a first line `sep=;` declares, as Excel writes it, or None; and the text below it"
+    declared = re.fullmatch(r'"?sep=(.)"?', (text.splitlines() or [''])[0].strip())
+    return (declared[1], text.split('\n', 1)[-1]) if declared else (None, text)
+
+# %% ../../nbs/data/05_lists.ipynb #45ccf2a6
 def _cells(text, path, wanted):
-    "Header and rows of a CSV text, each with the number of its line; rows without anything are skipped"
-    lines = text.splitlines()
-    told = re.fullmatch(r'"?sep=(.)"?', lines[0].strip()) if lines else None # as Excel writes it
-    if told: text = text.split('\n', 1)[-1]
+    "Header and rows of a CSV text, each with its line number; empty rows are skipped"
+    declared,text = _split_declaration(text)
     first = next((l for l in text.splitlines() if l.strip()), None)
-    if first is None: raise ValueError(f'{path} is no CSV file with a header: it is empty')
-    sign = told[1] if told else _separator_of(first, wanted)
-    reader,rows = csv.reader(io.StringIO(text, newline=''), delimiter=sign, strict=True),[]
+    if first is None: raise ValueError(f'{path} is not a CSV file with a header: it is empty')
+    separator = declared or _separator_of(first, wanted)
+    above = 1 if declared else 0 # lines above `text`
+    reader,rows = csv.reader(io.StringIO(text, newline=''), delimiter=separator, strict=True),[]
     try:
         for row in reader:
-            if any(cell.strip() for cell in row): rows.append((reader.line_num + bool(told), row))
+            if any(cell.strip() for cell in row): rows.append((reader.line_num + above, row))
     except csv.Error as e:
         hint = '; a quotation mark may be open' if 'field limit' in str(e) or 'unexpected end' in str(e) else ''
-        raise ValueError(f'{path} is no CSV file with a header: line {reader.line_num + bool(told):,}: {e}{hint}') from e
+        line = reader.line_num + above
+        raise ValueError(f'{path} is not a CSV file with a header: line {line:,}: {e}{hint}') from e
     return [c.strip() for c in rows[0][1]],rows[1:]
 
 def _even_rows(header, rows, path):
-    "Rows with as many cells as the header; an error for one that has others"
+    "Rows with the same number of cells as the header; an error for any other"
     n,even = len(header),[]
     for line,row in rows:
         if len(row)<n or any(cell.strip() for cell in row[n:]):
@@ -84,21 +104,29 @@ def _even_rows(header, rows, path):
         even.append(row[:n])
     return even
 
+# %% ../../nbs/data/05_lists.ipynb #a9d7509f
 _ARCHIVES = b'PK\x03\x04',b'\xd0\xcf\x11\xe0',b'\x1f\x8b' # xlsx and zip, xls, gz
+
+def _text_of(path, encoding):
+    "The text of a CSV file, and notes"
+    data = path.read_bytes()
+    if data.startswith(_ARCHIVES):
+        raise ValueError(f'{path} is not a CSV file with a header but a spreadsheet or archive; save it as CSV')
+    text,notes = decode_text(data, path, encoding)
+    if '\0' in text: raise ValueError(f'{path} is not a CSV file with a header: it contains zero bytes')
+    return text,notes
 
 def read_list(
     path,            # CSV file: cells separated by a comma, semicolon, tab or bar
     text=(),         # Columns to keep exactly as written (`None`, `007`), where only an empty cell is missing
-    encoding:str='', # Python's name of the encoding; found if empty
+    encoding:str='', # Python's name of the encoding; detected if empty
 )->pd.DataFrame: # One row a line; what was guessed, as sentences in `attrs['notes']`
     "Rows of a CSV file; an error names the line that is wrong"
     path = check_file(path, 'CSV file')
-    data = path.read_bytes()
-    if data.startswith(_ARCHIVES): raise ValueError(f'{path} is no CSV file with a header but a spreadsheet or archive; save it as CSV')
-    content,notes = decode_text(data, path, encoding)
-    if '\0' in content: raise ValueError(f'{path} is no CSV file with a header: it contains zero bytes')
+    content,notes = _text_of(path, encoding)
     header,rows = _cells(content, path, text)
-    if twice := sorted({c for c in header if c and header.count(c)>1}): raise ValueError(f'{path}: columns {twice} repeat in the header')
+    repeated = sorted({c for c in header if c and header.count(c)>1})
+    if repeated: raise ValueError(f'{path}: columns {repeated} repeat in the header')
     while header and not header[-1]: header.pop() # a separator too many
     even = _even_rows(header, rows, path)
     if not even: raise ValueError(f'{path}: no rows below the header, which has {some_names(header)}')
@@ -117,12 +145,13 @@ def need_columns(
     rows:pd.DataFrame, # Its rows
     needed,            # Column names, or a dict from arguments to the column that each names
 )->None:
-    "Raise an error that names the columns a CSV file lacks, and the arguments that would name others"
-    missing = [c for c in (needed.values() if isinstance(needed, dict) else needed) if c and c not in rows]
+    "Raise an error that names the missing columns of a CSV file, and the arguments that would name others"
+    by_argument = needed if isinstance(needed, dict) else {}
+    missing = [c for c in (by_argument.values() or needed) if c and c not in rows]
     if not missing: return
-    arguments = [f'{a}=' for a,c in needed.items() if c in missing] if isinstance(needed, dict) else []
+    arguments = [f'{a}=' for a,c in by_argument.items() if c in missing]
     hint = f'; name yours with {", ".join(arguments)}' if arguments else ''
-    if 'group=' in arguments: hint += " (group='' if every image is of another patient)"
+    if 'group=' in arguments: hint += " (group='' if every image is of a different patient)"
     raise ValueError(f'{path}: missing column {missing}; it has {list(rows.columns)}{hint}')
 
 # %% ../../nbs/data/05_lists.ipynb #4c93e99f
@@ -131,14 +160,14 @@ def _number(text):
     matched = re.fullmatch(r'0*(\d+)(?:\.0+)?', text)
     return matched[1] if matched else ''
 
-_WAYS = { # what a name can mean: from the path below the folder, and from the name in the list
+_WAYS = { # what to compare: something of the file's path below the folder, and something of the name in the list
     'its path': (lambda f: f.as_posix(), lambda n: n.as_posix()),
-    'its path without an ending': (lambda f: f.with_suffix('').as_posix(), lambda n: n.as_posix()),
+    'its path without the extension': (lambda f: f.with_suffix('').as_posix(), lambda n: n.as_posix()),
     'its name': (lambda f: f.name, lambda n: n.name),
-    'its name without an ending': (lambda f: f.stem, lambda n: n.name),
-    'its name with another ending': (lambda f: f.stem, lambda n: n.stem if n.suffix else ''),
+    'its name without the extension': (lambda f: f.stem, lambda n: n.name),
+    'its name with another extension': (lambda f: f.stem, lambda n: n.stem if n.suffix else ''),
     'its name in another case': (lambda f: f.name.lower(), lambda n: n.name.lower()),
-    'its name in another case, without an ending': (lambda f: f.stem.lower(), lambda n: n.name.lower()),
+    'its name in another case, without the extension': (lambda f: f.stem.lower(), lambda n: n.name.lower()),
     'its number': (lambda f: _number(f.stem), lambda n: _number(n.name) or _number(n.stem)),
 }
 
@@ -148,72 +177,90 @@ def _index(files, key):
     for f in files: index.setdefault(key(f), []).append(f)
     return index
 
+def _check_once(names, files, where):
+    "Raise an error for two names of one file"
+    first = {}
+    for name,file in zip(names, files):
+        if file is not None and first.setdefault(file, name)!=name:
+            raise ValueError(f'{where}: {first[file]!r} and {name!r} both mean {file}')
+
+# %% ../../nbs/data/05_lists.ipynb #f3b7779b
+def _match(names, files, where, folder):
+    "The file that each name refers to, or None, and {way: positions of the names it matched}"
+    wanted = [Path(str(n).strip().replace('\\', '/')) for n in names]
+    matches,matched_by = [None]*len(wanted),{}
+    for way,(of_file,of_name) in _WAYS.items():
+        todo = [i for i,match in enumerate(matches) if match is None]
+        if not todo: break
+        index = _index(files, of_file)
+        for i in todo:
+            key = of_name(wanted[i])
+            found = index.get(key, []) if key else []
+            if len(found)>1:
+                raise ValueError(f'{where}: {names[i]!r} could mean {some_names(found)} in {folder}; '
+                                 'write the path of one of them')
+            if not found: continue
+            matches[i] = found[0]
+            matched_by.setdefault(way, []).append(i)
+    return matches,matched_by
+
 def match_names(
     names,  # Texts, from a list
     folder, # Folder of the files
     files,  # Paths below it that may be meant
     where='', # The list, for messages
 )->tuple: # For each name its file or None, and notes
-    "The file that each name means; an error for a name that could mean two, or for two names of one file"
+    "The file that each name refers to; an error for a name that matches two files, or for two names of one file"
     folder = Path(folder)
-    below = [f.relative_to(folder) for f in files]
-    asked = [Path(str(n).strip().replace('\\', '/')) for n in names]
-    meant,notes = [None]*len(asked),[]
-    for way,(of_file,of_name) in _WAYS.items():
-        todo = [i for i,m in enumerate(meant) if m is None]
-        if not todo: break
-        index,hits = _index(below, of_file),[]
-        for i in todo:
-            found = index.get(key, []) if (key := of_name(asked[i])) else []
-            if len(found)>1: raise ValueError(f'{where or folder}: {names[i]!r} could mean {some_names(found)} in {folder}; write the path of one of them')
-            if found: meant[i],hits = found[0],[*hits, i]
-        if hits and way!='its path': notes.append(f'{len(hits):,} images found by {way}, such as {names[hits[0]]!r}: {meant[hits[0]]}')
-    _check_once(names, meant, where or folder)
-    return [None if m is None else folder/m for m in meant],notes
-
-def _check_once(names, meant, where):
-    "Raise an error for two names of one file"
-    first = {}
-    for name,file in zip(names, meant):
-        if file is not None and first.setdefault(file, name)!=name: raise ValueError(f'{where}: {first[file]!r} and {name!r} both mean {file}')
+    matches,matched_by = _match(names, [f.relative_to(folder) for f in files], where or folder, folder)
+    _check_once(names, matches, where or folder)
+    notes = []
+    for way,positions in matched_by.items():
+        if way=='its path': continue
+        first = positions[0]
+        notes.append(f'{len(positions):,} images found by {way}, such as {names[first]!r}: {matches[first]}')
+    return [None if match is None else folder/match for match in matches],notes
 
 # %% ../../nbs/data/05_lists.ipynb #398262c4
+# Files that lie beside images and share their names
+_NO_IMAGES = '.csv','.tsv','.txt','.json','.xml','.md','.pdf','.xlsx','.npz','.zip','.html','.log'
+
+def _file_or_none(path):
+    "`path` if it is a regular file"
+    try: return path if path.is_file() else None
+    except (OSError, ValueError): return None # too long, or with characters that no path can have
+
 def find_listed(
     names,      # Texts, from a list
     folder,     # Folder the names are relative to
     suffix='',  # What to add to the names, such as `.jpg`
     where='',   # The list, for messages
 )->tuple: # For each name its file or None, and notes
-    "The files that names mean, looked for as they are written, then below `folder` by what is left of them"
-    exact = [_file_or_none(Path(folder)/f'{n}{suffix}') for n in names]
-    lost = [i for i,f in enumerate(exact) if f is None]
-    if not lost: return exact,[]
+    "The files that names refer to, looked up exactly as written, then below `folder` by parts of the name"
+    found = [_file_or_none(Path(folder)/f'{n}{suffix}') for n in names]
+    lost = [i for i,f in enumerate(found) if f is None]
+    if not lost: return found,[]
     try: files = [f for f in find_files(folder).files if f.suffix.lower() not in _NO_IMAGES]
-    except (OSError, ValueError) as e: return exact,[f'images were looked for only as they are written: {e}']
-    found,notes = match_names([f'{names[i]}{suffix}' for i in lost], folder, files, where)
-    for i,f in zip(lost, found): exact[i] = f
-    _check_once(list(names), exact, where or folder)
-    return exact,notes
+    except (OSError, ValueError) as e: return found,[f'images were looked up by their exact names only: {e}']
+    matches,notes = match_names([f'{names[i]}{suffix}' for i in lost], folder, files, where)
+    for i,f in zip(lost, matches): found[i] = f
+    _check_once(list(names), found, where or folder)
+    return found,notes
 
-_NO_IMAGES = '.csv','.tsv','.txt','.json','.xml','.md','.pdf','.xlsx','.npz','.zip','.html','.log' # what lies beside images under their names
-
-def _file_or_none(path):
-    "`path` if a regular file is there"
-    try: return path if path.is_file() else None
-    except (OSError, ValueError): return None # a name too long, or none for files
-
+# %% ../../nbs/data/05_lists.ipynb #e03e12ab
 def keep_found(
-    rows:pd.DataFrame, # Rows, by the name of their image
+    rows:pd.DataFrame, # Rows, indexed by the name of their image
     paths,             # File of each, or None
-    missing:str,       # `error`, or `note` and go on
+    missing:str,       # `error`, or `note` to continue without the missing images
     where,             # Where the files were looked for, for messages
 )->tuple: # Rows whose image was found, their paths, and notes on the others
     "Keep the rows whose image was found; an error if `missing` is `error`, or if none was found"
     check_in(missing, ('error', 'note'), 'missing')
-    there = np.array([p is not None for p in paths])
-    if there.all(): return rows,list(paths),[]
-    absent = list(rows.index[~there])
-    if missing=='error' or not there.any():
-        hint = f"; pass missing='note' to go on with the {there.sum():,} that are there" if there.any() else ''
+    found = np.array([p is not None for p in paths])
+    if found.all(): return rows,list(paths),[]
+    absent = list(rows.index[~found])
+    if missing=='error' or not found.any():
+        hint = f"; pass missing='note' to go on with the {found.sum():,} that are there" if found.any() else ''
         raise FileNotFoundError(f'{where}: {len(absent):,} images of the list not found: {some_names(absent)}{hint}')
-    return rows[there],[p for p in paths if p is not None],[f'{len(absent):,} of {len(rows):,} listed images not found, left out']
+    note = f'{len(absent):,} of {len(rows):,} listed images not found, left out'
+    return rows[found],[p for p in paths if p is not None],[note]

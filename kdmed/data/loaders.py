@@ -1,4 +1,4 @@
-"""From a table of images to batches: each image read once, a batch gathered in one step, every augmented view one that can be had again
+"""From a table of images to batches: each image read once, a batch gathered in one step, every augmented view reproducible
 
 Docs: https://kdmed.github.io/kdmed/data/loaders.html.md"""
 
@@ -18,37 +18,39 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import fastai.callback.progress # Learner.no_bar
-import fastai.vision.data # DataLoaders.show_batch of images
+import fastai.vision.data # noqa: F401 - DataLoaders.show_batch of images
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.mixup import MixHandler
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
-from fastai.data.transforms import Categorize, Category, IntToFloatTensor, MultiCategorize, MultiCategory, Normalize, ToTensor
+from fastai.data.transforms import (
+    Categorize, Category, IntToFloatTensor, MultiCategorize, MultiCategory, Normalize, ToTensor)
 from fastai.learner import Metric
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory, default_device, num_distrib, to_device
 from fastai.vision.core import imagenet_stats
-from fastcore.basics import chunked, listify, patch
+from fastcore.basics import chunked, listify
 from fasttransform import Transform
 from torch import nn
 
 from ..core.basics import UNLABELED
 from ..core.checks import check_in, check_integer
+from ..core.fingerprints import digest, value_text
 from .folders import file_identity, some_names
 from kdmed.data.images import (
     SPLITS, WindowedImage, check_table, class_counts, is_unlabeled, name_of, open_image, parse_findings,
     present_classes)
 from .splits import check_leakage
-from .store import ImageStore, decode_images, default_store_folder, digest, pack_images, value_text
+from .store import ImageStore, decode_images, default_store_folder, pack_images
 from .transforms import Augment, cutmix, mix_partners, mix_weights, mixup
 
 # %% ../../nbs/data/40_loaders.ipynb #ef29b0c6
 _SECOND_DRAW = 1 << 20 # views of an image's second draw in an epoch start here, those of the third at twice that
 
 def _views(drawn, epoch, views=None):
-    "View of each draw in an epoch, int64: the epoch, and another one for every repetition; modulo `views` where that is given"
+    "View of each draw in an epoch, int64: the epoch, and another one for every repetition; modulo `views` if given"
     repetition = pd.Series(drawn).groupby(np.asarray(drawn)).cumcount().to_numpy()
     return epoch + _SECOND_DRAW*repetition if views is None else (epoch+repetition) % views
 
@@ -67,7 +69,7 @@ class _OpenImage(Transform):
     def encodes(self, image): return open_image(image, self.size, self.preprocess)
 
 class ReplayTransform(Transform):
-    "Augment training batches, each image in the view its loader asks for"
+    "Augment training batches, each image in the view its loader chose"
     order,split_idx = 11,0 # after IntToFloatTensor
     def __init__(self, augment): self.augment = augment
     def encodes(self, x:TensorImage):
@@ -78,28 +80,35 @@ class ReplayTransform(Transform):
 
 class _NormalizeAnywhere(Normalize):
     "fastai's `Normalize`, on whichever device the batch is (under several GPUs, not the one it was made for)"
-    def encodes(self, x:TensorImage): return x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device)) # nobody else holds these pixels
+    def encodes(self, x:TensorImage): # in place: nothing else uses these pixels
+        return x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device))
     def decodes(self, x:TensorImage): return x*self.std.to(x.device) + self.mean.to(x.device)
 
 # %% ../../nbs/data/40_loaders.ipynb #57fd6e16
+# Long because: one class, the loader, whose methods read the same few attributes
 class ImageDL(TfmdDL):
     """A fastai `DataLoader` that takes a batch out of decoded images in one step.
 
-    `epoch` counts finished passes; `ids`, by which `augment` knows an image, are its positions in the table that was given to `image_dls`.
+    `epoch` counts finished passes; `ids`, by which `augment` knows an image, are its positions in the table that was
+    given to `image_dls`.
     """
     def __init__(self, dataset, size=None, preprocess=(), stock=False, weights=None, views=None, ids=None, **kwargs):
         super().__init__(dataset, **kwargs)
-        self.size,self.preprocess,self.stock,self.weights,self.views = size,preprocess,stock,weights,views
-        self.ids,self.epoch = np.arange(self.n) if ids is None else np.asarray(ids),0
+        self.size,self.preprocess,self.stock = size,preprocess,stock
+        self.weights,self.views = weights,views
+        self.ids = np.arange(self.n) if ids is None else np.asarray(ids)
+        self.epoch = 0
 
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader of the same kind, over the same or other data"
-        same = {} if dataset is not None or not issubclass(cls or type(self), ImageDL) else dict(weights=self.weights, ids=self.ids)
-        own = dict(size=self.size, preprocess=self.preprocess, stock=self.stock, views=self.views) if issubclass(cls or type(self), ImageDL) else {}
-        return super().new(dataset, cls, **{**own, **same, **kwargs})
+        own = {}
+        if issubclass(cls or type(self), ImageDL):
+            own = dict(size=self.size, preprocess=self.preprocess, stock=self.stock, views=self.views)
+            if dataset is None: own |= dict(weights=self.weights, ids=self.ids)
+        return super().new(dataset, cls, **{**own, **kwargs})
 
     def set_epoch(self, epoch:int):
-        "Choose the epoch whose views come next; it then counts on from there"
+        "Choose the epoch whose views come next; counting continues from there"
         self.epoch = epoch
         return self
 
@@ -111,45 +120,51 @@ class ImageDL(TfmdDL):
         drawn = self.rng.choices(range(self.n), self.weights, k=self.n) if weighted else super().get_idxs()
         return [i + self.n*v for i,v in zip(drawn, _views(drawn, self.epoch, self.views).tolist())]
 
-# %% ../../nbs/data/40_loaders.ipynb #118432a9
-@patch
-def images(self:ImageDL):
-    "This loader's images as they came: paths or arrays"
-    items = self.dataset.tls[0].items
-    return [_image_of(row) for row in (items.itertuples() if isinstance(items, pd.DataFrame) else items)]
+    def images(self):
+        "This loader's images as they are in the table: paths or arrays"
+        items = self.dataset.tls[0].items
+        return [_image_of(row) for row in (items.itertuples() if isinstance(items, pd.DataFrame) else items)]
 
-@patch
-def decoded(self:ImageDL, images=None):
-    "Images, uint8 [N, 3, size, size], and encoded labels of this loader's data; read into memory at first use, unless given"
-    if 'decoded_' not in self.dataset.__dict__:
-        labels = self.dataset.tls[1:]
-        if images is None: images = decode_images(self.images(), self.size, self.preprocess)
-        self.dataset.decoded_ = images,*(torch.stack(list(encoded)) for encoded in labels)
-    return self.dataset.decoded_
+    def decoded(self, images=None):
+        "Images, uint8 [N, 3, size, size], and encoded labels of this loader; read at first use, unless given"
+        if 'decoded_' not in self.dataset.__dict__:
+            labels = self.dataset.tls[1:]
+            if images is None: images = decode_images(self.images(), self.size, self.preprocess)
+            self.dataset.decoded_ = images,*(torch.stack(list(encoded)) for encoded in labels)
+        return self.dataset.decoded_
 
-# %% ../../nbs/data/40_loaders.ipynb #6f9bfa28
-@patch
-def gather(self:ImageDL, samples):
-    "A batch on the CPU: images, uint8 [B, 3, size, size], and labels, by sample number"
-    views,idxs = np.divmod(np.asarray(samples, np.int64), self.n)
-    if self.stock: x,*y = self.do_batch([self.do_item(int(i)) for i in idxs])
-    else:
-        images,*labels = self.decoded()
-        x,*y = TensorImage(torch.from_numpy(images[idxs])),*(encoded[torch.from_numpy(idxs)] for encoded in labels)
-    x.replay = self.ids[idxs],views
-    return x,*y
+    def gather(self, samples):
+        "A batch on the CPU: images, uint8 [B, 3, size, size], and labels, by sample number"
+        views,idxs = np.divmod(np.asarray(samples, np.int64), self.n)
+        if self.stock: x,*y = self.do_batch([self.do_item(int(i)) for i in idxs])
+        else:
+            images,*labels = self.decoded()
+            x = TensorImage(torch.from_numpy(images[idxs]))
+            y = [encoded[torch.from_numpy(idxs)] for encoded in labels]
+        x.replay = self.ids[idxs],views
+        return x,*y
 
-@patch
-def create_batches(self:ImageDL, samps):
-    "Gather `bs` images at a time; a stock loader opens them one by one, as fastai does"
-    for samples in chunked(samps, self.bs or 1, self.drop_last): yield self.gather(samples)
+    def create_batches(self, samps):
+        "Gather `bs` images at a time; a stock loader opens them one by one, as fastai does"
+        for samples in chunked(samps, self.bs or 1, self.drop_last): yield self.gather(samples)
 
-@patch
-def views_of(self:ImageDL, idxs, views):
-    "A batch of chosen images (numbers within this part), each in a chosen view, as training would get it"
-    samples = np.asarray(idxs, np.int64) + self.n*np.asarray(views, np.int64)
-    self.before_iter() # tells transforms which part this is
-    return self.after_batch(to_device(self.gather(samples), self.device))
+    def views_of(self, idxs, views):
+        "A batch of chosen images (numbers within this part), each in a chosen view, as training would get it"
+        samples = np.asarray(idxs, np.int64) + self.n*np.asarray(views, np.int64)
+        self.before_iter() # tells transforms which part this is
+        return self.after_batch(to_device(self.gather(samples), self.device))
+
+    def checksums(self):
+        "CRC-32 of each image's decoded bytes, uint32 [N]; computed once, or taken from the store"
+        if 'checksums_' not in self.dataset.__dict__: self.dataset.checksums_ = _checksums(self)
+        return self.dataset.checksums_
+
+    def pixels_key(self):
+        "16 hexadecimal digits that differ if any view could: number, decoded bytes, augmentation or normalization"
+        split_idx = getattr(self.dataset, 'split_idx', None)
+        texts = [_pixels_text(t) for t in self.after_batch.fs if t.split_idx in (None, split_idx)]
+        ids,checksums = self.ids.astype('<i8').tobytes(),self.checksums().astype('<u4').tobytes()
+        return digest('pixels 1', self.size, ids, checksums, *texts)
 
 # %% ../../nbs/data/40_loaders.ipynb #26a83089
 class _EncodeClass(Categorize):
@@ -162,12 +177,15 @@ class _EncodeFindings(MultiCategorize):
     def encodes(self, label):
         target = torch.zeros(len(self.vocab))
         if pd.isna(label): return TensorMultiCategory(target.fill_(float('nan')))
-        for names,value in zip(parse_findings(label), (1., float('nan'))): target[[int(i) for i in super().encodes(names)]] = value
+        for names,value in zip(parse_findings(label), (1., float('nan'))):
+            target[[int(i) for i in super().encodes(names)]] = value
         return TensorMultiCategory(target)
+
     def decodes(self, target):
         unknown = [bool(t!=t) for t in target]
         if all(unknown): return MultiCategory(['unlabeled'])
-        return MultiCategory([f'{"?"*u}{name}' for name,t,u in zip(self.vocab, target, unknown) if t])
+        marked = [f'?{name}' if u else name for name,u in zip(self.vocab, unknown)]
+        return MultiCategory([name for name,t in zip(marked, target) if t])
 
 # %% ../../nbs/data/40_loaders.ipynb #5ca13e47
 class ClassLossFlat(CrossEntropyLossFlat):
@@ -200,7 +218,7 @@ class BinaryLossFlat(FindingsLossFlat):
 
 # %% ../../nbs/data/40_loaders.ipynb #d5386bb8
 class FindingsAccuracy(Metric):
-    "Share of the known findings that are decided right"
+    "Share of the known findings that are predicted correctly"
     def __init__(self, thresh:float=.5): self.thresh = thresh # Probability above which a finding counts as present
 
     def reset(self): self.right,self.known = 0,0
@@ -218,9 +236,10 @@ class FindingsAccuracy(Metric):
 class TableLoaders(DataLoaders):
     "`DataLoaders` that accept an image table as test items"
     def test_dl(self, test_items, with_labels=False, **kwargs):
-        "A loader of further images: paths, arrays, or a table, whose labels come along if `with_labels`"
+        "A loader of further images: paths, arrays, or a table, with its labels if `with_labels`"
         if isinstance(test_items, pd.DataFrame):
-            test_items = [ImageRow(*r) for r in zip(test_items.image, test_items.label)] if with_labels else list(test_items.image)
+            rows = zip(test_items.image, test_items.label)
+            test_items = [ImageRow(*r) for r in rows] if with_labels else list(test_items.image)
         if not len(test_items): raise ValueError('test_dl: there are no images')
         return super().test_dl(test_items, with_labels=with_labels, **kwargs)
 
@@ -228,7 +247,7 @@ class TableLoaders(DataLoaders):
 ImageRow = namedtuple('ImageRow', 'image label')
 
 def _image_of(row):
-    "The image of a table row; a path, an array or a PIL image is one already"
+    "The image of a table row; a path, an array or a PIL image is returned as it is"
     return getattr(row, 'image', row)
 
 def _label_of(row):
@@ -237,7 +256,8 @@ def _label_of(row):
 
 def _label_tfms(classes, task):
     "Transforms from a table row to a target"
-    return [_label_of, _EncodeFindings(vocab=classes) if task=='multilabel' else _EncodeClass(vocab=classes, sort=False)]
+    encode = _EncodeFindings(vocab=classes) if task=='multilabel' else _EncodeClass(vocab=classes, sort=False)
+    return [_label_of, encode]
 
 # %% ../../nbs/data/40_loaders.ipynb #7268ec8f
 def _check_trainable(table, allow_leakage):
@@ -245,35 +265,49 @@ def _check_trainable(table, allow_leakage):
     check_table(table)
     _check_split(table)
     labeled = table[~is_unlabeled(table)]
-    if mute := [s for s in SPLITS[:2] if s not in set(labeled.split)]: raise ValueError(f'no image in split {mute} has a label')
-    if absent := [c for c,n in class_counts(labeled[labeled.split=='train']).items() if not n]:
-        raise ValueError(f"classes {absent} have no training image; try another split seed, or take them out of table.attrs['classes'] with their images")
+    if without := [s for s in SPLITS[:2] if s not in set(labeled.split)]:
+        raise ValueError(f'no image in split {without} has a label')
+    counts = class_counts(labeled[labeled.split=='train'])
+    if absent := [c for c,n in counts.items() if not n]:
+        raise ValueError(f'classes {absent} have no training image; try another split seed, '
+                         "or take them out of table.attrs['classes'] with their images")
     if not allow_leakage:
         check_leakage(table)
         _check_files(table)
 
 def _check_split(table):
-    "Raise an error for rows without a split, and for training or validation without images, with what can be done about it"
-    blank = table.split.isna()
-    if blank.all(): raise ValueError(f'{len(table)} of {len(table)} rows have no split; deal them out with split_groups')
+    "Raise an error for rows without a split, and for training or validation without images, and suggest remedies"
+    blank,n = table.split.isna(),len(table)
+    if blank.all(): raise ValueError(f'{n} of {n} rows have no split; assign one with split_groups')
     if blank.any():
-        raise ValueError(f'{blank.sum()} of {len(table)} rows have no split, such as {some_names(map(name_of, table.image[blank]), 3)}; leave them out with '
-                         "official_split(table, 'split', unlisted='drop'), fill the column, or deal all rows out anew with split_groups")
-    if (~table.split.isin(SPLITS)).any(): raise ValueError(f'split must be one of {SPLITS} in every row, got {sorted(map(str, set(table.split)-set(SPLITS)))}')
-    if absent := [s for s in SPLITS[:2] if s not in set(table.split)]: raise ValueError(f'no images in split {absent}{_cure(table, absent)}')
+        examples = some_names(map(name_of, table.image[blank]), 3)
+        raise ValueError(f'{blank.sum()} of {n} rows have no split, such as {examples}; leave them out with '
+                         "official_split(table, 'split', unlisted='drop'), fill the column, "
+                         'or split all rows anew with split_groups')
+    if (~table.split.isin(SPLITS)).any():
+        found = sorted(map(str, set(table.split)-set(SPLITS)))
+        raise ValueError(f'split must be one of {SPLITS} in every row, got {found}')
+    if absent := [s for s in SPLITS[:2] if s not in set(table.split)]:
+        raise ValueError(f'no images in split {absent}{_remedy(table, absent)}')
 
-def _cure(table, absent):
+# %% ../../nbs/data/40_loaders.ipynb #69919c0b
+def _remedy(table, absent):
     "What can be done about a table without training or validation images"
     groups = table.group.nunique()
     if groups==1:
         return (f': all {len(table)} images are of one group, {table.group.iloc[0]!r}, and a group is never split; '
                 'if they are of several patients, read them with groups, or without any')
-    if groups<3: return f': there are only {groups} groups, and a group is never split; it takes one each for train and valid, and one for test'
-    if 'train' in absent: return '; deal all images out anew with split_groups(table)'
-    train = table.group[table.split=='train'].nunique()
-    if train<2: return ': all training images are of one group, so none can be set aside for validation; deal all out anew with split_groups(table)'
-    return "; official_split(table, 'split') takes some groups out of train for validation, split_groups(table) deals all images out anew"
+    if groups<3:
+        return (f': there are only {groups} groups, and a group is never split; '
+                'train, valid and test need at least one each')
+    if 'train' in absent: return '; split all images anew with split_groups(table)'
+    if table.group[table.split=='train'].nunique()<2:
+        return (': all training images are of one group, so none can be used for validation; '
+                'split all images anew with split_groups(table)')
+    return ("; official_split(table, 'split') moves some groups from train to validation, "
+            'split_groups(table) splits all images anew')
 
+# %% ../../nbs/data/40_loaders.ipynb #7c630ddf
 def _check_files(table):
     "Raise an error for a file that is in more than one split, by whatever name"
     files = [_identity(i) for i in table.image]
@@ -281,10 +315,11 @@ def _check_files(table):
     shared = splits.index[splits>1]
     if not len(shared): return
     where = next(i for i,f in zip(table.image, files) if f==shared[0])
-    raise ValueError(f'{len(shared)} images are in more than one split, such as {name_of(where)}; keep one row of each, or allow_leakage=True to go on')
+    raise ValueError(f'{len(shared)} images are in more than one split, such as {name_of(where)}; '
+                     'keep one row of each, or allow_leakage=True to go on')
 
 def _identity(image):
-    "What an image is known by: its file, or the array itself"
+    "What identifies an image: its file, or the array itself"
     if not isinstance(image, (str, Path, WindowedImage)): return str(id(image))
     path = image.path if isinstance(image, WindowedImage) else image
     try: return str(file_identity(path))
@@ -292,44 +327,57 @@ def _identity(image):
 
 # %% ../../nbs/data/40_loaders.ipynb #43575648
 def _balanced_weights(train):
-    "A weight for each row, inverse to the count of its class; of several findings the rarest decides; the mean of them without a label"
+    """A weight for each row, inverse to the count of its class (of several findings, the rarest);
+    for rows without a label, the mean of the others"""
     names = present_classes(train.label.mask(is_unlabeled(train)).reset_index(drop=True), train.attrs['task'])
     weights = (1/names.map(names.value_counts())).groupby(level=0).max()
     return weights.reindex(range(len(train)), fill_value=weights.mean()).to_numpy()
 
 def _sampling_weights(sampling, train):
-    "Weights of the training images, or None where each is drawn once"
+    "Weights of the training images, or None if each is drawn once"
     if isinstance(sampling, str):
         check_in(sampling, ('natural', 'balanced'), 'sampling')
         return None if sampling=='natural' else _balanced_weights(train)
     if isinstance(sampling, pd.Series) and not sampling.index.equals(train.index):
-        raise ValueError('sampling weights in a Series must have the index of the training rows, table[table.split=="train"].index')
+        raise ValueError('sampling weights in a Series must have the index of the training rows, '
+                         'table[table.split=="train"].index')
     weights = np.asarray(sampling, float)
     if weights.shape!=(len(train),) or not np.isfinite(weights).all() or (weights<0).any() or weights.sum()==0:
-        raise ValueError(f'sampling weights must be {len(train)} numbers of 0 or more, one a training image, and not all 0; got shape {weights.shape}, from {weights.min() if weights.size else None} to {weights.max() if weights.size else None}')
+        low,high = (weights.min(), weights.max()) if weights.size else (None, None)
+        raise ValueError(f'sampling weights must be {len(train)} numbers of 0 or more, one per training image, '
+                         f'and not all 0; got shape {weights.shape}, from {low} to {high}')
     return weights
 
 # %% ../../nbs/data/40_loaders.ipynb #a8515203
+def _check_store(store):
+    "Raise an error for what names no place for images"
+    message = f"store must be 'memory', True, a folder or False, got {store!r}"
+    if not isinstance(store, (bool, str, Path)): raise TypeError(message)
+    if not isinstance(store, str) or store=='memory': return
+    mistyped = store.lower() in ('true', 'false', 'none') or get_close_matches(store.lower(), ['memory'])
+    if mistyped: raise ValueError(message)
+
 def _check_loading(store, unreadable, augment, preprocess, views, stats):
-    "Raise an error for arguments of `image_dls` that cannot be meant"
+    "Raise an error for invalid arguments of `image_dls`"
     check_in(unreadable, ('error', 'quarantine'), 'unreadable')
-    if not isinstance(store, (bool, str, Path)): raise TypeError(f"store must be 'memory', True, a folder or False, got {store!r}")
-    if isinstance(store, str) and store!='memory' and (store.lower() in ('true', 'false', 'none') or get_close_matches(store.lower(), ['memory'])):
-        raise ValueError(f"store must be 'memory', True, a folder or False, got {store!r}")
-    if augment is not None and not isinstance(augment, Augment): raise TypeError(f'augment must be an Augment, such as skin_augment() or Augment(HorizontalFlip()), got {augment!r}')
+    _check_store(store)
+    if augment is not None and not isinstance(augment, Augment):
+        raise TypeError('augment must be an Augment, such as skin_augment() or Augment(HorizontalFlip()), '
+                        f'got {augment!r}')
     for f in listify(preprocess):
-        if not callable(f) or isinstance(f, type): raise TypeError(f'preprocess must be functions or filters, such as CLAHE(), got {f!r}')
+        if not callable(f) or isinstance(f, type):
+            raise TypeError(f'preprocess must be functions or filters, such as CLAHE(), got {f!r}')
     if views is not None: check_integer(views, 'views', 1)
-    if np.shape(stats)!=(2, 3) or not np.all(np.asarray(stats[1], float)>0): raise ValueError(f'stats must be three means and three positive deviations, got {stats}')
+    if np.shape(stats)!=(2, 3) or not np.all(np.asarray(stats[1], float)>0):
+        raise ValueError(f'stats must be three means and three positive deviations, got {stats}')
 
 # %% ../../nbs/data/40_loaders.ipynb #e3db5d2a
 _SHARE = 4 # decoded images may take one part in so many of the free memory
 
-def available_memory()->int: # Bytes; None where the system does not say
-    "Memory that this process can still use: what is free, or less where a container has a limit"
-    free = _free_memory()
-    limits = [b for b in map(_container_memory, _CONTAINERS) if b is not None]
-    return min([*([free] if free is not None else []), *limits], default=None)
+def available_memory()->int: # Bytes; None if the system does not tell
+    "Memory that this process can still use: what is free, or less if a container has a limit"
+    found = [_free_memory(), *map(_container_memory, _CONTAINERS)]
+    return min([b for b in found if b is not None], default=None)
 
 def _free_memory():
     "Bytes that are free on this machine, by what its system offers"
@@ -338,18 +386,23 @@ def _free_memory():
         return int(facts['MemAvailable'].split()[0])*1024
     except (OSError, KeyError, ValueError, IndexError): pass
     if os.name=='nt': return _free_on_windows()
-    for name,share in (('SC_AVPHYS_PAGES', 1), ('SC_PHYS_PAGES', 2)): # where free pages are not counted, half of all
+    for name,share in (('SC_AVPHYS_PAGES', 1), ('SC_PHYS_PAGES', 2)): # if free pages are not counted, half of all
         try: return os.sysconf(name)*os.sysconf('SC_PAGE_SIZE')//share
         except (ValueError, OSError, AttributeError): continue
 
 def _free_on_windows():
+    sizes = 'total', 'free', 'page', 'free_page', 'virtual', 'free_virtual', 'extended'
     class Status(ctypes.Structure):
-        _fields_ = [('length', ctypes.c_ulong), ('load', ctypes.c_ulong)] + [(n, ctypes.c_ulonglong) for n in ('total', 'free', 'page', 'free_page', 'virtual', 'free_virtual', 'extended')]
+        _fields_ = [('length', ctypes.c_ulong), ('load', ctypes.c_ulong), *((n, ctypes.c_ulonglong) for n in sizes)]
     status = Status(length=ctypes.sizeof(Status))
     return int(status.free) if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
 
-_CONTAINERS = (('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current', '/sys/fs/cgroup/memory.stat', 'inactive_file'),
-    ('/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes', '/sys/fs/cgroup/memory/memory.stat', 'total_inactive_file'))
+# %% ../../nbs/data/40_loaders.ipynb #72920e9f
+# Files with the limit, the use and the statistics of a container, and its name there for what can be given back
+_V2,_V1 = '/sys/fs/cgroup','/sys/fs/cgroup/memory'
+_CONTAINERS = (
+    (f'{_V2}/memory.max', f'{_V2}/memory.current', f'{_V2}/memory.stat', 'inactive_file'),
+    (f'{_V1}/memory.limit_in_bytes', f'{_V1}/memory.usage_in_bytes', f'{_V1}/memory.stat', 'total_inactive_file'))
 
 def _container_memory(files):
     "Bytes left below a container's limit, counting file pages that can be given back as free; None without a limit"
@@ -373,20 +426,23 @@ def _check_batch(size, bs):
     "Raise an error for batches that cannot fit into memory, before anything is allocated"
     needed,free = 4*decoded_bytes(bs, size),available_memory()
     if free is not None and needed>free:
-        raise ValueError(f'a batch of {bs} images of {size:,} pixels takes {_bytes_text(needed)}, {_bytes_text(free)} of memory are free; choose a smaller size or bs')
+        raise ValueError(f'a batch of {bs} images of {size:,} pixels takes {_bytes_text(needed)}, '
+                         f'{_bytes_text(free)} of memory are free; choose a smaller size or bs')
 
 def _fitting_store(store, n, size):
-    "Where images are kept: in memory, or, if they would take more than a quarter of what is free, in a packed store, which is said"
+    "Where images are kept: in memory, or, if they take more than a quarter of what is free, in a packed store"
     free,needed = available_memory(),decoded_bytes(n, size)
     if store!='memory' or free is None or needed<=free/_SHARE: return store
-    print(f'{n:,} decoded images of {size} pixels would take {_bytes_text(needed)}, more than a quarter of the {_bytes_text(free)} of memory that are free: '
-          f'they are kept in a packed store in {default_store_folder()}')
+    print(f'{n:,} decoded images of {size} pixels would take {_bytes_text(needed)}, more than a quarter of the '
+          f'{_bytes_text(free)} of memory that are free: they are kept in a packed store in {default_store_folder()}')
     return True
 
+# %% ../../nbs/data/40_loaders.ipynb #d2f68f26
 def _read_images(table, size, preprocess, store, unreadable, progress):
     "Images by row of the table (None for the stock way), and row: reason of those that cannot be read"
     if store is False:
-        if unreadable!='error': raise ValueError("unreadable='quarantine' needs the images read beforehand: store='memory' or True")
+        if unreadable!='error':
+            raise ValueError("unreadable='quarantine' needs the images read beforehand: store='memory' or True")
         return None,{}
     store = _fitting_store(store, len(table), size)
     if store=='memory':
@@ -398,45 +454,53 @@ def _read_images(table, size, preprocess, store, unreadable, progress):
 _NO_LABEL = 'no label'
 
 def _read_table(table, *how):
-    "Images of the rows that can be used (None for the stock way), these rows, the others with their `reason`, and the positions of the first"
+    """Images of the rows that can be used (None for the stock way), these rows, the others with their `reason`, and the
+    positions of the rows that can be used"""
     bad = dict.fromkeys(np.flatnonzero(is_unlabeled(table) & (table.split!='train').to_numpy()), _NO_LABEL)
     rows = np.setdiff1d(np.arange(len(table)), list(bad))
     images,unreadable = _read_images(table.iloc[rows], *how)
     bad.update({rows[i]: why for i,why in unreadable.items()})
     kept = np.setdiff1d(rows, list(bad))
     images = None if images is None else _Part(images, np.searchsorted(rows, kept))
-    return images,table.iloc[kept],table.iloc[sorted(bad)].assign(reason=[bad[i] for i in sorted(bad)]),kept
+    left_out = table.iloc[sorted(bad)].assign(reason=[bad[i] for i in sorted(bad)])
+    return images,table.iloc[kept],left_out,kept
 
 # %% ../../nbs/data/40_loaders.ipynb #c41d07a6
 def load_distributed()->None:
-    "Import `fastai.distributed` where several processes train (`WORLD_SIZE`): it gives `Learner` its `distrib_ctx`, and needs accelerate"
+    "Import `fastai.distributed`, which needs accelerate, if several processes train (`WORLD_SIZE`)"
     if num_distrib()<=1: return
     if find_spec('accelerate') is None:
-        raise ImportError(f"several processes (WORLD_SIZE={num_distrib()}) train together through accelerate, which is not installed: "
-                          "pip install 'kdmed[distributed]'")
+        raise ImportError(f"several processes (WORLD_SIZE={num_distrib()}) train together through accelerate, "
+                          "which is not installed: pip install 'kdmed[distributed]'")
     import_module('fastai.distributed')
 
 # %% ../../nbs/data/40_loaders.ipynb #8bcbafa1
+# Long because: one function, whose arguments take most of the lines
 def image_dls(
-    table:pd.DataFrame,  # Image table with `split` filled; images without a label are trained on, and left out elsewhere
+    table:pd.DataFrame,  # Image table with `split` filled; images without a label are used for training only
     size:int,            # Image side, in pixels
     bs:int=64,           # Images in a batch
     augment=None,        # `Augment` of `kdmed.data.transforms`: replayable views of training images
     batch_tfms=(),       # fastai augmentations, applied to whole training batches on the device; not replayable
     preprocess=(),       # Functions from uint8 [H, W, 3] to the same, applied once to every image before it is resized
-    store='memory',      # Where images are kept once read: `memory` (packed all the same if they would take more than a quarter of what is free), True (packed, in `default_store_folder()`), a folder for packed stores, or False: nowhere, fastai's stock way
-    sampling='natural',  # Training images of an epoch: each once (`natural`), classes evenly (`balanced`), or a weight for each
-    views=None,          # Different views of each image, then they repeat; always new ones if left out
-    unreadable:str='error', # Images that cannot be read: one `error` that lists them, or `quarantine`: go on without them, and list them in `dls.quarantine`
+    # Where images are kept once read: `memory` (packed if they would take more than a quarter of what is free),
+    # True (packed, in `default_store_folder()`), a folder for packed stores, or False: nowhere, fastai's stock way
+    store='memory',
+    sampling='natural',  # Training images of an epoch: each once (`natural`), classes evenly (`balanced`), or weights
+    views=None,          # Number of different views of each image, which then repeat; default: always new ones
+    # Images that cannot be read: one `error` that lists them, or `quarantine`: leave them out, in `dls.quarantine`
+    unreadable:str='error',
     num_workers:int=0,   # Processes that make batches; 0, this one, is enough unless `store=False`
     stats=imagenet_stats, # Mean and standard deviation of each channel, for pixels in [0, 1]
-    device=None,         # Where batches go; fastai's default device if left out
+    device=None,         # Where batches go; default: fastai's default device
     progress:bool=False, # Show a progress bar while images are read
     allow_leakage:bool=False, # Accept groups that are in more than one split
-)->DataLoaders: # `train` and `valid`, and `test` where the table has test images; with `task`, `classes`, `counts` (training images of each class), `unlabeled` (those without a label), `size`, `table`, `quarantine`
-    "fastai `DataLoaders` of an image table"
+)->DataLoaders: # `train`, `valid` and, if the table has test images, `test`
+    """fastai `DataLoaders` of an image table, with `task`, `classes`, `counts` (training images of each class),
+    `unlabeled` (training images without a label), `size`, `table` and `quarantine`"""
     load_distributed()
-    size,bs,num_workers = check_integer(size, 'size', 1),check_integer(bs, 'bs', 1),check_integer(num_workers, 'num_workers', 0)
+    size,bs = check_integer(size, 'size', 1),check_integer(bs, 'bs', 1)
+    num_workers = check_integer(num_workers, 'num_workers', 0)
     _check_batch(size, bs)
     _check_loading(store, unreadable, augment, preprocess, views, stats)
     _check_trainable(table, allow_leakage)
@@ -447,23 +511,27 @@ def image_dls(
         if weights is not None: weights = weights[np.isin(np.flatnonzero(table.split=='train'), ids)]
         if isinstance(sampling, str): weights = _sampling_weights(sampling, kept[kept.split=='train'])
     loader = dict(size=size, preprocess=preprocess, stock=store is False, bs=bs, num_workers=num_workers, views=views)
-    dls = _make_loaders(kept, ids, images, weights, _batch_pipeline(augment, batch_tfms, stats), loader, device or default_device())
+    pipeline = _batch_pipeline(augment, batch_tfms, stats)
+    dls = _make_loaders(kept, ids, images, weights, pipeline, loader, device or default_device())
     return _describe(dls, kept, size, quarantine)
 
+# %% ../../nbs/data/40_loaders.ipynb #685b869f
 def _batch_pipeline(augment, batch_tfms, stats):
     "What happens to a batch of bytes on its device"
-    return [IntToFloatTensor(), *([ReplayTransform(augment)] if augment else []), *listify(batch_tfms), _NormalizeAnywhere.from_stats(*stats)]
+    replayed = [ReplayTransform(augment)] if augment else []
+    return [IntToFloatTensor(), *replayed, *listify(batch_tfms), _NormalizeAnywhere.from_stats(*stats)]
 
-# %% ../../nbs/data/40_loaders.ipynb #685b869f
 def _make_loaders(table, ids, images, weights, after_batch, loader, device):
     "A loader for each split of a table whose rows are `ids` of all images"
     rows = [ImageRow(*r) for r in zip(table.image, table.label)]
     parts = [np.flatnonzero(table.split==s) for s in SPLITS]
-    tfms = [[_image_of, _OpenImage(loader['size'], loader['preprocess'])], _label_tfms(table.attrs['classes'], table.attrs['task'])]
+    open_rows = [_image_of, _OpenImage(loader['size'], loader['preprocess'])]
+    tfms = [open_rows, _label_tfms(table.attrs['classes'], table.attrs['task'])]
     dsets = Datasets(rows, tfms, splits=[p.tolist() for p in parts])
     dsets.tls[0].types = [object] # any image will do for `learn.predict` and `test_dl`
     common = dict(after_item=[ToTensor()], after_batch=after_batch, **loader)
-    loaders = [ImageDL(dsets.train, shuffle=True, drop_last=len(parts[0])>loader['bs'], weights=weights, ids=ids[parts[0]], **common)]
+    train = dict(shuffle=True, drop_last=len(parts[0])>loader['bs'], weights=weights)
+    loaders = [ImageDL(dsets.train, ids=ids[parts[0]], **train, **common)]
     loaders += [ImageDL(dsets.subset(i), ids=ids[parts[i]], **common) for i in (1, 2) if len(parts[i])]
     if images is not None:
         for dl,part in zip(loaders, parts): dl.decoded(_Part(images, part))
@@ -471,64 +539,58 @@ def _make_loaders(table, ids, images, weights, after_batch, loader, device):
 
 # %% ../../nbs/data/40_loaders.ipynb #5e530c3a
 def _describe(dls, table, size, quarantine):
-    "Tell `dls` what kdmed and fastai ask it later"
-    dls.task,dls.classes,dls.size,dls.table,dls.quarantine = table.attrs['task'],list(table.attrs['classes']),size,table,quarantine
+    "Give `dls` the attributes that kdmed and fastai use later"
+    dls.task,dls.classes = table.attrs['task'],list(table.attrs['classes'])
+    dls.size,dls.table,dls.quarantine = size,table,quarantine
     dls.c = 1 if dls.task=='binary' else len(dls.classes)
     train = table[table.split=='train']
     dls.counts,dls.unlabeled = list(class_counts(train).values()),int(is_unlabeled(train).sum())
-    dls.train_ds.loss_func = dict(binary=BinaryLossFlat, multiclass=ClassLossFlat, multilabel=FindingsLossFlat)[dls.task]()
+    losses = dict(binary=BinaryLossFlat, multiclass=ClassLossFlat, multilabel=FindingsLossFlat)
+    dls.train_ds.loss_func = losses[dls.task]()
     if len(dls.loaders)>2: dls.test = dls.loaders[2]
     for dl,split in zip(dls.loaders, SPLITS): dl.table = table[table.split==split].reset_index(drop=True)
-    _tell_left_out(quarantine, len(table)+len(quarantine))
+    _print_left_out(quarantine, len(table)+len(quarantine))
     return dls
 
-def _tell_left_out(quarantine, total):
+def _print_left_out(quarantine, total):
     "Print how many images are left out, and why"
-    mute = quarantine.reason==_NO_LABEL
-    if n := (~mute).sum():
-        print(f'{n} of {total} images cannot be read and are left out (dls.quarantine): ' +
-              ', '.join(Path(name_of(i)).name for i in quarantine.image[~mute][:5]) + (', …' if n>5 else ''))
-    if n := mute.sum():
-        where = ', '.join(f'{k} of {s}' for s,k in quarantine.split[mute].value_counts().items())
-        print(f'{n} of {total} images have no label and are not in train, where they could be distilled on: left out (dls.quarantine): {where}')
+    unlabeled = quarantine.reason==_NO_LABEL
+    if n := (~unlabeled).sum():
+        names = [Path(name_of(i)).name for i in quarantine.image[~unlabeled][:5]]
+        print(f'{n} of {total} images cannot be read and are left out (dls.quarantine): '
+              + ', '.join(names + (['…'] if n>5 else [])))
+    if n := unlabeled.sum():
+        where = ', '.join(f'{k} of {s}' for s,k in quarantine.split[unlabeled].value_counts().items())
+        print(f'{n} of {total} images have no label and are left out (dls.quarantine): {where}; '
+              'without a label, only images in train can be used, for distillation')
 
 # %% ../../nbs/data/40_loaders.ipynb #0630b5d0
-@patch
-def checksums(self:ImageDL):
-    "CRC-32 of each image's decoded bytes, uint32 [N]; computed once, or taken from the store"
-    if 'checksums_' not in self.dataset.__dict__: self.dataset.checksums_ = _checksums(self)
-    return self.dataset.checksums_
-
 def _checksums(dl):
+    "CRC-32 of each image's decoded bytes, uint32 [N]"
     if dl.stock: decoded = (decode_images(some, dl.size, dl.preprocess) for some in chunked(dl.images(), 512))
     else:
         images = dl.decoded()[0]
-        if isinstance(images, _Part) and isinstance(images.images, ImageStore): return np.asarray(images.images._sums[images.images.rows[images.rows]])
+        if isinstance(images, _Part) and isinstance(images.images, ImageStore):
+            store = images.images
+            return np.asarray(store._sums[store.rows[images.rows]])
         decoded = (images[np.array(some)] for some in chunked(range(dl.n), 512))
     return np.array([zlib.crc32(image) for some in decoded for image in some], np.uint32)
 
 # %% ../../nbs/data/40_loaders.ipynb #be433962
-@patch
-def pixels_key(self:ImageDL):
-    "16 hexadecimal digits that differ wherever an image's view could: by its number, its decoded bytes, the augmentation, the normalization"
-    split_idx = getattr(self.dataset, 'split_idx', None)
-    texts = [_pixels_text(t) for t in self.after_batch.fs if t.split_idx in (None, split_idx)]
-    return digest('pixels 1', self.size, self.ids.astype('<i8').tobytes(), self.checksums().astype('<u4').tobytes(), *texts)
-
 def _pixels_text(tfm):
     "What a batch transform does to pixels, as text; an error if that cannot be known"
     if isinstance(tfm, IntToFloatTensor): return value_text([tfm.div, tfm.div_mask])
     if isinstance(tfm, ReplayTransform): return value_text([tfm.augment, *tfm.augment.transforms])
     if isinstance(tfm, Normalize): return value_text([tfm.mean.cpu(), tfm.std.cpu()])
-    raise ValueError(f'{tfm.name.split()[0]} in batch_tfms may show other pixels each time, so no answer to them can be kept; '
-                     'use augment=Augment(…) for random changes, and preprocess= for fixed ones')
+    raise ValueError(f'{tfm.name.split()[0]} in batch_tfms may give other pixels each time, so outputs for them '
+                     'cannot be cached; use augment=Augment(…) for random changes, and preprocess= for fixed ones')
 
 # %% ../../nbs/data/40_loaders.ipynb #6fcc7ea0
 def own_loader(
     dl, # A loader, or fastai's `DistributedDL` around one
 ): # The loader itself
     "The loader that fastai's loader for several processes wraps"
-    distributed = sys.modules.get('fastai.distributed') # needs accelerate; where nobody has imported it, no loader comes from it
+    distributed = sys.modules.get('fastai.distributed') # needs accelerate; if it is not imported, no loader is wrapped
     if distributed is None: return dl
     return dl.dl if isinstance(dl, distributed.DistributedDL) else dl
 
@@ -544,13 +606,17 @@ class ReplayMixUp(MixHandler):
 
     def before_batch(self):
         "Mix images, and the targets or their losses"
-        if not hasattr(self.x, 'replay'): raise TypeError(f'{self.name} needs the numbers of its images: use the loaders of image_dls')
+        if not hasattr(self.x, 'replay'):
+            raise TypeError(f'{self.name} needs the numbers of its images: use the loaders of image_dls')
         (ids,views),dl = self.x.replay,own_loader(self.dl)
         x,y = dl.views_of(mix_partners(ids, views, len(dl.ids), self.seed), views)
         mixed,kept = self.mix(x, mix_weights(ids, views, self.alpha, self.seed).to(x.device), ids, views)
         mixed.replay = ids,views
-        self.learn.xb,self.lam,self.yb1 = (mixed,),kept.to(x.device),(y,)
-        if not self.stack_y: self.learn.yb = torch.lerp(y.float(), self.y.float(), self.lam.view(-1, *[1]*(y.ndim-1))),
+        self.learn.xb = mixed,
+        self.lam,self.yb1 = kept.to(x.device),(y,)
+        if not self.stack_y:
+            share = self.lam.view(-1, *[1]*(y.ndim-1))
+            self.learn.yb = torch.lerp(y.float(), self.y.float(), share),
 
     def mix(self, partner, weight, ids, views): return mixup(self.x, partner, weight),weight
 
@@ -563,7 +629,7 @@ class ReplayMixUp(MixHandler):
 
     @property
     def policy(self):
-        "What decides pairs and shares, beside image and view: kind, alpha, seed, and how many images there are to choose from"
+        "What decides pairs and shares, besides image and view: kind, alpha, seed and number of training images"
         return type(self).__name__,float(self.alpha),int(self.seed),len(own_loader(self.learn.dls.train).ids)
 
 # %% ../../nbs/data/40_loaders.ipynb #0bfc8809

@@ -1,4 +1,4 @@
-"""Who is trained on and who is tested on, with nobody on both sides
+"""Which images are trained on and which are tested on, with no patient on both sides
 
 Docs: https://kdmed.github.io/kdmed/data/splits.html.md"""
 
@@ -18,81 +18,93 @@ from .images import SPLITS, check_table, is_unlabeled, present_classes
 
 # %% ../../nbs/data/15_splits.ipynb #5e977976
 def _label_counts(table):
-    "Images of each class, of none, and without a label, in each group: row's group number [N], group names [G], counts [G, C+2]"
+    """Number of images of each class, of no class, and without a label, in each group
+
+    Returns the group number of each row [N], the groups' names [G], and the counts [G, C+2]"""
     classes = [str(c) for c in table.attrs['classes']]
     numbers,groups = pd.factorize(table.group, sort=True)
     labels = pd.Series(table.label.to_numpy(object)).mask(is_unlabeled(table))
     found = present_classes(labels, table.attrs['task'])
     column = pd.Index(classes).get_indexer(found)
     counts = np.zeros((len(groups), len(classes)+2))
-    np.add.at(counts, (numbers[found.index], np.where(column<0, len(classes), column)), 1)
+    no_class = len(classes)
+    np.add.at(counts, (numbers[found.index], np.where(column<0, no_class, column)), 1)
     np.add.at(counts[:, -1], numbers[labels.isna()], 1)
     return numbers,groups,counts
 
 # %% ../../nbs/data/15_splits.ipynb #c90310d3
-def _deal(counts, sizes, first, rng):
-    "Number of the part that each group goes to, [G]; `first` says which part gets a class before the others have any"
-    sizes,first = np.asarray(sizes, float),np.asarray(first, float)
-    shares = counts/counts.sum(0).clip(1)
+def _rarest_first(counts, rng):
+    "Order in which groups are assigned: those with the rarest class first, then large ones, then at random"
     order = rng.permutation(len(counts))
     rarest = np.where(counts>0, counts.sum(0), np.inf).min(1)
-    order = order[np.lexsort((-counts[order].sum(1), rarest[order]))]
-    have,part = np.zeros((len(sizes), counts.shape[1])),np.empty(len(counts), int)
-    luck = 1e-9*rng.random((len(counts), len(sizes))) # between equals
-    for i in order:
-        c = counts[i].nonzero()[0]
-        share,held = shares[i, c],have[:, c]
-        gain = share*(2*(sizes[:, None]-held) - share)/sizes.clip(1e-12)[:, None]
-        wish = gain.sum(1) + (100*(held==0)*first[:, None]).sum(1) + luck[i]
-        part[i] = wish.argmax()
-        have[part[i], c] += share
-    return part
+    return order[np.lexsort((-counts[order].sum(1), rarest[order]))]
 
-def _deal_labeled(counts, sizes, first, rng, unlabeled=0):
-    "Number of the part that each group goes to, [G], by its labels alone; a group without any goes to part `unlabeled`"
-    part,labeled = np.full(len(counts), unlabeled),counts[:, :-1].any(1)
-    part[labeled] = _deal(counts[labeled, :-1], sizes, first, rng)
-    return part
+def _assign(counts, sizes, first, rng):
+    "Number of the split that each group goes to, [G]; `first` ranks the splits where none has a class yet"
+    sizes,first = np.asarray(sizes, float),np.asarray(first, float)
+    shares = counts/counts.sum(0).clip(1)
+    order = _rarest_first(counts, rng)
+    split = np.empty(len(counts), int)
+    have = np.zeros((len(sizes), counts.shape[1])) # fraction of each class that a split has so far
+    tie_breaks = 1e-9*rng.random((len(counts), len(sizes)))
+    for i in order:
+        present = counts[i].nonzero()[0]
+        share,held = shares[i, present],have[:, present]
+        gain = share*(2*(sizes[:, None]-held) - share)/sizes.clip(1e-12)[:, None]
+        new_class = 100*(held==0)*first[:, None]
+        split[i] = (gain.sum(1) + new_class.sum(1) + tie_breaks[i]).argmax()
+        have[split[i], present] += share
+    return split
+
+def _assign_labeled(counts, sizes, first, rng, unlabeled=0):
+    "Number of the split that each group goes to, [G], by its labels alone; a group without any goes to `unlabeled`"
+    split,labeled = np.full(len(counts), unlabeled),counts[:, :-1].any(1)
+    split[labeled] = _assign(counts[labeled, :-1], sizes, first, rng)
+    return split
 
 # %% ../../nbs/data/15_splits.ipynb #929bd956
-def split_groups(
-    table:pd.DataFrame,     # Image table; not changed
-    sizes=(.7,.15,.15),     # Shares of train, valid and test; sum to 1
-    seed:int=0,             # Another seed, another split
-)->pd.DataFrame: # Copy with `split` filled
-    "Deal whole groups out to train, valid and test, stratified by class; groups without any label go to train"
-    check_table(table)
-    sizes,seed = _check_sizes(sizes),check_seed(seed)
-    numbers,_,counts = _label_counts(table)
-    part = _deal_labeled(counts, sizes, (3, 1, 2), np.random.default_rng(seed))
-    return table.assign(split=np.array(SPLITS, object)[part[numbers]])
-
 def _check_sizes(sizes):
     "Three shares as an array; an error for anything else"
     try: shares = np.asarray([check_number(share, 'a share', 0, 1) for share in sizes])
     except (TypeError, ValueError): shares = np.zeros(0)
     if shares.shape!=(3,) or abs(shares.sum()-1)>1e-6 or shares[0]==0:
-        raise ValueError(f'sizes must be three shares (train, valid, test) that sum to 1, the first above 0, got {sizes!r}')
+        raise ValueError('sizes must be three shares (train, valid, test) that sum to 1, the first above 0, '
+                         f'got {sizes!r}')
     return shares
+
+def split_groups(
+    table:pd.DataFrame,     # Image table; not changed
+    sizes=(.7,.15,.15),     # Shares of train, valid and test; sum to 1
+    seed:int=0,             # A different seed gives a different split
+)->pd.DataFrame: # Copy with `split` filled
+    "Assign whole groups to train, valid and test, stratified by class; groups without any label go to train"
+    check_table(table)
+    sizes,seed = _check_sizes(sizes),check_seed(seed)
+    numbers,_,counts = _label_counts(table)
+    split = _assign_labeled(counts, sizes, (3, 1, 2), np.random.default_rng(seed))
+    return table.assign(split=np.array(SPLITS, object)[split[numbers]])
 
 # %% ../../nbs/data/15_splits.ipynb #afcf1c9c
 def repeat_splits(
     table:pd.DataFrame,  # Image table; not changed
     n:int=5,             # Repetitions
     sizes=(.8,.1,.1),    # Shares of train, valid and test; sum to 1
-    seed:int=0,          # Seed of the first split; the others have the numbers after it
+    seed:int=0,          # Seed of the first split; the others use the numbers that follow
 )->list: # `n` copies of the table with `split` filled
-    "Several splits of one table, each with a seed of its own"
+    "Several splits of one table, each with its own seed"
     check_integer(n, 'n', 1)
     seed = check_seed(seed)
     return [split_groups(table, sizes, seed+i) for i in range(n)]
 
 # %% ../../nbs/data/15_splits.ipynb #eda3ca4b
+def _check_valid(valid):
+    if not 0 <= check_number(valid, 'valid') < 1: raise ValueError(f'valid must be a share in [0, 1), got {valid}')
+
 def kfold_groups(
     table:pd.DataFrame, # Image table; not changed
-    k:int=5,            # Folds; at most as many as there are groups
-    valid:float=.15,    # Share for validation of what is not tested on; 0 for none
-    seed:int=0,         # Another seed, other folds
+    k:int=5,            # Folds; at most the number of groups
+    valid:float=.15,    # Share of the images outside the test fold used for validation; 0 for none
+    seed:int=0,         # A different seed gives different folds
 )->list: # `k` copies of the table with `split` filled
     "Splits in which each group with a label is tested on once, stratified by class; the others are always in train"
     numbers,groups,counts = _label_counts(check_table(table))
@@ -102,59 +114,39 @@ def kfold_groups(
     if not 2 <= k <= labeled: raise ValueError(f'k must be in [2, {labeled}], the number of {counted}, got {k}')
     _check_valid(valid)
     rng = np.random.default_rng(check_seed(seed))
-    fold = _deal_labeled(counts, np.full(k, 1/k), np.ones(k), rng, unlabeled=-1)
-    def one(f):
-        part,rest = np.full(len(groups), 'test', object),np.flatnonzero(fold!=f)
-        part[rest] = np.array(SPLITS, object)[_deal_labeled(counts[rest], (1-valid, valid), (2, 1), rng)]
-        return table.assign(split=part[numbers])
-    return [one(f) for f in range(k)]
-
-def _check_valid(valid):
-    if not 0 <= check_number(valid, 'valid') < 1: raise ValueError(f'valid must be a share in [0, 1), got {valid}')
+    fold = _assign_labeled(counts, np.full(k, 1/k), np.ones(k), rng, unlabeled=-1)
+    tables = []
+    for f in range(k):
+        split,rest = np.full(len(groups), 'test', object),np.flatnonzero(fold!=f)
+        split[rest] = np.array(SPLITS, object)[_assign_labeled(counts[rest], (1-valid, valid), (2, 1), rng)]
+        tables.append(table.assign(split=split[numbers]))
+    return tables
 
 # %% ../../nbs/data/15_splits.ipynb #2ba52763
-SPLIT_NAMES = {'train': 'train', 'training': 'train', 'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'test': 'test', 'testing': 'test'}
+SPLIT_NAMES = { # what authors write, and its name here
+    'train': 'train', 'training': 'train',
+    'valid': 'valid', 'val': 'valid', 'validation': 'valid',
+    'test': 'test', 'testing': 'test',
+}
 
 def _official_names(table, column):
     "The column's values as `train`, `valid`, `test` or missing; an error for any other"
-    if column not in table: raise ValueError(f'image table: no column {column!r} with an official split; it has {list(table.columns)}')
+    if column not in table:
+        raise ValueError(f'image table: no column {column!r} with an official split; it has {list(table.columns)}')
     listed = table[column].map(lambda s: s if pd.isna(s) else str(s).strip().lower())
     unknown = sorted(set(listed.dropna()) - set(SPLIT_NAMES))
-    if unknown: raise ValueError(f'{column} must say train, valid or test, got {unknown}')
+    if unknown: raise ValueError(f'{column} must contain only train, valid and test, got {unknown}')
     return listed.map(SPLIT_NAMES).astype(object)
 
-# %% ../../nbs/data/15_splits.ipynb #51965689
-def official_split(
-    table:pd.DataFrame,      # Image table; not changed
-    column:str='official',   # Column that says `train`, `valid` (or `val`) or `test`
-    valid:float=.15,         # Share of the authors' training part for validation where they have none; 0 for none
-    seed:int=0,              # Which groups those are
-    unlisted:str='error',    # What to do with rows whose column is empty: `error` or `drop`
-)->pd.DataFrame: # Copy with `split` filled
-    "The split a set's authors published"
-    check_in(unlisted, ('error', 'drop'), 'unlisted')
-    _check_valid(valid)
-    check_seed(seed)
-    split = _official_names(check_table(table), column)
-    if (missing := int(split.isna().sum())) and unlisted=='error':
-        raise ValueError(f"{column}: {missing:,} of {len(table):,} rows are in no part of the official split; unlisted='drop' leaves them out")
-    table = table.assign(split=split)[split.notna().to_numpy()]
-    if valid and 'valid' not in set(split): table = _carve_valid(table, valid, seed)
-    notes = [f'{missing:,} images that {column} does not list are left out'] if missing else []
-    if shared := len(_shared_groups(table)):
-        notes.append(f'{shared:,} groups are in more than one part of the official split ({column}): scores are optimistic; to avoid that, use split_groups')
-        warnings.warn(notes[-1], stacklevel=2)
-    table.attrs['anomalies'] = [*table.attrs.get('anomalies', []), *notes]
-    return table
-
-# %% ../../nbs/data/15_splits.ipynb #bb038598
-def _carve_valid(table, valid, seed):
+# %% ../../nbs/data/15_splits.ipynb #67f58780
+def _move_to_valid(table, valid, seed):
     "Move whole groups from train to valid, stratified by class"
     train = np.flatnonzero(table.split=='train')
     if not len(train): raise ValueError('the official split has no training images')
     numbers,_,counts = _label_counts(table.iloc[train])
     split = table.split.to_numpy(object, copy=True)
-    split[train] = np.array(SPLITS, object)[_deal_labeled(counts, (1-valid, valid), (2, 1), np.random.default_rng(seed))[numbers]]
+    groups = _assign_labeled(counts, (1-valid, valid), (2, 1), np.random.default_rng(seed))
+    split[train] = np.array(SPLITS, object)[groups[numbers]]
     return table.assign(split=split)
 
 def _shared_groups(table):
@@ -162,15 +154,44 @@ def _shared_groups(table):
     parts = table.groupby('group').split.nunique()
     return parts.index[parts>1]
 
+# %% ../../nbs/data/15_splits.ipynb #51965689
+def official_split(
+    table:pd.DataFrame,      # Image table; not changed
+    column:str='official',   # Column that contains `train`, `valid` (or `val`) or `test`
+    valid:float=.15,         # Share of the authors' training images for validation where they have none; 0 for none
+    seed:int=0,              # Which groups those are
+    unlisted:str='error',    # What to do with rows whose column is empty: `error` or `drop`
+)->pd.DataFrame: # Copy with `split` filled
+    "The split that the authors of a set published"
+    check_in(unlisted, ('error', 'drop'), 'unlisted')
+    _check_valid(valid)
+    check_seed(seed)
+    split = _official_names(check_table(table), column)
+    missing = int(split.isna().sum())
+    if missing and unlisted=='error':
+        raise ValueError(f"{column}: {missing:,} of {len(table):,} rows are not in the official split; "
+                         "unlisted='drop' leaves them out")
+    table = table.assign(split=split)[split.notna().to_numpy()]
+    if valid and 'valid' not in set(split): table = _move_to_valid(table, valid, seed)
+    notes = [f'{missing:,} images that {column} does not list are left out'] if missing else []
+    if shared := len(_shared_groups(table)):
+        notes.append(f'{shared:,} groups are in more than one part of the official split ({column}): '
+                     'scores are optimistic; to avoid that, use split_groups')
+        warnings.warn(notes[-1], stacklevel=2)
+    table.attrs['anomalies'] = [*table.attrs.get('anomalies', []), *notes]
+    return table
+
 # %% ../../nbs/data/15_splits.ipynb #5cc8f548
 def check_leakage(
     table:pd.DataFrame, # Image table with `split` filled
 )->pd.DataFrame: # The same table
-    "Raise an error that counts the groups in more than one split, and names one; give back the table if there are none"
+    "The same table, unless a group is in more than one split: an error then counts such groups, and names one"
     check_table(table)
     shared = _shared_groups(table)
     if len(shared):
-        where = sorted(table.split[table.group==shared[0]].dropna().unique(), key=list(SPLITS).index)
-        raise ValueError(f'{len(shared):,} groups are in more than one split, so scores would be optimistic (group {shared[0]!r} is in '
-                         f'{" and ".join(where)}); use split_groups, or allow_leakage=True to go on')
+        first = shared[0]
+        where = sorted(table.split[table.group==first].dropna().unique(), key=SPLITS.index)
+        raise ValueError(f'{len(shared):,} groups are in more than one split, so scores would be optimistic '
+                         f'(group {first!r} is in {" and ".join(where)}); use split_groups, '
+                         'or allow_leakage=True to go on')
     return table

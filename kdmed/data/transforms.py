@@ -21,7 +21,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.basics import listify, patch
+from fastcore.basics import listify
 from scipy.special import betaincinv
 from torch import Tensor
 
@@ -49,12 +49,14 @@ def _stream_of(seed, name):
 def _integers(values, name):
     "Whole numbers as uint64 [n]"
     values = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if values.size and values.dtype.kind not in 'iu': raise TypeError(f'{name} must be whole numbers, got {values.dtype}')
+    if values.size and values.dtype.kind not in 'iu':
+        raise TypeError(f'{name} must be whole numbers, got {values.dtype}')
     return np.atleast_1d(values.astype(np.int64)).view(np.uint64)
 
 def _check_seed(seed):
     "The seed as a Python integer"
-    if not isinstance(seed, Integral) or not 0<=seed<2**64: raise ValueError(f'seed must be a whole number in [0, 2**64), got {seed!r}')
+    if not isinstance(seed, Integral) or not 0<=seed<2**64:
+        raise ValueError(f'seed must be a whole number in [0, 2**64), got {seed!r}')
     return int(seed)
 
 def replayable_numbers(
@@ -83,16 +85,18 @@ class Transform:
 
 class GeometricTransform(Transform):
     "A transform that moves pixels: `matrix(draw, height, width)` says where to, float64 [B, 3, 3]"
-    exact = False # Whether pixels only change places, so that nothing need be interpolated
+    exact = False # Whether pixels only change places, so that no interpolation is needed
 
 class PhotometricTransform(Transform):
-    "A transform that changes colors: `apply(x, draw)` may overwrite `x`, float [B, 3, H, W] in [0, 1], and returns the result"
+    "A transform of colors: `apply(x, draw)` may overwrite `x`, float [B, 3, H, W] in [0, 1], and returns the result"
 
 def _matrices(a=1., b=0., c=0., d=1., x=0., y=0.):
     "Matrices [[a, b, x], [c, d, y], [0, 0, 1]] from numbers or arrays [B], float64 [B, 3, 3]"
     a,b,c,d,x,y = np.broadcast_arrays(a, b, c, d, x, y)
     m = np.zeros((len(a), 3, 3))
-    m[:, 0],m[:, 1],m[:, 2, 2] = np.stack([a, b, x], 1),np.stack([c, d, y], 1),1
+    m[:, 0] = np.stack([a, b, x], 1)
+    m[:, 1] = np.stack([c, d, y], 1)
+    m[:, 2, 2] = 1
     return m
 
 # %% ../../nbs/data/35_transforms.ipynb #218aacb0
@@ -113,11 +117,13 @@ class VerticalFlip(GeometricTransform):
 # %% ../../nbs/data/35_transforms.ipynb #6d40382e
 @dataclass(frozen=True)
 class RightAngleTurn(GeometricTransform):
-    "Turn some square images by 90, 180 or 270 degrees, each as likely"
+    "Turn some square images by 90, 180 or 270 degrees, with equal probability"
     p:float=.75 # Probability, in [0, 1]; with ¾ all four positions are equally likely
     limits,exact = dict(p=(0, 1)),True
     def matrix(self, draw, height, width):
-        if height!=width: raise ValueError(f'RightAngleTurn needs square images, got {height}×{width}; use HorizontalFlip and VerticalFlip')
+        if height!=width:
+            raise ValueError(f'RightAngleTurn needs square images, got {height}×{width}; '
+                             'use HorizontalFlip and VerticalFlip')
         u = draw('p')
         quarter = np.where(u<self.p, 1 + np.floor(3*u/max(self.p, 1e-9)), 0).astype(int) % 4
         cos,sin = np.array([1., 0., -1., 0.])[quarter],np.array([0., 1., 0., -1.])[quarter]
@@ -136,7 +142,7 @@ class Rotation(GeometricTransform):
 # %% ../../nbs/data/35_transforms.ipynb #fed2b83a
 @dataclass(frozen=True)
 class ScaledCrop(GeometricTransform):
-    "Cut out a window and enlarge it to the image's size: the window's side over the image's is uniform in [`low`, `high`]"
+    "Cut out a window and enlarge it to the image's size; window side / image side is uniform in [`low`, `high`]"
     low:float=.9  # Smallest ratio, in [0.05, 4]
     high:float=1. # Largest ratio; above 1 the window is larger than the image, which therefore shrinks
     limits = dict(low=(.05, 4), high=(.05, 4))
@@ -196,32 +202,39 @@ def _rearrange(x, matrices):
 def _check_batch(x, ids, view):
     "Pixels as a plain float tensor, ids and view as arrays; an error if they do not fit"
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f'x must be a float tensor in [0, 1], got {getattr(x, "dtype", type(x).__name__)}; divide bytes by 255 first')
+        kind = getattr(x, 'dtype', type(x).__name__)
+        raise TypeError(f'x must be a float tensor in [0, 1], got {kind}; divide bytes by 255 first')
     if x.ndim!=4 or x.shape[1]!=3: raise ValueError(f'x must have shape [B, 3, H, W], got {list(x.shape)}')
     ids,view = _integers(ids, 'ids'),_integers(view, 'view')
     if ids.shape!=(len(x),) or view.shape not in ((1,), ids.shape):
-        raise ValueError(f'expected one id and one view an image, got {len(x)} images, ids {list(ids.shape)}, view {list(view.shape)}')
+        raise ValueError(f'expected one id and one view per image, got {len(x)} images, '
+                         f'ids {list(ids.shape)}, view {list(view.shape)}')
     pixels = x.detach().as_subclass(Tensor)
     return (pixels if x.dtype==torch.float64 else pixels.float()),ids,view
 
-# %% ../../nbs/data/35_transforms.ipynb #3206e535
+def _check_transforms(transforms):
+    "Raise an error for what is no instance of a transform"
+    for t in transforms:
+        if not isinstance(t, (GeometricTransform, PhotometricTransform)) or not is_dataclass(t):
+            raise TypeError(f'transforms must be instances such as HorizontalFlip(), got {t!r}')
+
 def _draw(ids, view, name, seed, parameter, low=0., high=1.):
     "Uniform numbers in [low, high) for a parameter of the transform `name`, float64 [B]"
     return low + (high-low)*replayable_numbers(ids, view, f'{name}.{parameter}', seed)
 
+# %% ../../nbs/data/35_transforms.ipynb #3206e535
+# Long because: one class, whose arguments take most of the lines
 @dataclass(frozen=True)
 class Augment:
-    "Replayable views: `augment(x, ids, view)` is a pure function of the pixels, the seed, the images' numbers and the view"
+    "Replayable views: `augment(x, ids, view)` is a pure function of pixels, seed, image numbers and view"
     transforms:tuple=() # Geometric ones act in this order, as one warp; then photometric ones, in this order
     seed:int=0          # Another seed, other views; from 0 to 2⁶⁴-1
-    padding:str='reflection' # What lies beyond the border: `reflection`, `border` (its last pixel, repeated) or `zeros` (black)
+    padding:str='reflection' # Beyond the border: `reflection`, `border` (its last pixel, repeated) or `zeros` (black)
 
     def __post_init__(self):
         object.__setattr__(self, 'transforms', tuple(listify(self.transforms)))
         object.__setattr__(self, 'seed', _check_seed(self.seed))
-        for t in self.transforms:
-            if not isinstance(t, (GeometricTransform, PhotometricTransform)) or not is_dataclass(t):
-                raise TypeError(f'transforms must be instances such as HorizontalFlip(), got {t!r}')
+        _check_transforms(self.transforms)
         check_in(self.padding, PADDINGS, 'padding')
 
     def _steps(self, kind, ids, view):
@@ -231,39 +244,38 @@ class Augment:
             name = type(t).__name__ + (f' {before+1}' if before else '')
             if isinstance(t, kind): yield t,partial(_draw, ids, view, name, self.seed)
 
-# %% ../../nbs/data/35_transforms.ipynb #b5cc8a71
-@patch
-def matrices(self:Augment,
-    ids,        # Number of each image, whole [B]
-    view,       # One whole number, or one an image [B]
-    height:int, # Of the images, in pixels
-    width:int,  # Of the images, in pixels
-)->np.ndarray: # float64 [B, 3, 3]
-    "Where points of each image go, in pixels from its middle, x to the right and y down"
-    ids,view = _integers(ids, 'ids'),_integers(view, 'view')
-    product = np.broadcast_to(np.eye(3), (len(ids), 3, 3))
-    for transform,draw in self._steps(GeometricTransform, ids, view): product = transform.matrix(draw, height, width) @ product
-    return product
+    def matrices(self,
+        ids,        # Number of each image, whole [B]
+        view,       # One whole number, or one an image [B]
+        height:int, # Of the images, in pixels
+        width:int,  # Of the images, in pixels
+    )->np.ndarray: # float64 [B, 3, 3]
+        "Where points of each image go, in pixels from its middle, x to the right and y down"
+        ids,view = _integers(ids, 'ids'),_integers(view, 'view')
+        product = np.broadcast_to(np.eye(3), (len(ids), 3, 3))
+        for transform,draw in self._steps(GeometricTransform, ids, view):
+            product = transform.matrix(draw, height, width) @ product
+        return product
 
-# %% ../../nbs/data/35_transforms.ipynb #05772363
-@patch
-@torch.no_grad()
-def __call__(self:Augment,
-    x:Tensor, # Images, float [B, 3, H, W] in [0, 1], on any device; left as they are
-    ids,      # Number of each image in its table, whole [B]
-    view,     # Which view: one whole number, or one an image [B]
-)->Tensor: # Of the type, shape, precision and device of `x`
-    "One view of each image"
-    pixels,ids,view = _check_batch(x, ids, view)
-    moves = [t for t in self.transforms if isinstance(t, GeometricTransform)]
-    m = self.matrices(ids, view, *x.shape[2:])
-    if not moves or not len(x): out = pixels.clone(memory_format=torch.contiguous_format)
-    else: out = _rearrange(pixels, m) if all(t.exact for t in moves) else _warp(pixels, m, self.padding)
-    for transform,draw in self._steps(PhotometricTransform, ids, view) if len(x) else (): out = transform.apply(out, draw)
-    return out.to(x.dtype).as_subclass(type(x))
+    @torch.no_grad()
+    def __call__(self,
+        x:Tensor, # Images, float [B, 3, H, W] in [0, 1], on any device; not changed
+        ids,      # Number of each image in its table, whole [B]
+        view,     # Which view: one whole number, or one an image [B]
+    )->Tensor: # Of the type, shape, precision and device of `x`
+        "One view of each image"
+        pixels,ids,view = _check_batch(x, ids, view)
+        moves = [t for t in self.transforms if isinstance(t, GeometricTransform)]
+        m = self.matrices(ids, view, *x.shape[2:])
+        if not moves or not len(x): out = pixels.clone(memory_format=torch.contiguous_format)
+        elif all(t.exact for t in moves): out = _rearrange(pixels, m)
+        else: out = _warp(pixels, m, self.padding)
+        if len(x):
+            for transform,draw in self._steps(PhotometricTransform, ids, view): out = transform.apply(out, draw)
+        return out.to(x.dtype).as_subclass(type(x))
 
 # %% ../../nbs/data/35_transforms.ipynb #a6639fdf
-_LEVEL = 1/255 # darker than this is not told apart in 8 bits
+_LEVEL = 1/255 # darker values are the same in 8 bits
 
 def _unit(v): return v / np.linalg.norm(v)
 _STAINS = np.stack([_unit(HEMATOXYLIN), _unit(EOSIN), _unit(np.cross(_unit(HEMATOXYLIN), _unit(EOSIN)))])
@@ -283,7 +295,7 @@ def _mix_channels(x, weights):
 def stain_amounts(
     x:Tensor, # Stained tissue, float [B, 3, H, W] in [0, 1]
 )->Tensor: # [B, 3, H, W]: hematoxylin, eosin and what neither explains, in units of natural logarithm
-    "How much of each dye a pixel holds: color deconvolution"
+    "Amount of each dye in a pixel: color deconvolution"
     light = x.detach().as_subclass(Tensor).clamp_min(_LEVEL).log_()
     return _mix_channels(light, -np.broadcast_to(_UNMIX, (len(x), 3, 3)))
 
@@ -294,10 +306,11 @@ class StainJitter(PhotometricTransform):
     strength:float=.05 # In [0, 1]
     limits = dict(strength=(0, 1))
     def apply(self, x, draw):
-        dyes = 'hematoxylin','eosin','residual'
-        scale,shift = (np.stack([draw(f'{dye} {what}', -self.strength, self.strength) for dye in dyes], 1) for what in ('scale', 'shift'))
-        change = (_UNMIX*scale[:, None]) @ _STAINS # of the logarithm, by the logarithm itself
-        shift = -(shift[:, None] @ _STAINS)[:, 0]
+        def drawn(what):
+            dyes = 'hematoxylin','eosin','residual'
+            return np.stack([draw(f'{dye} {what}', -self.strength, self.strength) for dye in dyes], 1)
+        change = (_UNMIX*drawn('scale')[:, None]) @ _STAINS # of the logarithm, by the logarithm itself
+        shift = -(drawn('shift')[:, None] @ _STAINS)[:, 0]
         log_change = _mix_channels(x.clamp_min(_LEVEL).log_(), change).add_(_column(shift, x))
         return x.mul_(log_change.exp_()).clamp_(0, 1)
 
@@ -309,14 +322,15 @@ class BrightnessContrast(PhotometricTransform):
     contrast:float=.2   # In [0, 1]
     limits = dict(brightness=(0, 1), contrast=(0, 1))
     def apply(self, x, draw):
-        b,c = (1+draw(name, -value, value) for name,value in (('brightness', self.brightness), ('contrast', self.contrast)))
+        b = 1+draw('brightness', -self.brightness, self.brightness)
+        c = 1+draw('contrast', -self.contrast, self.contrast)
         red,green,blue = x.mean((2, 3), keepdim=True).split(1, 1)
         gray = .2989*red + .587*green + .114*blue
         return x.mul_(_column(b*c, x)[:, None]).add_(gray.mul_(_column(b*(1-c), x)[:, None])).clamp_(0, 1)
 
 # %% ../../nbs/data/35_transforms.ipynb #5ead40dd
 def _blur(x, sigma, radius):
-    "Images smoothed by normal curves of standard deviation `sigma` [B], in pixels, cut off at `radius`"
+    "Images smoothed by Gaussians of standard deviation `sigma` [B], in pixels, cut off at `radius`"
     weights = np.exp(-.5*(np.arange(-radius, radius+1)/sigma[:, None])**2)
     weights = _column(weights/weights.sum(1, keepdims=True), x)
     for dim,pad in ((-1, (radius, radius, 0, 0)), (-2, (0, 0, radius, radius))):
@@ -328,14 +342,15 @@ def _blur(x, sigma, radius):
 # %% ../../nbs/data/35_transforms.ipynb #2593782c
 @dataclass(frozen=True)
 class GaussianBlur(PhotometricTransform):
-    "Smooth some images by a normal curve whose standard deviation is uniform in [`low`, `high`]"
+    "Smooth some images by a Gaussian whose standard deviation is uniform in [`low`, `high`]"
     low:float=.1  # In pixels, in [0.05, 50]
     high:float=2. # In pixels, in [0.05, 50]
     p:float=.5    # Probability, in [0, 1]
     limits = dict(low=(.05, 50), high=(.05, 50), p=(0, 1))
     def __post_init__(self):
         super().__post_init__()
-        if self.low>self.high: raise ValueError(f'GaussianBlur low must not exceed high, got {self.low} and {self.high}')
+        if self.low>self.high:
+            raise ValueError(f'GaussianBlur low must not exceed high, got {self.low} and {self.high}')
     def apply(self, x, draw):
         chosen = np.flatnonzero(draw('p')<self.p)
         if not len(chosen): return x
@@ -367,19 +382,20 @@ def mskd_augment(
 def tissue_augment(
     seed:int=0, # Another seed, other views
 )->Augment:
-    "For stained sections: all eight positions, and the laboratory's stain"
+    "For stained sections: all eight orientations, and variation of the stain"
     return Augment((HorizontalFlip(.5), RightAngleTurn(.75), StainJitter(.05)), seed)
 
 def skin_augment(
     seed:int=0, # Another seed, other views
 )->Augment:
-    "For dermatoscopy: any angle, mirrored or not, and the lamp"
-    return Augment((HorizontalFlip(.5), RightAngleTurn(.75), Rotation(45), ScaledCrop(.8, 1.), BrightnessContrast(.2, .2)), seed)
+    "For dermatoscopy: any angle, mirrored or not, and variation of the light"
+    turns = HorizontalFlip(.5),RightAngleTurn(.75),Rotation(45)
+    return Augment((*turns, ScaledCrop(.8, 1.), BrightnessContrast(.2, .2)), seed)
 
 def chest_augment(
     seed:int=0, # Another seed, other views
 )->Augment:
-    "For X-ray films: how the patient stood, and the exposure; never mirrored"
+    "For chest radiographs: variation of position and exposure; never mirrored"
     return Augment((Rotation(7), ScaledCrop(.9, 1.1), Translation(.05), BrightnessContrast(.15, .15)), seed)
 
 # %% ../../nbs/data/35_transforms.ipynb #112dc1fe
@@ -407,7 +423,7 @@ def mix_partners(
     n:int,      # Partners to choose from are numbered 0 to n-1
     seed:int=0, # From 0 to 2⁶⁴-1
 )->Tensor: # int64 [B], in [0, n)
-    "Whom each image is mixed with; each of the `n`, itself too, is equally likely"
+    "Number of the image that each one is mixed with; each of the `n`, including itself, is equally likely"
     if n<1: raise ValueError(f'n must be at least 1, got {n}')
     return torch.from_numpy((replayable_numbers(ids, view, 'mix.partner', seed)*n).astype(np.int64))
 
@@ -417,7 +433,7 @@ def mix_weights(
     alpha:float=1., # Of the Beta(alpha, alpha) distribution, above 0: 1 is uniform, less is nearer to 0 or 1
     seed:int=0,     # From 0 to 2⁶⁴-1
 )->Tensor: # float32 [B], in [0, 1]
-    "What each image keeps of itself; its partner gives the rest"
+    "Weight of each image; that of its partner is the rest"
     if not alpha>0: raise ValueError(f'alpha must be positive, got {alpha}')
     return torch.from_numpy(betaincinv(alpha, alpha, replayable_numbers(ids, view, 'mix.weight', seed))).float()
 
@@ -426,13 +442,13 @@ def _check_mix(x, partner, weight):
     "Plain tensors of one shape, and the weight as a column; an error if they do not fit"
     check_same_shape(x=x, partner=partner)
     if tuple(weight.shape)!=(len(x),):
-        raise ValueError(f'expected one weight an image, got {len(x)} images and weight {list(weight.shape)}')
+        raise ValueError(f'expected one weight per image, got {len(x)} images and weight {list(weight.shape)}')
     return x.as_subclass(Tensor),partner.as_subclass(Tensor),_column(weight, x)[:, None]
 
 def mixup(
     x:Tensor,       # Images, float [B, 3, H, W]
     partner:Tensor, # Their partners, in the same order, [B, 3, H, W]
-    weight:Tensor,  # What is kept of `x`, [B], in [0, 1]
+    weight:Tensor,  # Weight of `x`, [B], in [0, 1]
 )->Tensor: # [B, 3, H, W]
     "`weight`·x + (1-`weight`)·partner, image by image"
     plain,other,share = _check_mix(x, partner, weight)
@@ -463,7 +479,7 @@ def cutmix(
 def mix_targets(
     y:Tensor,         # Class indices, whole [B], or 0/1 vectors [B, C]
     partner_y:Tensor, # Those of the partners
-    weight:Tensor,    # What is kept of `y`, [B], in [0, 1]
+    weight:Tensor,    # Weight of `y`, [B], in [0, 1]
     classes:int,      # C
 )->Tensor: # float32 [B, C]
     "Soft targets of mixed images"
