@@ -1,4 +1,4 @@
-"""Teachers and students: any timm model with the head a task needs, weights from anywhere, what is inside, and a folder to keep them in
+"""Teachers and students: any timm model with the head a task needs, weights from any source, intermediate features, early exits, and saving
 
 Docs: https://kdmed.github.io/kdmed/models/index.html.md"""
 

@@ -1,4 +1,4 @@
-"""Images in the normalization, channels and size that a model was trained with; logits out of whatever it gives
+"""Images in the normalization, channels and size that a model was trained with; logits from any output format
 
 Docs: https://kdmed.github.io/kdmed/models/adapt.html.md"""
 
@@ -26,10 +26,12 @@ from .create import find_normalization, normalization_of, same_stats
 def renormalize(
     x:Tensor, # Images [B, C, H, W], normalized with `old`
     old,      # Mean and standard deviation of each channel that `x` was normalized with, for pixels in [0, 1]
-    new,      # Those it is wanted in
+    new,      # Those it should be normalized with
 )->Tensor: # Images [B, C, H, W]
     "Images normalized with other statistics"
-    (old_mean,old_std),(new_mean,new_std) = ([torch.as_tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in stats] for stats in (old, new))
+    def per_channel(values): return torch.as_tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    old_mean,old_std = map(per_channel, old)
+    new_mean,new_std = map(per_channel, new)
     return x*(old_std/new_std) + (old_mean-new_mean)/new_std
 
 # %% ../../nbs/models/10_adapt.ipynb #d7ceca8e
@@ -37,7 +39,7 @@ def check_normalization(
     stats,        # What the user passed
     name='stats', # The argument's name
 )->tuple: # Means and deviations, tuples of equal length
-    "Statistics as tuples of floats; `ValueError` naming the argument unless they are means and positive deviations, one of each a channel"
+    "Statistics as tuples of floats; raise `ValueError` unless they are means and positive deviations, one per channel"
     expected = f'{name} must be means and positive deviations, one of each a channel, got {stats!r}'
     try: mean,std = (tuple(float(v) for v in part) for part in stats)
     except (TypeError, ValueError) as e: raise ValueError(expected) from e
@@ -46,33 +48,38 @@ def check_normalization(
 
 # %% ../../nbs/models/10_adapt.ipynb #9f90ab2b
 _LUMINANCE = .299,.587,.114
-_PIXELS = (0.,),(1.,) # the statistics of what is not normalized
+_PIXELS = (0.,),(1.,) # the statistics of images that are not normalized
 
 def _to_gray(x, stats, own):
     "Luminance [B, 1, H, W], normalized with `own`, or with the means of `stats`"
     pixels = x if stats is None else renormalize(x, stats, _PIXELS)
-    gray = (pixels * torch.as_tensor(_LUMINANCE, dtype=x.dtype, device=x.device).view(-1, 1, 1)).sum(1, keepdim=True)
+    weights = torch.as_tensor(_LUMINANCE, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    gray = (pixels*weights).sum(1, keepdim=True)
     if stats is None: return gray
     return renormalize(gray, _PIXELS, own or tuple((float(np.mean(part)),) for part in stats))
 
 def prepare_images(
     x:Tensor,      # Images [B, C, H, W], normalized with `stats`
-    stats,         # Their means and deviations; None: not known
+    stats,         # Their means and deviations; None: unknown
     own=None,      # Those the model was trained with; None: the same
     channels:int=None, # Channels the model takes; None: those of the images
 )->Tensor: # Images [B, channels, H, W], normalized with `own`
     "Images in the normalization and the channels of a model"
     has = x.shape[1]
-    if channels in (None, has): return x if None in (stats, own) or same_stats(stats, own) else renormalize(x, stats, own)
-    if {channels, has}!={1, 3}: raise ValueError(f'the model takes images of {channels} channels, these have {has}: only 1 and 3 can be made of each other')
+    if channels in (None, has):
+        unchanged = None in (stats, own) or same_stats(stats, own)
+        return x if unchanged else renormalize(x, stats, own)
+    if {channels, has}!={1, 3}:
+        raise ValueError(f'the model takes images of {channels} channels, these have {has}: '
+                         'only 1 and 3 channels can be converted into each other')
     if channels==1: return _to_gray(x, stats, own)
     return prepare_images(x.expand(-1, 3, -1, -1), stats, own)
 
 # %% ../../nbs/models/10_adapt.ipynb #070ccd7b
 def fixed_size(
-    model:nn.Module, # A timm model, wrapped or not
-)->int: # In pixels; None for a model that takes any size, or does not tell
-    "Side of the images of a model that takes no others"
+    model:nn.Module, # A timm model, perhaps wrapped
+)->int: # In pixels; None for a model that takes any size, or does not declare one
+    "Side of the images of a model that takes only one size"
     inner = unwrap(model)
     strict = [m for m in inner.modules() if getattr(m, 'strict_img_size', False) and getattr(m, 'img_size', None)]
     if strict: return int(strict[0].img_size[-1])
@@ -81,7 +88,7 @@ def fixed_size(
 
 def resize_images(
     x:Tensor,  # [B, C, H, W]
-    size:int=None, # Side wanted, in pixels; None: as they are
+    size:int=None, # New side, in pixels; None: unchanged
 )->Tensor: # [B, C, size, size]
     "Images of another size, antialiased"
     if not size or x.shape[-2:]==(size, size): return x
@@ -89,20 +96,23 @@ def resize_images(
 
 def needed_channels(
     model:nn.Module, # Any model, on the device of the images
-    x:Tensor,        # Images [B, C, H, W], of a size that it takes
-)->int: # None if it takes them as they are
-    "Channels that images must get before a model takes them: a trial decides, since its first convolution may not be what meets the images"
+    x:Tensor,        # Images [B, C, H, W] of a size that it takes
+)->int: # None if it takes them unchanged
+    "Channels that images must be converted to, found by a trial: a model's first convolution may not see the images"
     takes = input_channels(model, default=None)
     if takes is None or x.ndim!=4 or x.shape[1]==takes: return None
     try:
         with evaluating(model): model(x[:1])
     except (RuntimeError, ValueError, AssertionError, TypeError): return takes
 
+# %% ../../nbs/models/10_adapt.ipynb #7760e02f
 class _Prepared(nn.Module):
-    "A model behind the preparation of its images"
+    "A model preceded by the preparation of its images"
     def __init__(self, model, stats, own, size):
         super().__init__()
-        self.model,self.stats,self.own,self.size,self.channels = model,stats,own,size,{}
+        self.model,self.size = model,size
+        self.stats,self.own = stats,own
+        self.channels = {} # {channels of a batch: channels to convert it to}
 
     def forward(self, x, *more):
         x = resize_images(x.as_subclass(Tensor), self.size)
@@ -112,38 +122,46 @@ class _Prepared(nn.Module):
 def prepared_for(
     model, # Module or Learner
     dls,   # fastai `DataLoaders` or one loader, of any normalization
-)->nn.Module: # The Module itself where its images need no preparation; otherwise one that shares its parameters
-    "A model that can be called with the batches of a loader: they are brought to its own normalization, channels and, if it takes no other, size"
+)->nn.Module: # The Module itself if its images need no preparation; otherwise one that shares its parameters
+    "A model that takes the batches of a loader, converted to its own normalization, channels and, if fixed, size"
     module = model.model if isinstance(model, Learner) else model
     if getattr(module, 'prepares_images', False): return module # as `Teacher.as_module` does
     own,stats = normalization_of(model),find_normalization(dls)
-    if own is not None and stats is None: warnings.warn('the model was trained on normalized images; these loaders have no Normalize, so it gets the images as they are')
-    size,as_it_is = fixed_size(module),None in (own, stats) or same_stats(own, stats)
-    if as_it_is and input_channels(module)==3 and size in (None, getattr(dls, 'size', size)): return module
+    if own is not None and stats is None:
+        warnings.warn('the model was trained on normalized images; these loaders have no Normalize, '
+                      'so it gets the images as they are')
+    size = fixed_size(module)
+    same_values = None in (own, stats) or same_stats(own, stats)
+    same_size = size in (None, getattr(dls, 'size', size))
+    if same_values and same_size and input_channels(module)==3: return module
     return _Prepared(module, stats, own, size)
 
 # %% ../../nbs/models/10_adapt.ipynb #3cd29014
 def _parts_of(output):
-    "The parts of what a model gives, by key; None where it has none"
+    "The parts of a model's output by key; None if it has none"
     if isinstance(output, Mapping): return dict(output)
     return dict(enumerate(output)) if isinstance(output, (tuple, list)) else None
 
-def _shape_text(part): return f'[{", ".join(map(str, part.shape))}]' if isinstance(part, Tensor) else type(part).__name__
+def _shape_text(part):
+    if not isinstance(part, Tensor): return type(part).__name__
+    return f'[{", ".join(map(str, part.shape))}]'
 
 def _no_logits(output, parts):
-    "Why there are no logits to be found, and what to do"
-    way_out = 'wrap it in a Module that returns its logits alone; its features can be used all the same: FeatureKD'
+    "Why no logits were found, and what to do"
+    way_out = 'wrap it in a Module that returns only its logits; FeatureKD can use its features without'
     if parts is None: return f'the model gives a {type(output).__name__}, not logits [B, C]: {way_out}'
     shapes = ', '.join(f'{key!r} {_shape_text(part)}' for key,part in parts.items())
-    maps = all(isinstance(p, Tensor) and p.ndim>2 for p in parts.values())
-    what = 'feature maps, as of features_only=True, and no logits' if maps else 'and which of them are its logits [B, C] is not clear'
-    return f'the model gives a {type(output).__name__} of {len(parts)} parts ({shapes}), {what}: {way_out}'
+    are_maps = all(isinstance(p, Tensor) and p.ndim>2 for p in parts.values())
+    if are_maps: problem = 'feature maps, as of features_only=True, and no logits'
+    else: problem = 'and which of them are its logits [B, C] is not clear'
+    return f'the model gives a {type(output).__name__} of {len(parts)} parts ({shapes}), {problem}: {way_out}'
 
+# %% ../../nbs/models/10_adapt.ipynb #8de4a9bc
 def find_logits(
-    output,       # What a model gives
-    columns=None, # Numbers of columns that logits may have; any if None
+    output,       # What a model returns
+    columns=None, # Numbers of columns that logits may have; None: any
 )->tuple: # Keys that lead to them, one inside the other: `()` for a tensor, `('.logits',)` for an attribute
-    "Where the logits are in what a model gives; `TypeError` where it has none, or several"
+    "Where the logits are in the output of a model; raise `TypeError` if there are none, or several"
     if isinstance(output, Tensor): return ()
     if isinstance(getattr(output, 'logits', None), Tensor): return ('.logits',)
     parts = _parts_of(output)
@@ -152,59 +170,84 @@ def find_logits(
     if len(parts)==1:
         (key,part), = parts.items()
         return key,*find_logits(part, columns)
-    flat = {key: p for key,p in parts.items() if isinstance(p, Tensor) and p.ndim==2 and (columns is None or p.shape[1] in columns)}
-    first = next(iter(flat.values()), None)
-    if not flat or not all(p is first or torch.equal(p, first) for p in flat.values()): raise TypeError(_no_logits(output, parts))
-    return next(iter(flat)),
+    def fits(part): return isinstance(part, Tensor) and part.ndim==2 and (columns is None or part.shape[1] in columns)
+    found = {key: part for key,part in parts.items() if fits(part)}
+    if not found: raise TypeError(_no_logits(output, parts))
+    key,first = next(iter(found.items()))
+    all_equal = all(part is first or torch.equal(part, first) for part in found.values())
+    if not all_equal: raise TypeError(_no_logits(output, parts))
+    return key,
 
 def follow_path(
-    output, # What a model gives
+    output, # What a model returns
     path,   # From `find_logits`
 )->Tensor:
     "The part of a model's output that a path leads to"
-    for key in path: output = getattr(output, key[1:]) if isinstance(key, str) and key.startswith('.') else output[key]
+    for key in path:
+        is_attribute = isinstance(key, str) and key.startswith('.')
+        output = getattr(output, key[1:]) if is_attribute else output[key]
     return output
 
 # %% ../../nbs/models/10_adapt.ipynb #a24a9538
 def _sum_to_one(p):
-    "Whether each row of several columns sums to 1, to rounding"
+    "Whether p has several columns and each row sums to 1, up to rounding"
     if p.ndim!=2 or p.shape[1]<2: return False
-    close = 1e-2 if p.dtype in (torch.half, torch.bfloat16) else 1e-3
-    return bool(((p.float().sum(1)-1).abs()<close).all())
+    tolerance = 1e-2 if p.dtype in (torch.half, torch.bfloat16) else 1e-3
+    return bool(((p.float().sum(1)-1).abs()<tolerance).all())
 
 def logits_of_probabilities(
     p:Tensor,       # Probabilities [B, C] or [B]
-    exclusive:bool, # Whether the columns are classes that exclude each other; else each is a yes or no of its own
+    exclusive:bool, # Whether the columns are mutually exclusive classes; else each is an independent label
 )->Tensor: # float32 or float64, of the same shape
     "Logits whose softmax, or whose sigmoid, these probabilities are"
     if p.numel() and not (p.min()>=-1e-3 and p.max()<=1+1e-3):
-        raise ValueError(f"outputs='probabilities': they must be in [0, 1], got {p.min().item():.3g} to {p.max().item():.3g}; outputs='logits' takes them as they are")
+        raise ValueError(f"outputs='probabilities': they must be in [0, 1], got {p.min().item():.3g} to "
+                         f"{p.max().item():.3g}; outputs='logits' takes them as they are")
     p = p.float() if p.dtype in (torch.half, torch.bfloat16) else p
     p = p.clamp(min=torch.finfo(torch.float32).tiny)
     if exclusive: return p.log()
-    p = p.clamp(max=1-2**-24) # the largest number below 1 that single precision holds
+    p = p.clamp(max=1-2**-24) # the largest number below 1 in single precision
     return p.log() - torch.log1p(-p)
 
 # %% ../../nbs/models/10_adapt.ipynb #d510c20c
 OUTPUTS = 'auto','logits','probabilities'
-_ENOUGH = (16, .5, .6),(256, .05, 0) # images, how far apart their outputs are at least, and the largest one, before a warning: rare findings have low probabilities
+# outputs in [0, 1] cause a warning after so many images, if they spread at least so far and the largest reaches this;
+# rare findings have low probabilities
+_ENOUGH = (16, .5, .6),(256, .05, 0)
+_PROBABILITIES = (
+    "the model gives probabilities, rows in [0, 1] that sum to 1: their logarithms are taken as its logits. "
+    "outputs='probabilities' confirms this, outputs='logits' takes them as they are")
+_SIGMOIDS = (
+    "all outputs of the model for {reader.images} images are in [0, 1], from {reader.low:.2f} to {reader.high:.2f}, "
+    "as sigmoids are; they are taken as logits. "
+    "If they are probabilities, pass outputs='probabilities'; if not, outputs='logits'")
 
+def _check_logits(z):
+    "Raise an error unless a tensor has the shape of logits"
+    if z.ndim in (1, 2): return z
+    raise TypeError(f'the model gives a tensor {_shape_text(z)}, not logits [B, C]: give it a head; '
+                    'FeatureKD can use its features without')
+
+# %% ../../nbs/models/10_adapt.ipynb #0bff814e
+# Long because: one class with four short methods that share its state
 class OutputReader:
-    "Turns what a model gives, batch by batch, into logits"
+    "Converts the outputs of a model, batch by batch, into logits"
     def __init__(self,
-        outputs:str='auto', # `logits`; `probabilities`; or `auto`: rows in [0, 1] that sum to 1 are probabilities, all else is logits
+        # `logits`, `probabilities`, or `auto`: rows in [0, 1] that sum to 1 are probabilities, anything else is logits
+        outputs:str='auto',
     ):
         check_in(outputs, OUTPUTS, 'outputs')
         self.outputs,self.path = outputs,None
         self.forget()
 
     def forget(self):
-        "Judge anew, as at the beginning of a fit"
-        self.kind,self.refusal,self.sums = None if self.outputs=='auto' else self.outputs,None,True
+        "Start over, as at the beginning of a fit"
+        self.kind = None if self.outputs=='auto' else self.outputs
+        self.refusal,self.sums = None,True
         self.low,self.high,self.images = float('inf'),-float('inf'),0
 
     def __call__(self, output, images, columns=None, exclusive=None):
-        "Logits [B, C] or [B] of so many images; none, [B, 0], where there are none: then `refusal` says why"
+        "Logits [B, C] or [B] of so many images; [B, 0] if there are none: then `refusal` says why"
         try: z = self._find(output, columns)
         except TypeError as e:
             self.refusal = str(e)
@@ -216,28 +259,23 @@ class OutputReader:
         return logits_of_probabilities(z, exclusive=self.sums and exclusive is not False)
 
     def _find(self, output, columns):
-        "The tensor that should be logits; where it was found once, it is looked for again"
+        "The tensor that should be logits, under the path where it was found first"
         if self.path is None or isinstance(output, Tensor): self.path = find_logits(output, columns)
-        z = follow_path(output, self.path)
-        if z.ndim in (1, 2): return z
-        raise TypeError(f'the model gives a tensor {_shape_text(z)}, not logits [B, C]: give it a head; its features can be used all the same: FeatureKD')
+        return _check_logits(follow_path(output, self.path))
 
     def _judge(self, z):
-        "Decide whether outputs are logits or probabilities, as soon as they tell"
+        "Decide whether outputs are logits or probabilities, as soon as it is clear"
         low,high = z.min().item(),z.max().item()
-        if not (low>=0 and high<=1+1e-3):
-            self.kind = 'logits' if low==low else None # NaN tells nothing
+        if low!=low: return # NaN decides nothing
+        if low<0 or high>1+1e-3:
+            self.kind = 'logits'
             return
-        if high-low>1e-6 and _sum_to_one(z): return self._decide('probabilities', _PROBABILITIES)
+        if high-low>1e-6 and _sum_to_one(z):
+            self.kind = 'probabilities'
+            warnings.warn(_PROBABILITIES)
+            return
         self.low,self.high,self.images = min(self.low, low),max(self.high, high),self.images+len(z)
-        if any(self.images>=n and self.high-self.low>=spread and self.high>=most for n,spread,most in _ENOUGH): self._decide('logits', _SIGMOIDS.format(reader=self))
-
-    def _decide(self, kind, message):
-        "Settle what the outputs are, with a warning"
-        self.kind = kind
-        warnings.warn(message)
-
-_PROBABILITIES = ("the model gives probabilities, rows in [0, 1] that sum to 1: their logarithms are taken as its logits. "
-                  "outputs='probabilities' says that this is meant, outputs='logits' takes them as they are")
-_SIGMOIDS = ("all outputs of the model for {reader.images} images are in [0, 1], from {reader.low:.2f} to {reader.high:.2f}, as sigmoids are; they are taken as logits. "
-             "If they are probabilities, pass outputs='probabilities'; if not, outputs='logits'")
+        spread = self.high-self.low
+        if any(self.images>=n and spread>=least and self.high>=largest for n,least,largest in _ENOUGH):
+            self.kind = 'logits'
+            warnings.warn(_SIGMOIDS.format(reader=self))

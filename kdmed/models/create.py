@@ -1,4 +1,4 @@
-"""Teachers and students: any timm model with the right head, a shorter ViT, a distillation token, several backbones fused; what flows inside them, in one format
+"""Teachers and students: any timm model with the right head, a shorter ViT, a distillation token, several backbones fused; and their intermediate features in one format
 
 Docs: https://kdmed.github.io/kdmed/models/create.html.md"""
 
@@ -36,19 +36,23 @@ from ..core.checks import check_in, check_integer, check_number
 from ..core.files import check_format, write_atomic
 from ..data.images import TASKS, name_of, open_image
 from ..data.loaders import own_loader
-from .weights import (
-    cached_weights, check_checkpoint, check_hub, file_hash, load_weights, pip_weights, savable_weights, save_weights)
+from kdmed.models.weights import (
+    MisfitError, cached_weights, check_checkpoint, check_hub, file_hash, load_weights, pip_weights, savable_weights,
+    save_weights)
 
 # %% ../../nbs/models/05_create.ipynb #a2542252
 def output_names(
     classes, # Names in the order of the outputs, or their number
-)->list: # Of strings; of a mere number, '0', '1', …
-    "Names of classes; an error if they are no list of different names, or no number"
-    if isinstance(classes, (int, np.integer)) and not isinstance(classes, bool): return [str(i) for i in range(check_integer(classes, 'classes', least=1))]
+)->list: # Of strings; for a number, '0', '1', …
+    "Names of classes; raise an error unless they are a list of different names, or a number"
+    if isinstance(classes, (int, np.integer)) and not isinstance(classes, bool):
+        return [str(i) for i in range(check_integer(classes, 'classes', least=1))]
     if isinstance(classes, (str, bytes, dict, set)) or not hasattr(classes, '__iter__'):
-        raise TypeError(f'classes must be a list of names in the order of the outputs, or their number, got {classes!r}')
-    names = [c if isinstance(c, str) else str(c) for c in classes if c is not None]
-    if len(names)<len(list(classes)) or not all(n.strip() for n in names): raise ValueError(f'classes must have names, got {list(classes)}')
+        raise TypeError(f'classes must be a list of names in the order of the outputs, or their number, '
+                        f'got {classes!r}')
+    classes = list(classes)
+    names = ['' if c is None else str(c) for c in classes]
+    if not all(name.strip() for name in names): raise ValueError(f'classes must have names, got {classes}')
     if len(set(names))<len(names): raise ValueError(f'classes must differ, got {names}')
     return names
 
@@ -56,98 +60,114 @@ def _n_outputs(classes, task):
     "Outputs a task needs: one logit for binary, one for each class otherwise"
     check_in(task, TASKS, 'task')
     n = len(output_names(classes))
-    if n < (1 if task=='multilabel' else 2) or (task=='binary' and n!=2): raise ValueError(f'a {task} task cannot have {n} classes: {classes}')
+    least = 1 if task=='multilabel' else 2
+    if n < least or (task=='binary' and n!=2): raise ValueError(f'a {task} task cannot have {n} classes: {classes}')
     return 1 if task=='binary' else n
 
+# %% ../../nbs/models/05_create.ipynb #83127211
 def _check_tag(name):
     "Raise an error unless timm knows the weights that a name asks for after its dot"
     try: timm.get_pretrained_cfg(name)
-    except RuntimeError as e: raise ValueError(f'{name} cannot be made: {e}') from e
+    except RuntimeError as e: raise ValueError(f'{name} cannot be created: {e}') from e
 
 def _check_name(name):
     "Raise an error unless timm has a model of this name"
-    how = "name must be the name of a timm model, such as 'resnet18'"
-    if not isinstance(name, str): raise TypeError(f'{how}, got {name!r}')
-    if not name.strip(): raise ValueError(f'{how}, got {name!r}')
-    if Path(name).name!=name or ':' in name or name[0]=='.': raise ValueError(f'{how}, got {name!r}; weights from a file are loaded with checkpoint=, a saved student with load_student')
+    expected = f"name must be the name of a timm model, such as 'resnet18', got {name!r}"
+    if not isinstance(name, str): raise TypeError(expected)
+    if not name.strip(): raise ValueError(expected)
+    if Path(name).name!=name or ':' in name or name[0]=='.':
+        raise ValueError(f'{expected}; weights from a file are loaded with checkpoint=, '
+                         'a saved student with load_student')
     known,base = timm.list_models(),name.split('.')[0]
     if base in known: return _check_tag(name)
     near = difflib.get_close_matches(base, known, n=3, cutoff=.6)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f'timm.list_models() lists all {len(known)}'
     raise ValueError(f'unknown timm model {name!r}; {hint}')
 
-_ELSEWHERE = {'checkpoint_path': 'checkpoint=', 'num_classes': 'classes=', 'img_size': 'size=', 'pretrained': 'pretrained=', 'pretrained_cfg': 'weights=',
-              'pretrained_cfg_overlay': 'weights=', 'pretrained_strict': 'weights=', 'cache_dir': 'the environment variable HF_HUB_CACHE', 'scriptable': 'torch.jit'}
+# %% ../../nbs/models/05_create.ipynb #04ca3588
+_ELSEWHERE = { # options of timm, and what sets them here
+    'checkpoint_path': 'checkpoint=', 'num_classes': 'classes=', 'img_size': 'size=', 'pretrained': 'pretrained=',
+    'pretrained_cfg': 'weights=', 'pretrained_cfg_overlay': 'weights=', 'pretrained_strict': 'weights=',
+    'cache_dir': 'the environment variable HF_HUB_CACHE', 'scriptable': 'torch.jit'}
 
 def _check_options(options):
-    "Raise an error for options of timm that have a name of their own here"
+    "Raise an error for options of timm that have an argument of their own here"
     for name,way in _ELSEWHERE.items():
         if name in options: raise ValueError(f'{name} cannot be passed on to timm: use {way}')
     if 'in_chans' in options: check_integer(options['in_chans'], 'in_chans', least=1)
 
 def _build(name, n_out, size, options={}, **pretrained):
-    "A timm model; the image size is passed on where it is part of the architecture"
+    "A timm model; the image size is passed on if it is part of the architecture"
     _check_name(name)
     _check_options(options)
     try:
         fixed = {'img_size': size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
         return timm.create_model(name, num_classes=n_out, **(fixed | options | pretrained))
-    except (RuntimeError, TypeError) as e: raise ValueError(f'{name} cannot be made: {e}') from e
+    except (RuntimeError, TypeError) as e: raise ValueError(f'{name} cannot be created: {e}') from e
     except (AssertionError, ValueError) as e: raise ValueError(f'{name} cannot take images of size {size}: {e}') from e
 
 # %% ../../nbs/models/05_create.ipynb #4dd86118
 def _check_size(model, name, size, n_out=None):
-    "Run one blank image through `model`, return its number of outputs; raise an error that names size or head if that fails"
-    cut = getattr(model, 'patch_embed', None)
-    if isinstance(cut, PatchEmbed) and size % cut.patch_size[0]:
-        raise ValueError(f'{name} cannot take images of size {size}: not a multiple of its patch size {cut.patch_size[0]}')
+    "The number of outputs of `model` for a blank image; raise an error naming size or head if that fails"
+    patches = getattr(model, 'patch_embed', None)
+    if isinstance(patches, PatchEmbed) and size % patches.patch_size[0]:
+        raise ValueError(f'{name} cannot take images of size {size}: not a multiple of its patch size '
+                         f'{patches.patch_size[0]}')
     try:
         with evaluating(model): out = model(torch.zeros(1, input_channels(model), size, size))
     except Exception as e: raise ValueError(f'{name} cannot take images of size {size}: {e}') from e
-    if out.shape!=(1, n_out or out.shape[-1]): raise ValueError(f'{name}: expected {n_out or "pooled"} outputs, got shape {tuple(out.shape)}')
+    if out.shape!=(1, n_out or out.shape[-1]):
+        raise ValueError(f'{name}: expected {n_out or "pooled"} outputs, got shape {tuple(out.shape)}')
     if not out.isfinite().all(): raise ValueError(f'{name}: outputs are not finite at size {size}')
     return out.shape[1]
 
 def _spec(model, classes, size, task, **more):
-    "How a model was made, as `model.spec` holds it"
+    "How a model was made, as stored in `model.spec`"
     classes = int(classes) if isinstance(classes, (int, np.integer)) else output_names(classes)
     return dict(model=model, classes=classes, size=size, task=task, mean=None, std=None, **more)
 
 # %% ../../nbs/models/05_create.ipynb #mdl10011
 def _channel_values(values, channels, name):
-    "One number for each channel, as a list; one number may stand for all"
+    "One number for each channel, as a tuple; a single number applies to all"
+    expected = f'{name} must be a number for each channel, got {values!r}'
     try: array = np.asarray(values, dtype=float).reshape(-1)
-    except (TypeError, ValueError): raise TypeError(f'{name} must be a number for each channel, got {values!r}') from None
+    except (TypeError, ValueError): raise TypeError(expected) from None
     if len(array)==1: array = array.repeat(channels)
     if channels==1 and len(set(array.tolist()))==1: array = array[:1]
-    if len(array)!=channels: raise ValueError(f'{name} must have one number for each of {channels} channels, got {np.asarray(values).tolist()}')
-    if not np.isfinite(array).all() or (name=='std' and (array<=0).any()):
-        raise ValueError(f"{name} must be finite{' and above 0' if name=='std' else ''}, got {array.tolist()}")
+    if len(array)!=channels:
+        raise ValueError(f'{name} must have one number for each of {channels} channels, '
+                         f'got {np.asarray(values).tolist()}')
+    if not np.isfinite(array).all(): raise ValueError(f'{name} must be finite, got {array.tolist()}')
     return tuple(float(v) for v in array)
 
 def check_stats(
-    mean,           # Means for pixels in [0, 1], one of each channel, or one for all; None, with `std`, for unknown
+    mean,           # Means for pixels in [0, 1], one for each channel, or one for all; None, with `std`, for unknown
     std,            # Standard deviations
     channels:int=3, # Channels of the images
 ): # Tuple of means and tuple of standard deviations; None if unknown
-    "A normalization with a number for each channel; an error if that cannot be one"
+    "A normalization with a number for each channel; raise an error if it is invalid"
     if (mean is None)!=(std is None): raise ValueError(f'mean and std belong together, got mean {mean} and std {std}')
-    return None if mean is None else (_channel_values(mean, channels, 'mean'), _channel_values(std, channels, 'std'))
+    if mean is None: return None
+    means,deviations = _channel_values(mean, channels, 'mean'),_channel_values(std, channels, 'std')
+    if min(deviations)<=0: raise ValueError(f'std must be finite and above 0, got {list(deviations)}')
+    return means,deviations
 
 def set_model_stats(
-    model:nn.Module, # Changed in place: its `spec`, or, where it has none, its attribute `normalization`; perhaps wrapped
+    model:nn.Module, # Changed in place: its `spec`, or its attribute `normalization` if it has none; perhaps wrapped
     mean,            # Channel means of the images it is trained on, for pixels in [0, 1]; None, with `std`, for unknown
     std,             # Channel standard deviations
 )->nn.Module: # The same model
-    "Note the normalization that a model expects"
+    "Store the normalization that a model expects"
     stats,spec = check_stats(mean, std, input_channels(model)),model_spec(model)
-    if spec: spec.update(dict(zip(('mean', 'std'), map(list, stats))) if stats else dict(mean=None, std=None))
+    means,deviations = map(list, stats) if stats else (None, None)
+    if spec: spec.update(mean=means, std=deviations)
     else: unwrap(model).normalization = stats # a model made elsewhere has no spec
     return model
 
+# %% ../../nbs/models/05_create.ipynb #e519690c
 def model_stats(
     model:nn.Module, # Perhaps wrapped
-): # Means and standard deviations, one of each a channel, for pixels in [0, 1]; None where they are not known
+): # Means and standard deviations, one of each per channel, for pixels in [0, 1]; None if unknown
     "The normalization that a model expects"
     spec = model_spec(model)
     if not spec: return getattr(unwrap(model), 'normalization', None)
@@ -156,23 +176,25 @@ def model_stats(
 
 def find_normalization(
     dls, # fastai `DataLoaders`, one loader, or anything else that makes batches
-): # Means and standard deviations, one of each a channel; None where there is no `Normalize`
+): # Means and standard deviations, one of each per channel; None if there is no `Normalize`
     "The statistics that batches are normalized with"
     dl = own_loader(dls if isinstance(dls, DataLoader) else getattr(dls, 'train', dls))
+    # as the user wrote them, not as float32 rounds them
+    def rounded(values): return tuple(round(n, 7) for n in values.flatten().tolist())
     for t in getattr(getattr(dl, 'after_batch', None), 'fs', []):
-        if isinstance(t, Normalize): return tuple(tuple(round(n, 7) for n in v.flatten().tolist()) for v in (t.mean, t.std)) # as written, not as float32 rounds them
+        if isinstance(t, Normalize): return rounded(t.mean),rounded(t.std)
 
 def same_stats(
     a, # Means and standard deviations, or None
-    b, # The same of others
+    b, # Others to compare with
 )->bool:
-    "Whether two normalizations are the same, up to rounding"
+    "Whether two normalizations are equal, up to rounding"
     if a is None or b is None: return a is b
     return np.shape(a)==np.shape(b) and np.allclose(a, b, atol=1e-4)
 
 def normalization_of(
-    model, # Module, wrapped or not, or Learner
-): # Means and deviations; None where nothing tells
+    model, # Module, perhaps wrapped, or Learner
+): # Means and deviations; None if unknown
     "The statistics that a model was trained with"
     if not isinstance(model, Learner): return model_stats(model)
     own,loaders = model_stats(model.model),find_normalization(model.dls)
@@ -181,20 +203,25 @@ def normalization_of(
 
 # %% ../../nbs/models/05_create.ipynb #mdl10021
 def _source_of(pretrained, checkpoint, weights):
-    "(`new`, `hub`, `pip`, `start` or `whole`; path): where weights come from; an error if two sources are named"
-    if not isinstance(pretrained, (bool, np.bool_)): raise TypeError(f'pretrained must be True or False, got {pretrained!r}')
-    if weights is not None and weights is not False and (pretrained or checkpoint is not None):
-        raise ValueError(f"weights={weights!r} goes alone: leave out {'pretrained' if pretrained else 'checkpoint'}=")
+    "Where weights come from: (`new`, `hub`, `pip`, `start` or `whole`; path); raise an error if two sources are named"
+    if not isinstance(pretrained, (bool, np.bool_)):
+        raise TypeError(f'pretrained must be True or False, got {pretrained!r}')
+    has_weights = weights is not None and weights is not False
+    if has_weights and (pretrained or checkpoint is not None):
+        other = 'pretrained' if pretrained else 'checkpoint'
+        raise ValueError(f'weights={weights!r} cannot be combined with {other}=; pass only one of them')
     if checkpoint is not None: return 'whole',check_checkpoint(checkpoint)
     if pretrained or weights is True: return 'hub',None
-    if weights is None or weights is False: return 'new',None
+    if not has_weights: return 'new',None
     if weights=='pip': return 'pip',None
-    if not isinstance(weights, (str, os.PathLike)): raise TypeError(f"weights must be True (timm's own), 'pip', or the path of a file, got {weights!r}")
-    if not Path(weights).exists(): raise FileNotFoundError(f"weights must be True (timm's own), 'pip', or the path of a file, and there is no file {str(weights)!r}")
+    expected = "weights must be True (timm's own), 'pip', or the path of a file"
+    if not isinstance(weights, (str, os.PathLike)): raise TypeError(f'{expected}, got {weights!r}')
+    if not Path(weights).exists(): raise FileNotFoundError(f'{expected}, and there is no file {str(weights)!r}')
     return 'start',check_checkpoint(weights)
 
+# %% ../../nbs/models/05_create.ipynb #056e49bb
 def _pretrained(name, n_out, size, source, options):
-    "A timm model with weights that bring another head, replaced unless it has as many outputs; from the hub, the cache or a pip package"
+    "A timm model with pretrained weights from the hub, the cache or a pip package; its head is new unless it fits"
     if source=='pip': overlay = dict(state_dict=pip_weights(name))
     elif (file := cached_weights(name)) is not None: overlay = dict(file=str(file))
     else:
@@ -203,22 +230,24 @@ def _pretrained(name, n_out, size, source, options):
     try: model = _build(name, n_out, size, options, pretrained=True, pretrained_cfg_overlay=overlay)
     except (ValueError, TypeError): raise
     except Exception as e:
-        raise OSError(f'pretrained weights of {name} could not be loaded: {e}. Without internet, pass weights=PATH of a file of weights, or checkpoint=') from e
+        raise OSError(f'pretrained weights of {name} could not be loaded: {e}. '
+                      'Without internet, pass weights=PATH of a file of weights, or checkpoint=') from e
     cfg = {k: v for k,v in model.pretrained_cfg.items() if k not in ('state_dict', 'file')}
-    model.pretrained_cfg = model.default_cfg = cfg # the weights are in the model, not beside it
+    model.pretrained_cfg = model.default_cfg = cfg # without a second copy of the weights
     return model
 
 def _start_from(model, path, trusted):
-    "Load a file's weights into a new model; those of a head for other classes are left out"
+    "Load a file's weights into a new model, except those of a head for other classes"
     heads = model.pretrained_cfg.get('classifier') or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     try: return load_weights(model, path, trusted)
-    except ValueError as e:
-        if not heads or 'in the file' not in str(e): raise
+    except MisfitError as e:
+        if not heads or not e.mismatched: raise
         return load_weights(model, path, trusted, new=heads)
 
-def _beside(path):
-    "What the `.json` beside a file of weights says, ours or timm's `config.json`; {} if there is none that can be read"
+# %% ../../nbs/models/05_create.ipynb #e2e3ea0f
+def _metadata_of(path):
+    "The content of the `.json` next to a weights file, ours or timm's `config.json`; {} if none can be read"
     for file in (path.with_suffix('.json'), path.with_name('config.json')):
         try: noted = json.loads(file.read_text(encoding='utf-8'))
         except (OSError, ValueError, RecursionError): continue
@@ -227,19 +256,21 @@ def _beside(path):
     return {}
 
 def _check_classes(checkpoint, classes):
-    "Compare `classes` with those in the `.json` beside a checkpoint, where there is one"
-    theirs = _beside(checkpoint).get('classes')
+    "Compare `classes` with those in the `.json` next to a checkpoint, if there is one"
+    theirs = _metadata_of(checkpoint).get('classes')
     if isinstance(classes, (int, np.integer)) or not isinstance(theirs, list): return
-    if theirs!=output_names(classes): raise ValueError(f'{checkpoint} was trained on classes {theirs}, the data has {output_names(classes)}')
+    ours = output_names(classes)
+    if theirs!=ours: raise ValueError(f'{checkpoint} was trained on classes {theirs}, the data has {ours}')
 
 def _stats_of(model, source, path):
-    "The normalization that weights bring along: means and deviations, or None"
-    noted = model.pretrained_cfg if source in ('hub', 'pip') else _beside(path) if path else {}
+    "The normalization that comes with weights: means and deviations, or None"
+    if source in ('hub', 'pip'): noted = model.pretrained_cfg
+    else: noted = _metadata_of(path) if path else {}
     mean,std = noted.get('mean'),noted.get('std')
     if not isinstance(mean, (list, tuple)) or not isinstance(std, (list, tuple)): return None
     channels = input_channels(model)
-    if len(mean)!=channels: mean,std = [sum(mean)/len(mean)]*channels,[sum(std)/len(std)]*channels # the first convolution was adapted, too
-    return mean,std
+    if len(mean)==channels: return mean,std
+    return [sum(mean)/len(mean)]*channels,[sum(std)/len(std)]*channels # the first convolution was adapted, too
 
 # %% ../../nbs/models/05_create.ipynb #fbbb56a2
 def create_student(
@@ -248,19 +279,22 @@ def create_student(
     size:int=224,           # Image side, in pixels
     task:str='multiclass',  # `binary` (one logit), `multiclass` or `multilabel`
     pretrained:bool=False,  # Load timm's weights from the hub or its cache; the head is new
-    checkpoint=None,        # File of weights to load, head included: `.safetensors`, or `.pth` holding tensors only
-    trusted:bool=False,     # Unpickle a checkpoint that holds more than tensors; see `load_weights`
-    weights=None,           # Weights to start from: True (as `pretrained`), `'pip'` (a package; see `PIP_WEIGHTS`), or a file; a head for other classes is new
-    **options,              # Passed on to timm, such as `drop_path_rate=.1`, `patch_size=8` or `in_chans=1` for gray images
+    checkpoint=None,        # File of weights to load, head included: `.safetensors`, or `.pth` with only tensors
+    trusted:bool=False,     # Unpickle a checkpoint that contains more than tensors; see `load_weights`
+    # Weights to start from, with a new head for other classes: True (timm's), `'pip'` (see `PIP_WEIGHTS`), or a file
+    weights=None,
+    **options,              # Passed on to timm, such as `drop_path_rate=.1`, or `in_chans=1` for gray images
 )->nn.Module: # In training mode; `spec` says how it was made
     "A timm model with the head a task needs"
     n_out,size = _n_outputs(classes, task),check_integer(size, 'size', least=1, most=16_384)
     _check_name(name)
     source,path = _source_of(pretrained, checkpoint, weights)
     if source=='whole': _check_classes(path, classes)
-    model = _pretrained(name, n_out, size, source, options) if source in ('hub', 'pip') else _build(name, n_out, size, options)
+    if source in ('hub', 'pip'): model = _pretrained(name, n_out, size, source, options)
+    else: model = _build(name, n_out, size, options)
     _check_size(model, name, size, n_out)
-    model.spec = _spec(name, classes, size, task, **(dict(options=options) if options else {}))
+    model.spec = _spec(name, classes, size, task)
+    if options: model.spec['options'] = options
     if source=='whole': load_weights(model, path, trusted)
     if source=='start': _start_from(model, path, trusted)
     if stats := _stats_of(model, source, path): set_model_stats(model, *stats)
@@ -274,121 +308,151 @@ def create_teacher(
     task:str='multiclass',  # `binary` (one logit), `multiclass` or `multilabel`
     pretrained:bool=False,  # Load timm's weights from the hub or its cache; the head is new, and must be trained
     checkpoint=None,        # File of weights to load, head included
-    trusted:bool=False,     # Unpickle a checkpoint that holds more than tensors; see `load_weights`
-    weights=None,           # Weights to start from: True (as `pretrained`), `'pip'` (a package; see `PIP_WEIGHTS`), or a file; a head for other classes is new
-    **options,              # Passed on to timm, such as `drop_path_rate=.1`, `patch_size=8` or `in_chans=1` for gray images
+    trusted:bool=False,     # Unpickle a checkpoint that contains more than tensors; see `load_weights`
+    # Weights to start from, with a new head for other classes: True (timm's), `'pip'` (see `PIP_WEIGHTS`), or a file
+    weights=None,
+    **options,              # Passed on to timm, such as `drop_path_rate=.1`, or `in_chans=1` for gray images
 )->nn.Module: # In training mode; `spec` says how it was made
-    "As `create_student`, for the teacher; it has nothing to teach before its head is trained"
+    "As `create_student`, for the teacher; train its head before you distill it"
     return create_student(name, classes, size, task, pretrained, checkpoint, trusted, weights, **options)
 
 # %% ../../nbs/models/05_create.ipynb #27446662
-STUDENT_FORMAT = 1 # of student.json; those without a number are older, and read
+STUDENT_FORMAT = 1 # of student.json; files without a number are older, and can be read
 _WEIGHTS,_SETTINGS = 'student.safetensors','student.json'
-_NOTES = 'format', 'kdmed', 'timm', 'torch', 'weights_sha256', 'positive' # what student.json holds beside the spec
+_NOTES = 'format', 'kdmed', 'timm', 'torch', 'weights_sha256', 'positive' # what student.json holds besides the spec
 
 def _version(package):
     try: return version(package)
     except PackageNotFoundError: return 'unknown'
 
 def _stats_to_save(model, learner, mean, std):
-    "The normalization to write: given, the Learner's, or the model's own; an error where two contradict each other"
+    "The normalization to write: given, the Learner's, or the model's own; raise an error if two contradict each other"
     channels = input_channels(model)
     given = check_stats(mean, std, channels)
     known = normalization_of(learner or model)
     known = check_stats(*known, channels) if known else None
     if given and known and not same_stats(given, known):
-        raise ValueError(f'mean and std contradict those the model was trained with: got {given}, the model has {known}; leave them out, '
-                         'or change the model with set_model_stats')
+        raise ValueError(f'mean and std contradict those the model was trained with: got {given}, '
+                         f'the model has {known}; omit them, or change the model with set_model_stats')
     return given or known or (None, None)
 
 def _json_of(spec):
-    "A spec as JSON; an error that names what cannot be written"
+    "A spec as JSON; raise an error that names what cannot be written"
     def plain(value):
         if isinstance(value, (np.integer, np.floating, np.bool_)): return value.item()
         raise TypeError(f'{value!r} ({type(value).__name__})')
     try: return json.dumps(spec, indent=1, default=plain, allow_nan=False)
-    except (TypeError, ValueError) as e: raise ValueError(f'the spec of the model cannot be written as JSON: {e}; pass options of timm by name, as numbers or texts') from e
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'the spec of the model cannot be written as JSON: {e}; '
+                         'pass options of timm by name, as numbers or strings') from e
 
-def _free_folder(folder, force):
-    "The folder for a student; an error if there is one already, or no folder can be there"
-    if not isinstance(folder, (str, os.PathLike)) or not str(folder): raise ValueError(f'folder must be the path of a folder, got {folder!r}')
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file; name a folder for the student')
+def _folder_path(folder):
+    "A folder as `Path`"
+    if isinstance(folder, (str, os.PathLike)) and str(folder): return Path(folder)
+    raise ValueError(f'folder must be the path of a folder, got {folder!r}')
+
+# %% ../../nbs/models/05_create.ipynb #38a9f887
+def _check_free(folder, force):
+    "Raise an error if a folder already contains a student, or is a file"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f'{folder} is a file; name a folder for the student')
     if not force and all((folder/name).exists() for name in (_WEIGHTS, _SETTINGS)):
-        raise FileExistsError(f'{folder} holds a student already; pass force=True to replace it, or choose another folder')
-    return folder
+        raise FileExistsError(f'{folder} already contains a student; pass force=True to replace it, '
+                              'or choose another folder')
 
-def save_student(
-    model,           # Made by this module, so that it has a `spec`; may be wrapped. Or a Learner of such a model
-    folder,          # Folder to write `student.safetensors` and `student.json` to; made if missing
-    mean=None,       # Channel means the model expects, for pixels in [0, 1]; default: those of the Learner's images, or those noted on the model
-    std=None,        # Channel standard deviations
-    force:bool=False, # Replace a student that is there
-)->Path: # The folder
-    "Write the weights of a student, and beside them what is needed to use it: all of it, or nothing"
-    learner,model = (model,model.model) if isinstance(model, Learner) else (None,model)
-    if not isinstance(model, nn.Module): raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
+def _settings_of(model, mean, std):
+    "The content of `student.json` apart from the checksum of the weights: notes and spec"
     spec = model_spec(model)
-    if 'model' not in spec: raise ValueError('model has no spec: make it with create_student, or set model.spec as create_student does')
-    mean,std = _stats_to_save(model, learner, mean, std)
-    folder = _free_folder(folder, force)
     notes = dict(format=STUDENT_FORMAT, kdmed=_version('kdmed'), timm=timm.__version__, torch=str(torch.__version__))
     if spec['task']=='binary': notes['positive'] = output_names(spec['classes'])[1]
-    settings = {k: v for k,v in spec.items() if k not in _NOTES} | dict(mean=mean, std=std)
-    _json_of(notes | settings)
-    savable_weights(model) # an error comes before anything is written
+    return notes,{k: v for k,v in spec.items() if k not in _NOTES} | dict(mean=mean, std=std)
+
+# %% ../../nbs/models/05_create.ipynb #bd2e3409
+def save_student(
+    model,           # Made by this module, so that it has a `spec`; perhaps wrapped. Or a Learner of such a model
+    folder,          # Folder to write `student.safetensors` and `student.json` to; created if missing
+    # Channel means the model expects, for pixels in [0, 1]; default: those of the Learner's images, or the model's own
+    mean=None,
+    std=None,        # Channel standard deviations
+    force:bool=False, # Replace an existing student
+)->Path: # The folder
+    "Write the weights of a student and everything needed to use it, or nothing"
+    learner,model = (model,model.model) if isinstance(model, Learner) else (None,model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
+    if 'model' not in model_spec(model):
+        raise ValueError('model has no spec: make it with create_student, or set model.spec as create_student does')
+    notes,spec = _settings_of(model, *_stats_to_save(model, learner, mean, std))
+    folder = _folder_path(folder)
+    _check_free(folder, force)
+    _json_of(notes | spec)
+    savable_weights(model) # an error occurs before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob('.student.*'): stale.unlink(missing_ok=True)
     new = {name: folder/f'.{name}.new' for name in (_WEIGHTS, _SETTINGS)}
     digest = save_weights(model, new[_WEIGHTS])
-    write_atomic(new[_SETTINGS], _json_of(notes | dict(weights_sha256=digest) | settings))
-    (folder/_SETTINGS).unlink(missing_ok=True) # until the settings are back the folder holds no student, so never a mixture
+    write_atomic(new[_SETTINGS], _json_of(notes | dict(weights_sha256=digest) | spec))
+    (folder/_SETTINGS).unlink(missing_ok=True) # a folder without settings holds no student, so there is never a mixture
     for name,file in new.items(): os.replace(file, folder/name)
     return folder
 
 # %% ../../nbs/models/05_create.ipynb #6bdce65a
-WRAPPERS = {} # {entry of a spec: function that makes, from a model and the entry's value, the model that has such an entry}
+WRAPPERS = {} # {entry of a spec: function (model, value of the entry) that makes the model with that entry}
 _LATER = {'exits': 'kdmed.models.exits'} # entries whose function a later module adds to WRAPPERS when it is imported
 
 def _wrap(model, entry, value):
-    "What `model` becomes by an entry of a spec"
+    "The model that an entry of a spec makes of `model`"
     if entry in _LATER and entry not in WRAPPERS: importlib.import_module(_LATER[entry])
     return WRAPPERS[entry](model, value) if entry in WRAPPERS else model
 
-def read_settings(
-    folder, # Written by `save_student`
-)->dict: # The spec, and what `student.json` holds beside it
-    "What is known of the student in a folder; an error that names the file if it is damaged, or made by another version"
-    if not isinstance(folder, (str, os.PathLike)) or not str(folder): raise ValueError(f'folder must be the path of a folder, got {folder!r}')
-    folder = Path(folder)
-    missing = [name for name in (_SETTINGS, _WEIGHTS) if not (folder/name).is_file()]
-    if missing: raise FileNotFoundError(f"no student in {folder}: {' and '.join(missing)} not found")
-    file = folder/_SETTINGS
-    try: settings = json.loads(file.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f'{file} is damaged: {e}; save the student again') from e
-    if not isinstance(settings, dict): raise ValueError(f'{file} must hold a JSON object, got a {type(settings).__name__}')
-    check_format(settings.get('format'), STUDENT_FORMAT, 'student', file, readable=(None,), way_out='save the student again')
-    _check_settings(settings, file)
-    return settings
-
-_OWN_ARGUMENTS = {'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights'} # of create_student: no options of timm
+# arguments of create_student, which cannot be options of timm
+_OWN_ARGUMENTS = {'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights'}
+_ENTRIES = dict(fusion={'hidden', 'dropout', 'freeze', 'options'}, exits={'layers', 'fuse', 'dropout'})
+_KINDS = dict(model=(str, list), classes=(int, list), size=int, task=str)
 
 def _check_settings(settings, file):
     "Raise `ValueError` for what cannot be a spec"
-    kinds = dict(model=(str, list), classes=(int, list), size=int, task=str)
-    for name,kind in kinds.items():
+    for name,kind in _KINDS.items():
         if name not in settings: raise ValueError(f'{file} is incomplete: {name} is missing')
-        if not isinstance(settings[name], kind) or isinstance(settings[name], bool): raise ValueError(f'{file}: {name} cannot be {settings[name]!r}')
-    allowed = dict(fusion={'hidden', 'dropout', 'freeze', 'options'}, exits={'layers', 'fuse', 'dropout'})
-    for name in ('options', 'fusion', 'exits'):
-        if not isinstance(settings.get(name, {}), dict): raise ValueError(f'{file}: {name} must be an object, got {settings[name]!r}')
-        unknown = set(settings.get(name, {})) - allowed[name] if name in allowed else set(settings.get(name, {})) & _OWN_ARGUMENTS
+        value = settings[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f'{file}: {name} cannot be {value!r}')
+    for name in ('options', *_ENTRIES):
+        entries = settings.get(name, {})
+        if not isinstance(entries, dict): raise ValueError(f'{file}: {name} must be an object, got {entries!r}')
+        unknown = set(entries)-_ENTRIES[name] if name in _ENTRIES else set(entries)&_OWN_ARGUMENTS
         if unknown: raise ValueError(f'{file}: {name} cannot hold {sorted(unknown)}')
-    if isinstance(settings['model'], list) and not all(isinstance(n, str) for n in settings['model']): raise ValueError(f"{file}: model cannot be {settings['model']!r}")
-    if isinstance(settings['classes'], list) and not all(isinstance(c, str) for c in settings['classes']):
-        settings['classes'] = [str(c) for c in settings['classes']] # older files hold numbers
-    if settings['task']=='binary' and settings.get('positive', (names := output_names(settings['classes']))[-1])!=names[-1]:
-        raise ValueError(f"{file}: positive is {settings['positive']!r}, but the second of the classes is {names[-1]!r}")
+    model = settings['model']
+    if isinstance(model, list) and not all(isinstance(n, str) for n in model):
+        raise ValueError(f'{file}: model cannot be {model!r}')
+
+def _check_positive(settings, file):
+    "Raise `ValueError` if the positive class of a binary student is not its second class"
+    if settings['task']!='binary': return
+    second = output_names(settings['classes'])[-1]
+    positive = settings.get('positive', second)
+    if positive!=second:
+        raise ValueError(f'{file}: positive is {positive!r}, but the second of the classes is {second!r}')
+
+# %% ../../nbs/models/05_create.ipynb #0e689ef2
+def read_settings(
+    folder, # Written by `save_student`
+)->dict: # The spec and the other entries of `student.json`
+    "The settings of the student in a folder; raise an error naming the file if it is damaged, or of another version"
+    folder = _folder_path(folder)
+    missing = [name for name in (_SETTINGS, _WEIGHTS) if not (folder/name).is_file()]
+    if missing: raise FileNotFoundError(f"no student in {folder}: {' and '.join(missing)} not found")
+    file,way_out = folder/_SETTINGS,'save the student again'
+    try: settings = json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise ValueError(f'{file} is damaged: {e}; {way_out}') from e
+    if not isinstance(settings, dict):
+        raise ValueError(f'{file} must hold a JSON object, got a {type(settings).__name__}')
+    check_format(settings.get('format'), STUDENT_FORMAT, 'student', file, readable=(None,), way_out=way_out)
+    _check_settings(settings, file)
+    classes = settings['classes']
+    if isinstance(classes, list): settings['classes'] = [str(c) for c in classes] # older files have numbers
+    _check_positive(settings, file)
+    return settings
 
 def load_student(
     folder, # Written by `save_student`
@@ -397,14 +461,17 @@ def load_student(
     settings,file = read_settings(folder),Path(folder)/_SETTINGS
     spec = {k: v for k,v in settings.items() if k not in _NOTES}
     create = create_student if isinstance(spec['model'], str) else create_fused_teacher
+    options = spec.get('fusion', spec.get('options', {}))
     try:
-        model = create(spec['model'], spec['classes'], spec['size'], spec['task'], **spec.get('fusion', spec.get('options', {})))
+        model = create(spec['model'], spec['classes'], spec['size'], spec['task'], **options)
         for entry,value in spec.items(): model = _wrap(model, entry, value)
         set_model_stats(model, spec.get('mean'), spec.get('std'))
-    except Exception as e: raise ValueError(f'{file} does not describe a model that can be made: {e}') from e
+    except Exception as e: raise ValueError(f'{file} does not describe a model that can be created: {e}') from e
     weights = Path(folder)/_WEIGHTS
-    if settings.get('weights_sha256', digest := file_hash(weights))!=digest:
-        raise ValueError(f'{weights} is not the file that {file.name} was written for: one of them was damaged or replaced; save the student again')
+    digest = file_hash(weights)
+    if settings.get('weights_sha256', digest)!=digest:
+        raise ValueError(f'{weights} is not the file that {file.name} was written for: '
+                         'one of them was damaged or replaced; save the student again')
     model.spec = spec | {k: model.spec[k] for k in ('mean', 'std')}
     return load_weights(model, weights).eval()
 
@@ -418,11 +485,13 @@ def luminance(
 
 # %% ../../nbs/models/05_create.ipynb #83a27bda
 def _as_list(images):
-    "Images as a list; one alone, or a batch in an array, too"
-    if isinstance(images, pd.DataFrame): raise TypeError('images must be paths or images, got a DataFrame: pass table.image')
-    if isinstance(images, np.ndarray) and (images.ndim==4 or images.dtype.kind in 'OU'): return list(images) # a batch, or paths
-    if isinstance(images, (str, os.PathLike, np.ndarray)) or not hasattr(images, '__iter__') or hasattr(images, 'convert'): return [images]
-    return list(images)
+    "Images as a list; also a single one, or a batch in an array"
+    if isinstance(images, pd.DataFrame):
+        raise TypeError('images must be paths or images, got a DataFrame: pass table.image')
+    is_batch = isinstance(images, np.ndarray) and (images.ndim==4 or images.dtype.kind in 'OU') # pixels, or paths
+    if is_batch: return list(images)
+    if isinstance(images, (str, os.PathLike, np.ndarray)) or hasattr(images, 'convert'): return [images]
+    return list(images) if hasattr(images, '__iter__') else [images]
 
 def _read_pixels(i, image, size, preprocess):
     "Pixels [3, H, W] in [0, 1] of image number `i`; an error names it"
@@ -430,44 +499,61 @@ def _read_pixels(i, image, size, preprocess):
     except FileNotFoundError as e: raise FileNotFoundError(f'image {i} not found: {name_of(image)}') from e
     except (ValueError, TypeError, OSError) as e: raise ValueError(f'image {i} cannot be read: {e}') from e
 
+def _stats_for_images(student, channels, folder):
+    "Means and deviations [C, 1, 1] of a student; those of ImageNet, with a warning, if unknown"
+    stats = model_stats(student)
+    if stats is None:
+        warnings.warn(f"{folder} does not say how images are normalized: ImageNet's means and deviations are used; "
+                      'save the Learner, or pass mean and std to save_student')
+        stats = [[sum(v)/3] if channels==1 else v for v in imagenet_stats]
+    return [torch.tensor(v).view(-1, 1, 1) for v in stats]
+
+def _class_probabilities(logits, task):
+    "Probabilities [N, C] of logits; the one logit of a binary task belongs to its second class"
+    if task=='binary': logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    return logits.sigmoid() if task=='multilabel' else logits.softmax(1)
+
+# %% ../../nbs/models/05_create.ipynb #b1c85959
 def predict_images(
     folder,        # Written by `save_student`
     images,        # Paths, `WindowedImage`s, uint8 arrays [H, W] or [H, W, 3], or PIL images: a list, or one
     preprocess=(), # Functions applied before resizing, as in `image_dls`
     bs:int=32,     # Images in a batch
-)->pd.DataFrame: # A row for each image, a column for each class: probabilities; those of several findings need not add up to 1
-    "Probabilities that the student in a folder gives to images"
+)->pd.DataFrame: # Probabilities: a row for each image, a column for each class; those of findings need not add up to 1
+    "Probabilities that the student in a folder predicts for images"
     images,bs = _as_list(images),check_integer(bs, 'bs', least=1)
     if not images: raise ValueError('images must contain at least one image, got none')
     student = load_student(folder)
-    spec,channels,stats = student.spec,input_channels(student),model_stats(student)
-    if channels not in (1, 3): raise ValueError(f'images have 1 or 3 channels, the student in {folder} takes {channels}')
-    if stats is None:
-        warnings.warn(f"{folder} does not say how images are normalized: ImageNet's means and deviations are used; save the Learner, or pass mean and std to save_student")
-        stats = [[sum(v)/3] if channels==1 else v for v in imagenet_stats]
-    mean,std = (torch.tensor(v).view(-1, 1, 1) for v in stats)
+    spec,channels = student.spec,input_channels(student)
+    if channels not in (1, 3):
+        raise ValueError(f'images have 1 or 3 channels, the student in {folder} takes {channels}')
+    mean,std = _stats_for_images(student, channels, folder)
     def logits_of(part):
-        colors = torch.stack([_read_pixels(i, image, spec['size'], preprocess) for i,image in part])
-        return student(((luminance(colors) if channels==1 else colors) - mean)/std).float()
+        pixels = torch.stack([_read_pixels(i, image, spec['size'], preprocess) for i,image in part])
+        if channels==1: pixels = luminance(pixels)
+        return student((pixels-mean)/std).float()
     with torch.no_grad(): logits = torch.cat([logits_of(part) for part in chunked(enumerate(images), bs)])
-    return pd.DataFrame(_class_probabilities(logits, spec['task']).numpy(), columns=output_names(spec['classes']), index=pd.Index([name_of(i) for i in images], name='image'))
-
-def _class_probabilities(logits, task):
-    "Probabilities [N, C] of logits; the one logit of a binary task is that of its second class"
-    if task=='binary': logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    return logits.sigmoid() if task=='multilabel' else logits.softmax(1)
+    probabilities = _class_probabilities(logits, spec['task']).numpy()
+    index = pd.Index([name_of(i) for i in images], name='image')
+    return pd.DataFrame(probabilities, columns=output_names(spec['classes']), index=index)
 
 # %% ../../nbs/models/05_create.ipynb #646342b8
+def _check_blocks(blocks, n):
+    "Blocks as a list; raise an error unless they are rising indices below `n`"
+    blocks = list(blocks) if hasattr(blocks, '__iter__') and not isinstance(blocks, str) else [blocks]
+    are_indices = bool(blocks) and all(isinstance(i, (int, np.integer)) for i in blocks)
+    if are_indices and blocks==sorted(set(blocks)) and blocks[0]>=0 and blocks[-1]<n: return blocks
+    raise ValueError(f'blocks must be rising indices in [0, {n}), got {blocks}')
+
 def truncate_vit(
     vit:VisionTransformer, # Any timm `VisionTransformer`, perhaps wrapped; not changed
     blocks=(3, 7, 11),     # Blocks to keep, counted from 0, in rising order
-)->VisionTransformer: # A copy with those blocks alone; weights are copied
-    "A ViT student out of some blocks of a ViT teacher"
+)->VisionTransformer: # A copy with only those blocks; weights are copied
+    "A ViT student made of some blocks of a ViT teacher"
     spec,vit = model_spec(vit),unwrap(vit)
-    blocks = list(blocks) if hasattr(blocks, '__iter__') and not isinstance(blocks, str) else [blocks]
-    if not isinstance(vit, VisionTransformer): raise TypeError(f'vit must be a timm VisionTransformer, got {type(vit).__name__}')
-    if not all(isinstance(i, (int, np.integer)) for i in blocks) or not blocks or blocks!=sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < len(vit.blocks):
-        raise ValueError(f'blocks must be rising indices in [0, {len(vit.blocks)}), got {blocks}')
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(f'vit must be a timm VisionTransformer, got {type(vit).__name__}')
+    blocks = _check_blocks(blocks, len(vit.blocks))
     short = deepcopy(vit)
     short.blocks = nn.Sequential(*[short.blocks[i] for i in blocks])
     short.feature_info = [dict(short.feature_info[i], module=f'blocks.{n}') for n,i in enumerate(blocks)]
@@ -475,9 +561,9 @@ def truncate_vit(
     return thaw(short)
 
 def thaw(
-    model:nn.Module, # Changed in place if all of it is frozen
-)->nn.Module:
-    "A copy of a frozen model, such as a teacher, that can be trained; one that has something to train stays as it is"
+    model:nn.Module, # Changed in place if it is frozen completely
+)->nn.Module: # The same model
+    "Make a copy of a frozen model, such as a teacher, trainable; a model with trainable parameters is not changed"
     return model if any(p.requires_grad for p in model.parameters()) else model.requires_grad_(True)
 
 WRAPPERS['blocks'] = truncate_vit
@@ -489,23 +575,25 @@ class DistillationTokenViT(nn.Module):
         super().__init__()
         self.vit,self.position,self.distilled_training = vit,vit.num_prefix_tokens,False
         self.head_dist = deepcopy(vit.head)
-        none = torch.zeros(1, 0, vit.embed_dim)
-        vit.reg_token = self._with_new(none if vit.reg_token is None else vit.reg_token, at=vit.num_reg_tokens)
-        if vit.pos_embed is not None and not vit.no_embed_class: vit.pos_embed = self._with_new(vit.pos_embed, at=self.position)
+        registers = torch.zeros(1, 0, vit.embed_dim) if vit.reg_token is None else vit.reg_token
+        vit.reg_token = self._with_new(registers, at=vit.num_reg_tokens)
+        has_position = vit.pos_embed is not None and not vit.no_embed_class
+        if has_position: vit.pos_embed = self._with_new(vit.pos_embed, at=self.position)
         vit.num_reg_tokens,vit.num_prefix_tokens = vit.num_reg_tokens+1,vit.num_prefix_tokens+1
 
     def _with_new(self, rows, at):
-        "Learned rows [1, N, D] with a new, random one at a place"
+        "Learned rows [1, N, D] with a new, random one inserted at an index"
         new = nn.init.trunc_normal_(torch.empty(1, 1, rows.shape[2]), std=.02)
         return nn.Parameter(torch.cat([rows.data[:, :at], new.to(rows), rows.data[:, at:]], 1))
 
     def set_distilled_training(self, enable=True):
-        "Return both heads' logits while training; called by `DistillTokenKD`, under timm's name for it"
+        "Return the logits of both heads in training mode; called by `DistillTokenKD`, with timm's name for it"
         self.distilled_training = enable
 
     def forward(self, x):
         tokens = self.vit.forward_features(x)
-        class_logits,token_logits = self.vit.forward_head(tokens),self.head_dist(self.vit.head_drop(tokens[:, self.position]))
+        class_logits = self.vit.forward_head(tokens)
+        token_logits = self.head_dist(self.vit.head_drop(tokens[:, self.position]))
         if self.training and self.distilled_training: return class_logits,token_logits
         return (class_logits+token_logits) / 2
 
@@ -525,20 +613,21 @@ WRAPPERS['distillation_token'] = lambda vit, token: add_distillation_token(vit) 
 
 # %% ../../nbs/models/05_create.ipynb #d4f5de63
 class FusedTeacher(nn.Module):
-    "Backbones whose pooled features one head reads together; see `create_fused_teacher`"
+    "Backbones whose pooled features are concatenated for one head; see `create_fused_teacher`"
     def __init__(self,
         backbones,          # Modules that turn images into pooled features [B, D]
         widths,             # D of each
         n_out:int,          # Outputs of the head
-        hidden:int=0,       # Width of the head's hidden layer; without one the head is linear
-        dropout:float=0.,   # Share of features dropped before each layer of the head
-        freeze:bool=False,  # Train the head alone: backbones without gradients, and always in eval mode
+        hidden:int=0,       # Width of the head's hidden layer; 0: the head is linear
+        dropout:float=0.,   # Dropout probability before each layer of the head
+        freeze:bool=False,  # Train only norms and head: backbones without gradients, and always in eval mode
     ):
         super().__init__()
         self.backbones,self.freeze = nn.ModuleList(backbones),freeze
         self.norms = nn.ModuleList([nn.LayerNorm(w) for w in widths])
         layers = [nn.Dropout(dropout), nn.Linear(sum(widths), hidden or n_out)]
-        self.head = nn.Sequential(*layers, *([nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, n_out)] if hidden else []))
+        if hidden: layers += [nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, n_out)]
+        self.head = nn.Sequential(*layers)
         if freeze: self.backbones.requires_grad_(False)
 
     def train(self, mode=True):
@@ -546,8 +635,21 @@ class FusedTeacher(nn.Module):
         if self.freeze: self.backbones.eval()
         return self
 
-    def features(self, x): return torch.cat([norm(backbone(x)) for norm,backbone in zip(self.norms, self.backbones)], 1)
+    def features(self, x):
+        "Normalized pooled features [B, sum of widths] of all backbones"
+        return torch.cat([norm(backbone(x)) for norm,backbone in zip(self.norms, self.backbones)], 1)
+
     def forward(self, x): return self.head(self.features(x))
+
+# %% ../../nbs/models/05_create.ipynb #78531627
+def _set_common_stats(model, stats):
+    "Store the normalization that all backbones expect; warn if they expect different ones"
+    channels = {input_channels(b) for b in model.backbones}
+    if len(channels)>1: raise ValueError(f'backbones must take the same channels, got {sorted(channels)}')
+    if not all(same_stats(s, stats[0]) for s in stats):
+        warnings.warn(f'the pretrained backbones expect different normalizations, {stats}, but get the same images: '
+                      'train them further, or choose others')
+    elif stats[0]: set_model_stats(model, *stats[0])
 
 # %% ../../nbs/models/05_create.ipynb #ccd3a211
 def create_fused_teacher(
@@ -556,43 +658,37 @@ def create_fused_teacher(
     size:int=224,           # Image side, in pixels; the same for all
     task:str='multiclass',  # `binary` (one logit), `multiclass` or `multilabel`
     pretrained:bool=False,  # Load timm's weights of the backbones; norms and head are new, and must be trained
-    hidden:int=0,           # Width of the head's hidden layer; without one the head is linear
-    dropout:float=0.,       # Share of features dropped before each layer of the head
-    freeze:bool=False,      # Train norms and head alone
+    hidden:int=0,           # Width of the head's hidden layer; 0: the head is linear
+    dropout:float=0.,       # Dropout probability before each layer of the head
+    freeze:bool=False,      # Train only norms and head
     checkpoint=None,        # File of weights to load, head included
-    trusted:bool=False,     # Unpickle a checkpoint that holds more than tensors; see `load_weights`
+    trusted:bool=False,     # Unpickle a checkpoint that contains more than tensors; see `load_weights`
     options=None,           # Options of timm for each backbone, such as `[dict(embed_dim=192, num_heads=3), {}]`
 )->FusedTeacher: # In training mode; `spec` says how it was made
-    "A teacher out of several timm models, fused by their pooled features"
+    "A teacher made of several timm models, fused by their pooled features"
     if isinstance(names, (str, bytes)) or not hasattr(names, '__len__') or len(names)<2:
-        raise ValueError(f'names must be two timm models or more, got {names!r}; one alone is made by create_teacher')
+        raise ValueError(f'names must be two timm models or more, got {names!r}; create_teacher makes a single one')
     n_out,size = _n_outputs(classes, task),check_integer(size, 'size', least=1, most=16_384)
     hidden,dropout = check_integer(hidden, 'hidden', least=0),check_number(dropout, 'dropout', least=0, below=1)
     source,path = _source_of(pretrained, checkpoint, None)
     if path is not None: _check_classes(path, classes)
-    if options is not None and len(options)!=len(names): raise ValueError(f'options must be a dict for each of {len(names)} backbones, got {len(options)}')
+    if options is not None and len(options)!=len(names):
+        raise ValueError(f'options must be a dict for each of {len(names)} backbones, got {len(options)}')
     make = partial(_pretrained, source=source) if source=='hub' else _build
     backbones = [make(name, 0, size, options=more) for name,more in zip(names, options or [{}]*len(names))]
     widths = [_check_size(b, name, size) for b,name in zip(backbones, names)]
     model = FusedTeacher(backbones, widths, n_out, hidden, dropout, freeze)
-    fusion = dict(hidden=hidden, dropout=dropout, freeze=freeze, **(dict(options=list(options)) if options else {}))
+    fusion = dict(hidden=hidden, dropout=dropout, freeze=freeze)
+    if options: fusion['options'] = list(options)
     model.spec = _spec(list(names), classes, size, task, fusion=fusion)
     _set_common_stats(model, [_stats_of(b, source, path) for b in backbones])
     return model if path is None else load_weights(model, path, trusted)
 
-def _set_common_stats(model, stats):
-    "Note the normalization that all backbones expect; a warning where they expect different ones"
-    channels = {input_channels(b) for b in model.backbones}
-    if len(channels)>1: raise ValueError(f'backbones must take the same channels, got {sorted(channels)}')
-    if not all(same_stats(s, stats[0]) for s in stats):
-        warnings.warn(f'the pretrained backbones expect different normalizations, {stats}, but get the same images: train them further, or choose others')
-    elif stats[0]: set_model_stats(model, *stats[0])
-
 # %% ../../nbs/models/05_create.ipynb #ddf2d80b
 def staged_model(
-    model:nn.Module, # Wrapped or not
+    model:nn.Module, # Perhaps wrapped
 )->tuple: # Module, prefix
-    "The model inside `model` that lists its stages, and the prefix of its layers' names; wrappings are looked through"
+    "The module inside `model` that lists its stages, and the prefix of its layers' names"
     model,prefix = unwrap(model),''
     while 'feature_info' not in vars(model):
         inside = next((n for n in ('vit', 'backbone') if isinstance(getattr(model, n, None), nn.Module)), '')
@@ -602,15 +698,17 @@ def staged_model(
 
 def stage_names(
     model:nn.Module, # A timm model, or one that wraps it: `torch.compile`, DDP, a distillation token, exits
-)->list: # Layer names as in `named_modules()` of the model itself, without its wrappings; first stage first
+)->list: # Layer names as in `named_modules()` of the unwrapped model, first stage first
     "Names of the layers that end a model's stages; for a ViT, of its blocks"
     inner,prefix = staged_model(model)
     if inner is None: raise ValueError(f'{type(model).__name__} does not list its stages: name the layers yourself')
     listed = [stage.get('module') or '' for stage in getattr(inner.feature_info, 'info', inner.feature_info)]
-    there = {n for n,m in inner.named_modules() if n and type(m).forward is not nn.Module.forward} # a ModuleList is never called
-    names = [prefix+n for n in dict.fromkeys(listed) if n in there]
-    if not names: raise ValueError(f'{type(inner).__name__} lists stages that are not its layers ({", ".join(listed[:1])}, …): name the layers yourself')
-    return names
+    def is_called(module): return type(module).forward is not nn.Module.forward # a ModuleList is not
+    layers = {name for name,module in inner.named_modules() if name and is_called(module)}
+    names = [prefix+name for name in dict.fromkeys(listed) if name in layers]
+    if names: return names
+    raise ValueError(f'{type(inner).__name__} lists stages that are not its layers ({", ".join(listed[:1])}, …): '
+                     'name the layers yourself')
 
 # %% ../../nbs/models/05_create.ipynb #e121128a
 def _fact(model, name, default):
@@ -627,14 +725,16 @@ def _is_nhwc(features, model):
     return str(_fact(model, 'output_fmt', 'NCHW')).endswith('NHWC')
 
 def _grid(n, model):
-    "Rows and columns that `n` tokens fill: the model's own grid, or a coarser one by powers of two, else a square; None if they fill none"
+    "Rows and columns that `n` tokens fill: the model's grid, or one coarser by powers of two, else a square; or None"
+    if not n: return None
     rows,columns = _fact(model, 'grid_size', None) or (0, 0)
     while rows and columns and rows*columns > n: rows,columns = rows//2,columns//2
+    if rows*columns==n: return rows,columns
     side = round(n**.5)
-    return (rows, columns) if n and rows*columns==n else (side, side) if n and side*side==n else None
+    return (side, side) if side*side==n else None
 
 def _places(tokens, model):
-    "Tokens [B, N, C] that are places, and their grid; some models add their class token late"
+    "Tokens [B, N, C] that are places of the image, and their grid; some models add their class token late"
     prefix = _fact(model, 'num_prefix_tokens', _fact(model, 'num_tokens', 0))
     for skip in dict.fromkeys((prefix, 0)):
         if grid := _grid(tokens.shape[1]-skip, model): return tokens[:, skip:],grid
@@ -643,29 +743,33 @@ def _places(tokens, model):
 # %% ../../nbs/models/05_create.ipynb #e0984476
 def feature_map(
     features:Tensor,  # [B, C, H, W], [B, H, W, C], tokens [B, N, C] or pooled [B, C]
-    model:nn.Module,  # Where they come from; says which format it uses and how many of its tokens are not places
+    model:nn.Module,  # Their model, which declares its format and how many of its tokens are not places
 )->Tensor: # [B, C, H, W]; pooled features have height and width 1
     "Features of a CNN, a Swin or a ViT as a map of channels"
-    if not isinstance(features, Tensor): raise TypeError(f'features must be a tensor, got a {type(features).__name__}: name a layer that gives one')
+    if not isinstance(features, Tensor):
+        raise TypeError(f'features must be a tensor, got a {type(features).__name__}: name a layer that returns one')
     if features.ndim==2: return features[:, :, None, None]
     if features.ndim==4: return features.permute(0, 3, 1, 2) if _is_nhwc(features, model) else features
-    if features.ndim!=3: raise ValueError(f'expected features with 2 to 4 dimensions, got shape {tuple(features.shape)}')
-    if _fact(model, 'reroll', None) is not None: raise ValueError(f'{type(model).__name__} keeps its tokens out of order, so they make no map: use pooled_features')
+    if features.ndim!=3:
+        raise ValueError(f'expected features with 2 to 4 dimensions, got shape {tuple(features.shape)}')
+    if _fact(model, 'reroll', None) is not None:
+        raise ValueError(f'{type(model).__name__} keeps its tokens out of order, so they form no map: '
+                         'use pooled_features')
     tokens,grid = _places(features, model)
     if grid is None: raise ValueError(f'{features.shape[1]} tokens do not fill a square or the grid of the model')
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 def pooled_features(
     features:Tensor,  # As for `feature_map`
-    model:nn.Module,  # Where they come from
+    model:nn.Module,  # Their model
 )->Tensor: # [B, C]
-    "Mean of features over the places of an image; class and register tokens are no places"
+    "Mean of features over the places of an image, without class and register tokens"
     if isinstance(features, Tensor) and features.ndim==3: return _places(features, model)[0].mean(1)
     return feature_map(features, model).mean((2, 3))
 
 # %% ../../nbs/models/05_create.ipynb #mdl10061
 def _is_usable(outputs, model):
-    "Whether a layer ran once and gave features of two images that make a map"
+    "Whether a layer ran once and its features of two images form a map"
     if len(outputs)!=1 or not isinstance(outputs[0], Tensor): return False
     features = outputs[0]
     if features.ndim not in (3, 4) or len(features)!=2 or not features.is_floating_point(): return False
@@ -673,19 +777,25 @@ def _is_usable(outputs, model):
     except ValueError: return False
     return True
 
+def _recording_hook(outputs):
+    "A forward hook that appends a layer's output to a list"
+    def record(module, inputs, output): outputs.append(output)
+    return record
+
 def usable_stages(
-    model:nn.Module, # A timm model, perhaps wrapped; left as it was
-    size:int=None,   # Image side, in pixels; that of its `spec` by default
-)->list: # Layer names, first stage first; empty where a model lists no stages, or none that gives a map
+    model:nn.Module, # A timm model, perhaps wrapped; not changed
+    size:int=None,   # Image side, in pixels; default: that of its `spec`
+)->list: # Layer names, first stage first; empty if a model lists no stages, or none that forms a map
     "Names of the stages of a model whose features can be compared, found by a trial"
     inner,size = unwrap(model),size if size is not None else model_spec(model).get('size')
-    if size is None: raise ValueError('size must be given: the model has no spec that says which images it takes')
+    if size is None: raise ValueError('size must be given: the model has no spec with the size of its images')
     size = check_integer(size, 'size', least=1)
     try: names = stage_names(inner)
     except ValueError: return []
     outputs = {name: [] for name in names}
-    images = torch.randn(2, input_channels(inner), size, size, generator=torch.Generator().manual_seed(0)).to(next(inner.parameters()))
-    hooks = [get_layer(inner, name).register_forward_hook(lambda m, i, o, name=name: outputs[name].append(o)) for name in names]
+    noise = torch.randn(2, input_channels(inner), size, size, generator=torch.Generator().manual_seed(0))
+    images = noise.to(next(inner.parameters()))
+    hooks = [get_layer(inner, name).register_forward_hook(_recording_hook(outputs[name])) for name in names]
     try:
         with evaluating(inner): inner(images)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as e:

@@ -1,4 +1,4 @@
-"""Classifiers on the way through a network: they teach its early layers, their features are fused into the final answer, and easy images may leave by them
+"""Classifiers at intermediate layers: they train the early layers directly, their features are fused into the final logits, and easy images may leave through them
 
 Docs: https://kdmed.github.io/kdmed/models/exits.html.md"""
 
@@ -13,7 +13,6 @@ from copy import deepcopy
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from torch import Tensor, distributed, nn
 
 from ..core.basics import (
@@ -23,9 +22,16 @@ from ..data.images import TASKS
 from .adapt import prepared_for
 from .create import WRAPPERS, pooled_features, stage_names, staged_model, thaw
 
+# %% ../../nbs/models/15_exits.ipynb #fe57a0b1
+def _with_gradients_of(exits, final):
+    "Final logits; in distributed training with zero gradients for the exits, as DDP expects one for every parameter"
+    if not (distributed.is_available() and distributed.is_initialized()): return final
+    return final + 0*sum(e.sum() for e in exits)
+
 # %% ../../nbs/models/15_exits.ipynb #1724a6af
+# Long because: one class that is read at once, from its layers to its outputs
 class ExitModel(nn.Module):
-    "A classifier with exits on the way; see `add_exits`"
+    "A classifier with early exits; see `add_exits`"
     def __init__(self, backbone, layers, widths, n_out, task, fuse=True, dropout=0.):
         super().__init__()
         self.backbone,self.layers,self.task = backbone,layers,task
@@ -33,11 +39,13 @@ class ExitModel(nn.Module):
         self.exits = nn.ModuleList([nn.Sequential(nn.Dropout(dropout), nn.Linear(w, n_out)) for w in widths])
         self.fusion = nn.Sequential(nn.Dropout(dropout), nn.Linear(sum(widths), n_out, bias=False)) if fuse else None
         if fuse: nn.init.zeros_(self.fusion[1].weight)
-        self.exit_training,self.shrinks,self._seen,self._leave = False,None,None,None
+        self.exit_training = False
+        self.shrinks = None # whether images can leave a batch; `early_exit` finds out
+        self._seen,self._leave = None,None
         for name in layers: get_layer(backbone, name).register_forward_hook(self._tap)
 
     def _tap(self, layer, inputs, output):
-        "Note the features of the next exit; outside a forward pass of ours do nothing"
+        "Record the features of the next exit, during our own forward pass"
         if self._seen is None: return
         self._seen.append(self.norms[len(self._seen)](pooled_features(output, self.backbone)))
         if self._leave is not None: return self._leave(output)
@@ -47,94 +55,106 @@ class ExitModel(nn.Module):
         self._seen = seen = []
         try: out = self.backbone(x)
         finally: self._seen = None
-        if len(seen)!=len(self.exits): raise RuntimeError(f'{len(seen)} of {len(self.exits)} exits were passed; nn.DataParallel does not work with exits, use DDP')
-        return out if self.fusion is None else out + self.fusion(torch.cat(seen, 1)),seen
+        if len(seen)!=len(self.exits):
+            raise RuntimeError(f'{len(seen)} of {len(self.exits)} exits were passed; '
+                               'nn.DataParallel does not work with exits, use DDP')
+        if self.fusion is not None: out = out + self.fusion(torch.cat(seen, 1))
+        return out,seen
 
-# %% ../../nbs/models/15_exits.ipynb #7e3132f8
-@patch
-def set_exit_training(self:ExitModel,
-    enable:bool=True, # Whether forward passes in training mode return exits
-)->None:
-    "From now on return `(final_logits, [exit_logits, …])`, first exit first, in training mode; in eval mode never"
-    self.exit_training = enable
+    def set_exit_training(self,
+        enable:bool=True, # Whether forward passes in training mode return exits
+    )->None:
+        "From now on return `(final_logits, [exit_logits, …])`, first exit first, in training mode; never in eval mode"
+        self.exit_training = enable
 
-@patch
-def forward_exits(self:ExitModel,
-    x:Tensor, # Images [B, 3, H, W]
-)->list: # Logits [B, C]: of each exit, first exit first, and the final ones
-    "The answers of all exits and of the whole network"
-    final,seen = self._forward(x)
-    return [*(answer(f) for answer,f in zip(self.exits, seen)), final]
+    def forward_exits(self,
+        x:Tensor, # Images [B, 3, H, W]
+    )->list: # Logits [B, C]: of each exit, first exit first, and the final ones
+        "The logits of all exits and of the whole network"
+        final,seen = self._forward(x)
+        return [*(classifier(features) for classifier,features in zip(self.exits, seen)), final]
 
-@patch
-def forward(self:ExitModel, x):
-    if not self.training: return self._forward(x)[0]
-    *exits,final = self.forward_exits(x)
-    if self.exit_training: return final,exits
-    if distributed.is_available() and distributed.is_initialized(): return final + 0*sum(e.sum() for e in exits) # DDP waits for gradients of every parameter
-    return final
+    def forward(self, x):
+        if not self.training: return self._forward(x)[0]
+        *exits,final = self.forward_exits(x)
+        return (final, exits) if self.exit_training else _with_gradients_of(exits, final)
 
 # %% ../../nbs/models/15_exits.ipynb #c8bf03d2
 def _default_layers(model):
-    "Ends of the three stages before the last; for models of equal blocks, three that cut them in four"
+    "Ends of the three stages before the last; for models of equal blocks, three that divide them into quarters"
     names,inner = stage_names(model),staged_model(model)[0]
     reductions = {stage.get('reduction') for stage in getattr(inner.feature_info, 'info', inner.feature_info)}
+    if len(reductions) > 1: return names[-4:-1]
     ends = [min(max(1, round(len(names)*q/4)), len(names)-1) for q in (1, 2, 3)]
-    if len(reductions)==1: return list(dict.fromkeys(names[e-1] for e in ends if e))
-    return names[-4:-1]
+    return list(dict.fromkeys(names[e-1] for e in ends if e))
 
 def _trace(backbone, layers, images):
     "{layer: width of its pooled features}, in the order in which layers run, and the output"
     calls,handles = [],[]
-    with capture_activations(backbone, layers, clone=False) as seen, evaluating(backbone):
+    def note(name): return lambda *_: calls.append(name)
+    with capture_activations(backbone, layers, clone=False) as captured, evaluating(backbone):
         try:
-            for name in layers: handles.append(get_layer(backbone, name).register_forward_hook(lambda *_, name=name: calls.append(name)))
+            for name in layers: handles.append(get_layer(backbone, name).register_forward_hook(note(name)))
             out = backbone(images)
         finally:
             for handle in handles: handle.remove()
     for name in layers:
-        if calls.count(name)!=1: raise ValueError(f'layers must run once in each pass, but {name!r} runs {calls.count(name)} times')
-        if len(seen[name])!=len(images): raise ValueError(f'layer {name!r} mixes images: {len(images)} went in, {len(seen[name])} came out')
-    return {name: pooled_features(seen[name], backbone).shape[1] for name in calls},out
+        n,size = calls.count(name),len(images)
+        if n!=1: raise ValueError(f'layers must run once in each pass, but {name!r} runs {n} times')
+        if len(captured[name])!=size:
+            raise ValueError(f'layer {name!r} mixes images: {size} went in, {len(captured[name])} came out')
+    return {name: pooled_features(captured[name], backbone).shape[1] for name in calls},out
+
+def _check_output(out):
+    "Raise an error unless a model's output is logits [B, C]"
+    if isinstance(out, Tensor) and out.ndim==2: return
+    kind = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    raise ValueError(f'model must turn images into logits [B, C], got {kind}')
 
 # %% ../../nbs/models/15_exits.ipynb #f567cb9a
 def _check_task(task, spec, n_out):
-    "The task: given, that of the spec, or told by the number of outputs"
+    "The task: given, that of the spec, or implied by the number of outputs"
     task = task or spec.get('task') or ('binary' if n_out==1 else 'multiclass')
     check_in(task, TASKS, 'task')
     if (task=='binary')!=(n_out==1): raise ValueError(f'a {task} model cannot have {n_out} outputs')
     return task
 
 def _check_source(model, layers, size):
-    "Raise an error unless exits can be added to `model` at `layers`, tried with images of `size`"
-    if isinstance(model, ExitModel) or not isinstance(model, nn.Module): raise TypeError(f'model must be a Module without exits, got {type(model).__name__}')
+    "Raise an error unless exits can be added to `model` at `layers`, for images of `size`"
+    if isinstance(model, ExitModel) or not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a Module without exits, got {type(model).__name__}')
     if isinstance(layers, str) or not hasattr(layers, '__len__') or not len(layers):
         raise ValueError(f'layers must be a list of layer names, got {layers!r}')
     if len(set(layers))<len(layers): raise ValueError(f'layers must differ, got {layers}')
-    if size is None: raise ValueError('size must be given: the model has no spec that says which images it takes')
+    if size is None: raise ValueError('size must be given: the model has no spec with the size of its images')
     check_integer(size, 'size', least=1)
 
 # %% ../../nbs/models/15_exits.ipynb #ee0451c1
 def add_exits(
-    model:nn.Module, # A timm model, or, with `layers`, any that turns images into logits [B, C]. Not changed
-    layers=None,     # Names of layers to put exits after; left out, the ends of the three stages before the last, or three blocks of a ViT
-    fuse:bool=True,  # Final logits from the features of all exits and the last stage together; else from the last stage alone
-    size:int=None,   # Image side, in pixels; that of `model.spec` if left out
-    task:str=None,   # `binary`, `multiclass` or `multilabel`; that of `model.spec` if left out
-    dropout:float=0., # Share of features dropped before each new head, in training
-)->ExitModel: # A copy of the model in the same mode, weights included, with exits that must be trained; a frozen model's copy is not
-    "A model with classifiers on the way"
+    model:nn.Module, # A timm model, or, with `layers`, any that turns images into logits [B, C]; not changed
+    # Names of layers to add exits after; default: the ends of the three stages before the last; three blocks of a ViT
+    layers=None,
+    fuse:bool=True,  # Final logits from the features of all exits and the last stage; else only from the last stage
+    size:int=None,   # Image side, in pixels; default: that of `model.spec`
+    task:str=None,   # `binary`, `multiclass` or `multilabel`; default: that of `model.spec`
+    dropout:float=0., # Dropout probability before each new head
+)->ExitModel: # A trainable copy of the model in the same mode, weights included, with exits that must be trained
+    "A model with classifiers at intermediate layers"
     spec,model = model_spec(model),unwrap(model)
-    layers,size = _default_layers(model) if layers is None else layers,size if size is not None else spec.get('size')
+    if layers is None: layers = _default_layers(model)
+    if size is None: size = spec.get('size')
     _check_source(model, layers, size)
     check_number(dropout, 'dropout', least=0, below=1)
-    backbone,p = thaw(deepcopy(model)),next(model.parameters())
-    images = torch.randn(len(layers)+1, input_channels(model), size, size, generator=torch.Generator().manual_seed(0)).to(p)
+    backbone = thaw(deepcopy(model))
+    noise = torch.randn(len(layers)+1, input_channels(model), size, size, generator=torch.Generator().manual_seed(0))
+    images = noise.to(next(model.parameters()))
     widths,out = _trace(backbone, layers, images)
-    if not isinstance(out, Tensor) or out.ndim!=2: raise ValueError(f'model must turn images into logits [B, C], got {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}')
-    task,n_out = _check_task(task, spec, out.shape[1]),out.shape[1]
+    _check_output(out)
+    n_out = out.shape[1]
+    task = _check_task(task, spec, n_out)
     exits = ExitModel(backbone, list(widths), list(widths.values()), n_out, task, fuse, dropout).to(images)
-    for new in (exits.norms, exits.exits, exits.fusion): new is None or new.train(model.training)
+    for new in (exits.norms, exits.exits, exits.fusion):
+        if new is not None: new.train(model.training)
     exits.training = model.training
     if spec: exits.spec = dict(spec, exits=dict(layers=list(widths), fuse=fuse, dropout=dropout))
     return exits
@@ -143,10 +163,10 @@ WRAPPERS['exits'] = lambda model, settings: add_exits(model, **settings)
 
 # %% ../../nbs/models/15_exits.ipynb #7c2b6010
 def exit_confidence(
-    logits:Tensor,          # Answers of an exit, [B, C]; [B, 1] or [B] for one logit
+    logits:Tensor,          # Of an exit, [B, C]; [B, 1] or [B] for one logit
     task:str='multiclass',  # `binary`, `multiclass` or `multilabel`
-)->Tensor: # [B]; from 1/C for exclusive classes, from 1/2 else, to 1
-    "Probability of what an exit decides; of several findings, of the least sure decision"
+)->Tensor: # [B]; from 1/C for exclusive classes, else from 1/2, to 1
+    "Probability of what an exit decides; of several findings, of the least confident decision"
     check_in(task, TASKS, 'task')
     logits = logits.detach() if logits.dtype==torch.float64 else logits.detach().float()
     if task=='multiclass': return logits.softmax(1).amax(1)
@@ -156,153 +176,183 @@ def exit_confidence(
 class _NoneLeft(Exception): "All images have left; stops a forward pass"
 
 class _Leaving:
-    "Sends images out of a forward pass; `sure(k, logits)` says which of those at exit `k` go"
-    def __init__(self, model, sure, n, device): self.model,self.sure,self.here,self.gone = model,sure,torch.arange(n, device=device),[]
+    "Removes images from a forward pass; `leaves(k, logits)` marks those that leave at exit `k`"
+    def __init__(self, model, leaves, n, device):
+        self.model,self.leaves = model,leaves
+        self.here,self.gone = torch.arange(n, device=device),[]
 
-    def out(self, which, logits, k):
-        self.gone.append((self.here[which], logits[which], torch.full_like(self.here[which], k)))
-        self.here = self.here[~which]
+    def record(self, mask, logits, k):
+        "Note the logits of images that leave at exit `k`"
+        self.gone.append((self.here[mask], logits[mask], torch.full_like(self.here[mask], k)))
+        self.here = self.here[~mask]
 
     def __call__(self, output):
         seen = self.model._seen
         k = len(seen)-1
         logits = self.model.exits[k](seen[k])
-        sure = self.sure(k, logits)
-        if not sure.any(): return None
-        self.out(sure, logits, k)
+        mask = self.leaves(k, logits)
+        if not mask.any(): return None
+        self.record(mask, logits, k)
         if not len(self.here): raise _NoneLeft
-        seen[:] = [features[~sure] for features in seen]
-        return output[~sure]
+        seen[:] = [features[~mask] for features in seen]
+        return output[~mask]
 
-# %% ../../nbs/models/15_exits.ipynb #a0f142b8
-def _run_leaving(model, images, sure):
-    "Logits [B, C] and exits [B] of images that leave when `sure` says so; the last exit is the network's end"
-    leaving = model._leave = _Leaving(model, sure, len(images), images.device)
+def _run_leaving(model, images, leaves):
+    "Logits [B, C] and exits [B] of images that leave when `leaves` says so; the last exit is the network's end"
+    leaving = model._leave = _Leaving(model, leaves, len(images), images.device)
     try:
         final = model._forward(images)[0]
-        leaving.out(torch.ones_like(leaving.here, dtype=torch.bool), final, len(model.exits))
+        leaving.record(torch.ones_like(leaving.here, dtype=torch.bool), final, len(model.exits))
     except _NoneLeft: pass
     finally: model._leave = None
     index,logits,exits = (torch.cat(part) for part in zip(*leaving.gone))
-    return logits[index.argsort()],exits[index.argsort()]
+    order = index.argsort()
+    return logits[order],exits[order]
 
+# %% ../../nbs/models/15_exits.ipynb #a0f142b8
 def _can_shrink(model, images):
-    "Whether images can leave at each exit and the others get the same answers as before; tried once, with noise"
-    def first(k, logits): return torch.arange(len(logits), device=logits.device)==0
-    if model.shrinks is None:
-        n,generator = len(model.exits)+1,torch.Generator().manual_seed(0)
-        noise = torch.randn(n, *images.shape[1:], generator=generator).to(images)
-        try: logits,exits = _run_leaving(model, noise, first)
-        except (RuntimeError, ValueError, IndexError, AssertionError): model.shrinks = False # something else in there remembers the batch
-        else: model.shrinks = torch.allclose(logits, torch.stack(model.forward_exits(noise))[exits, range(n)], rtol=1e-2, atol=1e-3)
+    "Whether images can leave at each exit without changing the others' logits; tested once, with noise"
+    if model.shrinks is None: model.shrinks = _shrinks(model, images.shape[1:], images)
     return model.shrinks
+
+def _shrinks(model, shape, like):
+    "Test, with one image more than exits, in which the first one leaves at each exit"
+    def first(k, logits): return torch.arange(len(logits), device=logits.device)==0
+    n = len(model.exits)+1
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(like)
+    try: logits,exits = _run_leaving(model, noise, first)
+    except (RuntimeError, ValueError, IndexError, AssertionError): return False # the batch is held elsewhere, too
+    expected = torch.stack(model.forward_exits(noise))[exits, range(n)]
+    return torch.allclose(logits, expected, rtol=1e-2, atol=1e-3)
+
+def _is_number(value):
+    "Whether a value is a number, and not NaN"
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and value==value
 
 def _thresholds(threshold, n):
     "One threshold for each of `n` exits"
-    values = list(threshold) if hasattr(threshold, '__len__') and not isinstance(threshold, str) else [threshold]*n
-    good = all(isinstance(t, (int, float, np.integer, np.floating)) and not isinstance(t, bool) and t==t for t in values)
-    if len(values)!=n or not good: raise ValueError(f'threshold must be a number, or one for each of {n} exits, got {threshold}')
+    is_list = hasattr(threshold, '__len__') and not isinstance(threshold, str)
+    values = list(threshold) if is_list else [threshold]*n
+    if len(values)!=n or not all(map(_is_number, values)):
+        raise ValueError(f'threshold must be a number, or one for each of {n} exits, got {threshold}')
     return [float(t) for t in values]
 
 # %% ../../nbs/models/15_exits.ipynb #933e2c57
 def early_exit(
-    model:ExitModel, # Put in eval mode meanwhile
+    model:ExitModel, # Run in eval mode
     images:Tensor,   # [B, 3, H, W], on the device of the model
-    threshold=.9,    # Confidence from which an image leaves: 0, all leave at the first exit; above 1, none leaves; or a list, one for each exit
+    # Confidence from which an image leaves: 0, all leave at the first exit; above 1, none leaves; a list, one per exit
+    threshold=.9,
 )->tuple: # Logits [B, C], and the exit each image left by [B]: 0 is the first, `len(model.layers)` the network's end
-    "Answers at the first exit that is sure enough; later layers run on the images that are still there"
+    "Logits at the first exit that is confident enough; later layers run only on the remaining images"
     model = unwrap(model)
-    if not isinstance(model, ExitModel): raise TypeError(f'model must have exits, made by add_exits, got {type(model).__name__}')
+    if not isinstance(model, ExitModel):
+        raise TypeError(f'model must have exits, made by add_exits, got {type(model).__name__}')
     thresholds = _thresholds(threshold, len(model.exits))
     if not len(images): raise ValueError('images must contain at least one image')
-    def sure(k, logits): return exit_confidence(logits, model.task) >= thresholds[k]
+    def leaves(k, logits): return exit_confidence(logits, model.task) >= thresholds[k]
     with evaluating(model):
         batches = [images] if len(images)==1 or _can_shrink(model, images) else images.split(1)
-        parts = [_run_leaving(model, batch, sure) for batch in batches]
+        parts = [_run_leaving(model, batch, leaves) for batch in batches]
     return tuple(torch.cat(part) for part in zip(*parts))
 
 # %% ../../nbs/models/15_exits.ipynb #9194bb17
 class _UntilExit(nn.Module):
-    "The part of a model that runs for images that leave at exit `k`"
+    "The part of a model that runs on images that leave at exit `k`"
     def __init__(self, model, k):
         super().__init__()
         self.model,self.thresholds = model,[float('inf')]*k + [0.]*(len(model.exits)-k)
+
     def forward(self, x): return early_exit(self.model, x, self.thresholds)[0]
 
 def exit_macs(
-    model:ExitModel, # As made by `add_exits`
-    size:int=None,   # Image side, in pixels; that of `model.spec` if left out
+    model:ExitModel, # Made by `add_exits`
+    size:int=None,   # Image side, in pixels; default: that of `model.spec`
 )->list: # Multiply–accumulates for one image: to each exit, first exit first, and to the network's end
-    "Multiply–accumulates that an image costs when it leaves at each exit"
+    "Multiply–accumulates of an image that leaves at each exit"
     model = unwrap(model)
     size = size or model_spec(model).get('size')
-    if not size: raise ValueError('size must be given: the model has no spec that says which images it takes')
+    if not size: raise ValueError('size must be given: the model has no spec with the size of its images')
     return [count_macs(_UntilExit(model, k), size) for k in range(len(model.exits)+1)]
 
 # %% ../../nbs/models/15_exits.ipynb #8bddf656
 THRESHOLDS = (0, .5, .6, .7, .8, .9, .95, .98, .99, .999, 1.01)
 
 class _EveryExit(nn.Module):
-    "An exit model that answers with the logits of all its exits"
+    "An exit model that returns the logits of all its exits"
     def __init__(self, model):
         super().__init__()
         self.model,self.spec = model,model_spec(model)
+
     def forward(self, x): return self.model.forward_exits(x)
 
-def _all_answers(model, dl):
+def _all_logits(model, dl):
     "Logits of every exit [E, N, C] and targets [N] or [N, L], on the CPU"
     device,logits,targets = next(model.parameters()).device,[],[]
     every = prepared_for(_EveryExit(model), dl)
     with evaluating(model):
         for batch in dl:
-            logits.append(torch.stack([a.as_subclass(Tensor).float().cpu() for a in every(batch[0].to(device))]))
+            outputs = every(batch[0].to(device))
+            logits.append(torch.stack([z.as_subclass(Tensor).float().cpu() for z in outputs]))
             targets.append(batch[-1].as_subclass(Tensor).cpu())
     return torch.cat(logits, 1),torch.cat(targets)
 
+def _mean_recall(decided, targets):
+    "Mean of the recall of each class"
+    return torch.stack([(decided[targets==c]==c).float().mean() for c in targets.unique()]).mean()
+
 def _accuracies(logits, targets, task):
-    "Accuracy, and the mean over classes of their recall; of several findings, means over these. Unknown targets do not count"
-    decided = logits.argmax(1, keepdim=True) if task=='multiclass' else logits.reshape(len(logits), -1) > 0
+    "Accuracy and balanced accuracy, without unknown targets; of several findings, the means over findings"
+    if task=='multiclass': decided = logits.argmax(1, keepdim=True)
+    else: decided = logits.reshape(len(logits), -1) > 0
     targets = targets.reshape(len(targets), -1)
     known = targets>=0 # false for -100 and for NaN
     pairs = [(d[k].long(), t[k].long()) for d,t,k in zip(decided.T, targets.T, known.T) if k.any()]
     if not pairs: raise ValueError('dl has no labeled image')
-    recalls = [torch.stack([(d[t==c]==c).float().mean() for c in t.unique()]).mean() for d,t in pairs]
-    return np.mean([(d==t).float().mean().item() for d,t in pairs]),torch.stack(recalls).mean().item()
+    accuracy = np.mean([(d==t).float().mean().item() for d,t in pairs])
+    return accuracy,torch.stack([_mean_recall(d, t) for d,t in pairs]).mean().item()
 
 # %% ../../nbs/models/15_exits.ipynb #3bd62379
 def exit_curve(
-    model:ExitModel, # As made by `add_exits`, trained; compiled or in DDP, too
+    model:ExitModel, # Made by `add_exits`, trained; perhaps compiled or in DDP
     dl,              # `DataLoader` that gives images first and targets last, such as `dls.valid`
     thresholds=THRESHOLDS, # Confidences from which images leave, as in `early_exit`
-    size:int=None,   # Image side, in pixels, to count multiply–accumulates at; that of `model.spec` if left out
-)->pd.DataFrame: # A row for each threshold and each exit that all take: `rule`, `threshold`, `accuracy`, `balanced_accuracy`, `macs` (mean of an image), shares that leave at each exit, `images`
-    "What early exits cost and get right, at each threshold, and when all images leave at the same exit"
+    size:int=None,   # Image side, in pixels, to count multiply–accumulates at; default: that of `model.spec`
+)->pd.DataFrame: # A row for each threshold and for each exit taken by all: `rule`, `threshold`, `accuracy`, `images`, …
+    """Cost and accuracy of early exits at each threshold, and when all images leave at the same exit.
+    Further columns: `balanced_accuracy`, `macs` (mean of an image), and the share of images that leave at each exit"""
     model = unwrap(model)
-    (logits,targets),macs,n = _all_answers(model, dl),np.array(exit_macs(model, size)),len(model.exits)
+    logits,targets = _all_logits(model, dl)
+    macs,n = np.array(exit_macs(model, size)),len(model.exits)
     names = [*(f'exit {k+1}' for k in range(n)), 'end']
-    sure = torch.stack([exit_confidence(a, model.task) for a in logits[:-1]])
+    confidences = torch.stack([exit_confidence(z, model.task) for z in logits[:-1]])
+    everybody = torch.ones(1, len(targets), dtype=bool)
     def row(rule, threshold, left_by):
         shares = np.bincount(left_by, minlength=n+1) / len(left_by)
         accuracy,balanced = _accuracies(logits[left_by, range(len(left_by))], targets, model.task)
-        return dict(rule=rule, threshold=threshold, accuracy=accuracy, balanced_accuracy=balanced, macs=shares@macs, **dict(zip(names, shares)), images=len(left_by))
-    rows = [row('threshold', t, torch.cat([sure>=t, torch.ones(1, len(targets), dtype=bool)]).int().argmax(0)) for t in thresholds]
-    return pd.DataFrame(rows + [row(name, float('nan'), torch.full((len(targets),), k)) for k,name in enumerate(names)])
+        return dict(rule=rule, threshold=threshold, accuracy=accuracy, balanced_accuracy=balanced, macs=shares@macs,
+                    **dict(zip(names, shares)), images=len(left_by))
+    def first_exit(threshold): return torch.cat([confidences>=threshold, everybody]).int().argmax(0)
+    early = [row('threshold', t, first_exit(t)) for t in thresholds]
+    fixed = [row(name, float('nan'), torch.full((len(targets),), k)) for k,name in enumerate(names)]
+    return pd.DataFrame(early+fixed)
 
 # %% ../../nbs/models/15_exits.ipynb #f881f10f
 def plot_exits(
     curve:pd.DataFrame, # From `exit_curve`
-    ax=None,            # Axes to draw on; new ones if left out
+    ax=None,            # Axes to draw on; default: new ones
     metric:str='accuracy', # Or `balanced_accuracy`
-    color:str=COLORS['distilled'], # That of the kind of student it is
+    color:str=COLORS['distilled'], # That of the kind of student
 ): # The axes
-    "Accuracy against mean cost: early exits as a line over thresholds, and each exit taken by all as a ring"
+    "Accuracy against mean cost: a line over thresholds, and a ring for each exit if all images take it"
     check_in(metric, ('accuracy', 'balanced_accuracy'), 'metric')
     if ax is None: _,ax = figure(height=2.8)
     by_rule = curve.assign(cost=curve.macs/1e6).set_index('rule')
     early,fixed = by_rule.loc[['threshold']].sort_values('cost'),by_rule.drop('threshold')
-    ax.plot(early.cost, early[metric], '.-', color=color, label='images leave when sure')
-    ax.plot(fixed.cost, fixed[metric], 'o', mfc='none', color='k', label='all leave at one exit')
-    for name,point in fixed.iterrows(): ax.annotate(name, (point.cost, point[metric]), (0, -13), textcoords='offset points', ha='center')
+    ax.plot(early.cost, early[metric], '.-', color=color, label='images leave when confident')
+    ax.plot(fixed.cost, fixed[metric], 'o', mfc='none', color='k', label='all leave at the same exit')
+    for name,point in fixed.iterrows():
+        ax.annotate(name, (point.cost, point[metric]), (0, -13), textcoords='offset points', ha='center')
     ax.set(xlabel='mean cost of an image (million multiply–accumulates)', ylabel=metric.replace('_', ' '))
     ax.set_title(f'n = {curve.images[0]} images', loc='left')
     ax.margins(y=.2)
