@@ -1,4 +1,4 @@
-"""What a teacher says of an image's view is computed once, written to disk, and read from then on
+"""A teacher's outputs for each view of an image are computed once, written to disk, and read from then on
 
 Docs: https://kdmed.github.io/kdmed/distill/cache.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/distill/cache.html.md"""
 __all__ = ['CACHE_FORMAT', 'TeacherCache', 'list_caches']
 
 # %% ../../nbs/distill/20_cache.ipynb #b982f0f8
-import errno, hashlib, json, math, os, re, shutil, time, types, warnings, zlib
+import errno, json, math, os, shutil, time, types, warnings, zlib
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib, rank_distrib
-from fastcore.basics import chunked, noop, patch
+from fastcore.basics import chunked, noop
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock, Timeout
 from numpy.lib.format import open_memmap
@@ -27,64 +27,51 @@ from torch import Tensor
 from ..core.basics import unwrap
 from ..core.checks import check_integer
 from ..core.files import check_format, check_room, claim, is_writable, write_atomic
+from ..core.fingerprints import digest, structure_digest, weights_digest
 from ..data.loaders import ImageDL, ReplayMixUp, ReplayTransform
-from ..data.store import digest, store_folder, value_text, writing_to
-from .teacher import Teacher
-
-# %% ../../nbs/distill/20_cache.ipynb #2ff9faf4
-def _weights_digest(model):
-    "16 hexadecimal digits for all weights and buffers of a model"
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **{k: v for k,v in model.state_dict().items() if isinstance(v, Tensor)}}
-    state = hashlib.blake2b(digest_size=8)
-    for name,t in sorted(tensors.items()):
-        state.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
-        state.update(t.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return state.hexdigest()
-
-def _is_setting(value):
-    "Whether an attribute of a module is a number, a text, or some of them"
-    return isinstance(value, (bool, int, float, str, type(None))) or isinstance(value, (list, tuple)) and all(map(_is_setting, value))
-
-def _structure_digest(model):
-    "16 hexadecimal digits for the modules of a model: their settings, those that do not show included, their libraries and code"
-    settings = [(name, {k: v for k,v in vars(m).items() if k!='training' and not k.startswith('_') and _is_setting(v)}) for name,m in model.named_modules()]
-    return digest(re.sub(' at 0x[0-9a-f]+', '', repr(model)), value_text(settings), *sorted({value_text(type(m)) for m in model.modules()}))
+from ..data.store import store_folder, writing_to
+from .teacher import WrappedTeacher, as_teacher
 
 # %% ../../nbs/distill/20_cache.ipynb #10bf0b5e
-def _shares(teacher):
-    "What each of a teacher's models counts now"
-    n = len(teacher.voices)
-    return [1/n]*n if teacher.weights=='valid_loss' else list(teacher.weights)
+def _describe_member(member, share):
+    "What decides one model's outputs"
+    model,stats = unwrap(member.model),member.stats
+    return dict(model=type(model).__name__, weights=weights_digest(model), structure=structure_digest(model),
+                classes=member.classes, size=member.size, outputs=member.outputs,
+                stats=None if stats is None else np.asarray(stats, float).tolist(), share=share)
 
-def _teacher_facts(teacher):
-    "What decides a teacher's answer to an image"
-    models = [dict(model=type(unwrap(v.model)).__name__, weights=_weights_digest(unwrap(v.model)), structure=_structure_digest(unwrap(v.model)),
-                   classes=v.classes, size=v.size, outputs=v.outputs, stats=None if v.stats is None else np.asarray(v.stats, float).tolist(), share=share)
-              for v,share in zip(teacher.voices, _shares(teacher))]
+def _describe_teacher(teacher):
+    "What decides a teacher's output for an image"
+    models = [_describe_member(m, share) for m,share in zip(teacher.members, teacher.shares())]
     return dict(models=models, classes=teacher.order or teacher.classes, student_stats=teacher.stats)
 
 # %% ../../nbs/distill/20_cache.ipynb #07c54122
 def _training_loader(dls):
-    "The loader of training images, which must be able to say which view of which image it gives"
+    "The loader of training images, which must know which view of which image it returns"
     dl = getattr(dls, 'train', dls)
     dl = getattr(dl, '__dict__', {}).get('dl', dl) # inside fastai's loader for several processes
     if isinstance(dl, ImageDL): return dl
-    raise ValueError(f'answers are kept by image and view, which only the loaders of image_dls know; these are {type(dl).__name__}: '
-                     'use image_dls, or Teacher instead of TeacherCache')
+    raise ValueError('outputs are cached by image and view, which only the loaders of image_dls know; '
+                     f'these are {type(dl).__name__}: use image_dls, or Teacher instead of TeacherCache')
 
 def _count_views(dl, mixes):
-    "Different views of an image that the loader shows; one where neither augmentation nor mixing makes them differ"
+    "Different views of an image that the loader returns; one where neither augmentation nor mixing makes them differ"
     if not mixes and not any(isinstance(t, ReplayTransform) for t in dl.after_batch.fs): return 1
-    if dl.views is None: raise ValueError('the loader shows a new view of each image in every epoch, so no answer would serve twice: say how many there are to be, as in image_dls(…, views=4)')
-    return dl.views
+    if dl.views is not None: return dl.views
+    raise ValueError('the loader returns a new view of each image in every epoch, so no cached output could be used '
+                     'twice: limit their number, as in image_dls(…, views=4)')
 
 # %% ../../nbs/distill/20_cache.ipynb #e5d07964
 def _replayable_mixes(cbs, dl):
-    "Copies of the callbacks that mix images, ready to be asked without a Learner"
+    "Copies of the callbacks that mix images, which work without a Learner"
     mixes = [copy(cb) for cb in cbs if isinstance(cb, MixHandler)]
-    if random := [type(m).__name__ for m in mixes if not isinstance(m, ReplayMixUp)]:
-        raise ValueError(f'{random[0]} mixes each image with another one every time, so no answer can be kept: use ReplayMixUp or ReplayCutMix')
-    for m in mixes: m.learn,m.stack_y = types.SimpleNamespace(dls=types.SimpleNamespace(train=dl), dl=dl),True
+    random = [type(m).__name__ for m in mixes if not isinstance(m, ReplayMixUp)]
+    if random:
+        raise ValueError(f'{random[0]} mixes each image with another one every time, so no output can be cached: '
+                         'use ReplayMixUp or ReplayCutMix')
+    for m in mixes:
+        m.learn = types.SimpleNamespace(dls=types.SimpleNamespace(train=dl), dl=dl)
+        m.stack_y = True
     return mixes
 
 def _mixed(mix, x, y):
@@ -97,20 +84,22 @@ def _mixed(mix, x, y):
 CACHE_FORMAT = 2
 _READABLE_CACHES = 1, # differs in how its key is made
 _THERE = 1 << 32 # beside a checksum of 32 bits, in the journal
-_WAITING_BYTES = 64*2**20 # what may wait in memory for being written
+_WAITING_BYTES = 64*2**20 # most that waits in memory to be written
 
 def _files_of(about):
-    "Name, shape and type of each file that `about` speaks of: the journal, the logits, the layers"
+    "Name, shape and type of each file that `about` describes: the journal, the logits, the layers"
     size = about['images']['number'],about['images']['views']
-    arrays = [(f'layer_{i}.npy' if i else 'logits.npy', (*size, *shape), np.dtype(np.float16)) for i,shape in enumerate(about['answers'].values())]
-    return [('journal.npy', size, np.dtype(np.uint64)), *arrays]
+    files = [('journal.npy', size, np.dtype(np.uint64))]
+    for i,shape in enumerate(about['answers'].values()):
+        files.append((f'layer_{i}.npy' if i else 'logits.npy', (*size, *shape), np.dtype(np.float16)))
+    return files
 
 def _bytes_of(about):
     "Length of all files together"
     return sum(math.prod(shape)*dtype.itemsize for _,shape,dtype in _files_of(about))
 
 def _make_files(home, about):
-    "Files of full length without answers, in a folder that gets its name when it is whole"
+    "Files of full length without outputs, in a folder that gets its name when it is complete"
     part = home.with_name(home.name+'.part')
     part.mkdir(parents=True, exist_ok=True)
     for file in part.iterdir(): # of a process that was killed
@@ -121,8 +110,9 @@ def _make_files(home, about):
     os.replace(part, home)
     for lock in home.glob('.lock*'): lock.unlink()
 
+# %% ../../nbs/distill/20_cache.ipynb #makeonce
 def _make_once(home, make, patience=60.):
-    "Call `make`, unless another process makes the same cache at this moment, which takes no time"
+    "Call `make`, unless another process is creating the same cache, which is quick"
     end = time.monotonic()+patience
     while not home.exists():
         try:
@@ -135,7 +125,7 @@ def _make_once(home, make, patience=60.):
 
 # %% ../../nbs/distill/20_cache.ipynb #2880c662
 def _checksums(entries, values):
-    "What the journal says of answers: CRC-32 of number and parts, and that they are there; uint64 [B]"
+    "What the journal records of outputs: CRC-32 of number and parts, and that they are there; uint64 [B]"
     sums = np.empty(len(entries), np.uint64)
     for k,entry in enumerate(entries):
         crc = zlib.crc32(int(entry).to_bytes(8, 'little'))
@@ -154,7 +144,8 @@ def _write_rows(path, offset, rows, values):
             os.fsync(f.fileno())
     except OSError as e:
         free = shutil.disk_usage(path.parent).free
-        raise OSError(e.errno, f'{path}: answers cannot be written ({e.strerror}; the disk has {_in_words(free)} free); make room, or use Teacher instead of TeacherCache') from e
+        raise OSError(e.errno, f'{path}: teacher outputs cannot be written ({e.strerror}; the disk has '
+                      f'{_in_words(free)} free); make room, or use Teacher instead of TeacherCache') from e
 
 def _in_words(nbytes):
     "A number of bytes for people"
@@ -162,389 +153,392 @@ def _in_words(nbytes):
     return f'{nbytes/1e6:.1f} MB' if nbytes>=1e5 else f'{nbytes/1e3:.1f} kB'
 
 # %% ../../nbs/distill/20_cache.ipynb #a0a68624
+# Long because: one class, what is on disk
+_DELETE = 'delete the folder to compute the outputs again'
 _UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, EOFError
 
-class _Answers:
-    "Half-precision answers to views of images, mapped from files; number `image*views + view` in each"
+class _StoredOutputs:
+    "Half-precision outputs for views of images, mapped from files; number `image*views + view` in each"
     def __init__(self, home):
         self.home,self.offsets = Path(home),[]
         try:
             self.about = json.loads((self.home/'about.json').read_text(encoding='utf-8'))
-            check_format(self.about.get('format'), CACHE_FORMAT, 'teacher cache', home, _READABLE_CACHES, 'delete the folder to ask the teacher again')
+            check_format(self.about.get('format'), CACHE_FORMAT, 'teacher cache', home, _READABLE_CACHES, _DELETE)
             self.journal,*self.arrays = [self._map(*file) for file in _files_of(self.about)]
         except _UNREADABLE as e:
-            raise ValueError(f'{home}: no teacher cache, or a damaged one; delete the folder to ask the teacher again ({e})') from e
+            raise ValueError(f'{home}: not a teacher cache, or a damaged one; {_DELETE} ({e})') from e
         self.seen,self.waiting,self.damaged = (np.zeros(len(self.journal), bool) for _ in range(3))
         self.pending,self.nbytes,self.read_only = [],0,not is_writable(self.home)
 
     def _map(self, file, shape, dtype):
         "An array without copying it, images and views in one axis"
         array = np.load(self.home/file, mmap_mode='r')
-        if (array.shape,array.dtype)!=(shape,dtype): raise ValueError(f'{file}: expected {dtype} {shape}, found {array.dtype} {array.shape}')
+        if (array.shape,array.dtype)!=(shape,dtype):
+            raise ValueError(f'{file}: expected {dtype} {shape}, found {array.dtype} {array.shape}')
         self.offsets.append(array.offset)
         return np.asarray(array).reshape(-1, *shape[2:])
 
     def there(self, entries=slice(None)):
-        "Which answers are there, bool"
+        "Which outputs are there, bool"
         return (self.journal[entries]!=0) & ~self.damaged[entries]
 
     def missing(self):
-        "Numbers of the answers that are not there"
+        "Numbers of the outputs that are not there"
         return np.flatnonzero(~self.there() & ~self.waiting)
 
     @contextmanager
     def writing(self):
-        "One process at a time writes; an error after two minutes, so that nobody waits for a process that was stopped"
+        "One process at a time writes; an error after two minutes, so that none waits for a stopped process"
         lock = FileLock(self.home/'.writing')
         try: lock.acquire(timeout=120)
-        except Timeout: raise OSError(errno.EAGAIN, f'{self.home}: another process has been writing for two minutes; end it, or choose another folder') from None
+        except Timeout:
+            raise OSError(errno.EAGAIN, f'{self.home}: another process has been writing for two minutes; '
+                          'end it, or choose another folder') from None
         except NotImplementedError: pass # a file system without locks
         try: yield
         finally: lock.release()
 
-# %% ../../nbs/distill/20_cache.ipynb #d671cf3a
-@patch
-def add(self:_Answers, entries, values):
-    "Keep `values`, an array for each file, as answers `entries`, all different; they wait to be written"
-    if self.read_only: return
-    self.pending.append((entries, values))
-    self.waiting[entries] = True
-    self.nbytes += sum(v.nbytes for v in values)
-    if self.nbytes>_WAITING_BYTES: self.flush()
+    def add(self, entries, values):
+        "Keep `values`, an array for each file, as outputs `entries`, all different; they wait to be written"
+        if self.read_only: return
+        self.pending.append((entries, values))
+        self.waiting[entries] = True
+        self.nbytes += sum(v.nbytes for v in values)
+        if self.nbytes>_WAITING_BYTES: self.flush()
 
-@patch
-def flush(self:_Answers):
-    "Write what is waiting: first the answers, and when they are on disk, that they are there"
-    if not self.pending: return
-    entries = np.concatenate([e for e,_ in self.pending])
-    values = [np.concatenate(parts) for parts in zip(*(v for _,v in self.pending))]
-    order = np.argsort(entries)
-    with self.writing():
-        order = order[~self.there(entries[order])] # another process may have been first
-        rows,values = entries[order],[v[order] for v in values]
-        sums = _checksums(rows, values)
-        for (file,*_),offset,v in zip(_files_of(self.about)[1:], self.offsets[1:], values): _write_rows(self.home/file, offset, rows, v)
-        _write_rows(self.home/'journal.npy', self.offsets[0], rows, sums)
-    self.damaged[rows] = False
-    self.waiting[entries],self.pending,self.nbytes = False,[],0
+    def flush(self):
+        "Write what is waiting: first the outputs, and when they are on disk, the journal"
+        if not self.pending: return
+        entries = np.concatenate([e for e,_ in self.pending])
+        values = [np.concatenate(parts) for parts in zip(*(v for _,v in self.pending))]
+        order = np.argsort(entries)
+        with self.writing():
+            order = order[~self.there(entries[order])] # another process may have been first
+            rows,values = entries[order],[v[order] for v in values]
+            sums = _checksums(rows, values)
+            files = [file for file,*_ in _files_of(self.about)[1:]]
+            for file,offset,v in zip(files, self.offsets[1:], values): _write_rows(self.home/file, offset, rows, v)
+            _write_rows(self.home/'journal.npy', self.offsets[0], rows, sums)
+        self.damaged[rows] = False
+        self.waiting[entries],self.pending,self.nbytes = False,[],0
 
-# %% ../../nbs/distill/20_cache.ipynb #4d7758f0
-@patch
-def read(self:_Answers, entries):
-    "Answers `entries`, an array for each file, and which of them are there, bool [B]"
-    if self.waiting[entries].any(): self.flush()
-    noted,values = self.journal[entries],[a[entries] for a in self.arrays]
-    there = self.there(entries)
-    new = np.flatnonzero(there & ~self.seen[entries])
-    if len(new): self._check(entries, values, noted, there, new)
-    return values,there
+    def read(self, entries):
+        "Outputs `entries`, an array for each file, and which of them are there, bool [B]"
+        if self.waiting[entries].any(): self.flush()
+        noted,values = self.journal[entries],[a[entries] for a in self.arrays]
+        there = self.there(entries)
+        new = np.flatnonzero(there & ~self.seen[entries])
+        if len(new): self._check(entries, values, noted, there, new)
+        return values,there
 
-# %% ../../nbs/distill/20_cache.ipynb #8e055f51
-@patch
-def _check(self:_Answers, entries, values, noted, there, new):
-    "Compare answers with their checksums, and forget those that are damaged"
-    bad = new[_checksums(entries[new], [v[new] for v in values])!=noted[new]]
-    self.seen[entries[new]] = True
-    if not len(bad): return
-    warnings.warn(f'{self.home}: {len(bad)} kept answers are damaged; the teacher is asked again')
-    self.seen[entries[bad]],self.damaged[entries[bad]],there[bad] = False,True,False
-    if self.read_only: return
-    with self.writing(): _write_rows(self.home/'journal.npy', self.offsets[0], entries[bad], np.zeros(len(bad), np.uint64))
+    def _check(self, entries, values, noted, there, new):
+        "Compare outputs with their checksums, and drop those that are damaged"
+        bad = new[_checksums(entries[new], [v[new] for v in values])!=noted[new]]
+        self.seen[entries[new]] = True
+        if not len(bad): return
+        warnings.warn(f'{self.home}: {len(bad)} cached outputs are damaged; they are computed again')
+        self.seen[entries[bad]],self.damaged[entries[bad]],there[bad] = False,True,False
+        if self.read_only: return
+        none = np.zeros(len(bad), np.uint64)
+        with self.writing(): _write_rows(self.home/'journal.npy', self.offsets[0], entries[bad], none)
 
-@patch
-def verify(self:_Answers):
-    "Check every answer that is there, by reading the whole cache"
-    self.flush()
-    self.seen[:] = False
-    for some in chunked(np.flatnonzero(self.there()), 1024): self.read(np.array(some))
-    return self
+    def verify(self):
+        "Check every output that is there, by reading the whole cache"
+        self.flush()
+        self.seen[:] = False
+        for some in chunked(np.flatnonzero(self.there()), 1024): self.read(np.array(some))
+        return self
 
 # %% ../../nbs/distill/20_cache.ipynb #5e17876e
-_UNOPENED = dict(answers=None, claimed=None, opened=None, entries=None, dl=None, mixes=(), modules=(), tell=noop, same_images=False, same_answers=False, batches=0)
+# Long because: one class: a teacher whose outputs are read from disk
+_NOT_OPEN = dict(stored=None, claimed=None, opened=None, entries=None, dl=None, mixes=(), modules=(), show=noop,
+                 same_images=False, same_outputs=False, batches=0, last_batch=None)
 
-class TeacherCache(Teacher):
-    "A teacher whose answers to each view of each training image are computed once, and read from disk from then on"
+class TeacherCache(WrappedTeacher):
+    "A teacher whose outputs for each view of each training image are computed once, and then read from disk"
     def __init__(self,
-        teacher,      # `Teacher`, or what makes one
-        folder=None,  # Where answers are kept, in a folder for each key; `default_store_folder()` by default
-        every:int=50, # Batches whose answers may wait in memory; a kill loses at most these
+        teacher,      # `Teacher`, or what it can be created from
+        folder=None,  # Where outputs are kept, in a folder for each key; default: `default_store_folder()`
+        every:int=50, # Batches whose outputs may wait in memory; a kill loses at most these
     ):
-        teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        if type(teacher) not in (Teacher, TeacherCache):
-            raise ValueError(f'{type(teacher).__name__} does not give the same answer every time, so none can be kept: use it as it is')
-        every = check_integer(every, 'every (batches that may wait)', least=1)
-        self.__dict__.update(teacher.__dict__, capture=None, _batch=None)
-        self.folder,self.every,self.told = store_folder(folder),every,set()
-        self.__dict__.update(_UNOPENED)
+        teacher = as_teacher(teacher)
+        if not teacher.fixed:
+            raise ValueError(f'{type(teacher).__name__} does not have the same output every time, '
+                             'so none can be cached: use it without TeacherCache')
+        super().__init__(teacher.copy())
+        self.every = check_integer(every, 'every (batches that may wait)', least=1)
+        self.folder,self.announced = store_folder(folder),set()
+        self.close()
 
-    def __getstate__(self): return dict(super().__getstate__(), **_UNOPENED)
+    def close(self): self.__dict__.update(_NOT_OPEN)
+    def __getstate__(self): return dict(super().__getstate__(), **_NOT_OPEN)
     def same_as(self, other): return super().same_as(other) and self.folder==other.folder
 
     def __repr__(self):
-        if self.answers is None: return f'TeacherCache, not opened yet: {self.folder}'
-        about = self.answers.about
-        return f"TeacherCache, {self.filled:.1%} of {about['images']['number']:,} images × {about['images']['views']} views, {_in_words(_bytes_of(about))}: {self.answers.home}"
+        if self.stored is None: return f'TeacherCache, not opened yet: {self.folder}'
+        images,size = self.stored.about['images'],_in_words(_bytes_of(self.stored.about))
+        what = f"{images['number']:,} images × {images['views']} views, {size}"
+        return f'TeacherCache, {self.filled:.1%} of {what}: {self.stored.home}'
 
-# %% ../../nbs/distill/20_cache.ipynb #43eb5794
-@patch
-def begin(self:TeacherCache, learn):
-    "Find out which images will come; their answers are opened when it is clear what will be asked"
-    quiet = getattr(learn.logger, '__name__', '')=='noop' or rank_distrib()
-    self.end()
-    super(TeacherCache, self).begin(learn)
-    self._meet_images(learn.dls, learn.cbs, next(learn.model.parameters()).device, noop if quiet else print)
+    def begin(self, learn):
+        "Find out which images will be used; their outputs are opened once the layers are known"
+        quiet = getattr(learn.logger, '__name__', '')=='noop' or rank_distrib()
+        self.end()
+        super().begin(learn)
+        self._match_images(learn.dls, learn.cbs, next(learn.model.parameters()).device, noop if quiet else print)
 
-@patch
-def _meet_images(self:TeacherCache, dls, cbs, device, tell):
-    "Who will be shown, and in what way; an error if that cannot be known"
-    self.__dict__.update(_UNOPENED, dl=_training_loader(dls), tell=tell, device=device, modules=[m for v in self.voices for m in v.model.modules()])
-    self.mixes = _replayable_mixes(cbs, self.dl)
-    ids,views = self.dl.ids,_count_views(self.dl, self.mixes)
-    self.of_images = dict(number=len(ids), views=views, size=self.dl.size, pixels=self.dl.pixels_key(), mixed=[list(m.policy) for m in self.mixes])
-    self.row = np.full(ids.max()+1, -1)
-    self.row[ids] = np.arange(len(ids))
+    def _match_images(self, dls, cbs, device, show):
+        "Which images will be used, in which views; an error if that cannot be known"
+        self.close()
+        self.dl,self.show,self.device = _training_loader(dls),show,device
+        self.modules = [module for m in self.members for module in m.model.modules()]
+        self.mixes = _replayable_mixes(cbs, self.dl)
+        ids,views = self.dl.ids,_count_views(self.dl, self.mixes)
+        mixed = [list(m.policy) for m in self.mixes]
+        self.of_images = dict(number=len(ids), views=views, size=self.dl.size, pixels=self.dl.pixels_key(), mixed=mixed)
+        self.row = np.full(ids.max()+1, -1)
+        self.row[ids] = np.arange(len(ids))
 
-# %% ../../nbs/distill/20_cache.ipynb #a4f1f9e1
-@patch
-def end(self:TeacherCache):
-    "Write what waits, and let other processes have the cache to themselves"
-    self.forget()
-    try:
-        if self.answers is not None: self.answers.flush()
-    finally:
+    def end(self):
+        "Write what waits, and release the cache for other processes"
+        self.clear()
+        try:
+            if self.stored is not None: self.stored.flush()
+        finally:
+            if self.claimed is not None: self.claimed.release()
+            self.claimed = None
+
+    def clear(self):
+        super().clear()
+        self.entries,self.last_batch = None,None
+
+    def state_dict(self):
+        "Nothing goes into a checkpoint; but all outputs up to here are on disk"
+        if self.stored is not None: self.stored.flush()
+        return {}
+
+    def _about(self):
+        "Teacher, images, and the shapes of the outputs, from two images"
+        trial = self._compute(self._images(np.arange(min(2, len(self.dl.ids))), 0))
+        names = ['logits', *(f'{name} ({kind})' for name,kind in self.taps)]
+        shapes = {name: v.shape[1:] for name,v in zip(names, trial)}
+        return dict(format=CACHE_FORMAT, teacher=_describe_teacher(self), images=self.of_images, answers=shapes)
+
+    def _make(self, home, about):
+        "Create files without outputs"
+        images = about['images']
+        what = ', '.join(f'{name} {"×".join(map(str, shape))}' for name,shape in about['answers'].items())
+        size = _in_words(_bytes_of(about))
+        self.show(f"teacher cache: outputs for {images['number']:,} images × {images['views']} views ({what}) "
+                  f'will take {size}: {home}')
+        self.announced.add(home)
+        _check_disk(home, about)
+        _make_once(home, lambda: _make_files(home, about))
+
+    def _open(self):
+        "Open the outputs of this teacher for these images, or create files for them; nothing to do if they are open"
+        if self.opened==(self.taps, self.shares()): return self._claim()
+        self.end()
+        about = self._about()
+        home = self.folder/f'teacher-{digest(json.dumps(about))}'
+        try:
+            if not home.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._make(home, about)
+            self.stored,self.opened = _StoredOutputs(home),(self.taps, self.shares())
+            if not self.stored.read_only and len(self.stored.missing()): _check_disk(home, about)
+        except OSError as e:
+            raise OSError(e.errno, f'{self.folder}: teacher outputs cannot be kept here ({e}); '
+                          'choose another place with TeacherCache(…, folder=…)') from e
+        self._claim()
+        if home not in self.announced: self.show(f'teacher cache: {self.filled:.1%} of the outputs are there: {home}')
+        self.announced.add(home)
+
+    def _claim(self):
+        "Claim the cache for this process, and warn if another one uses it, unless both belong to one training"
+        if self.claimed is not None or num_distrib()>1: return
+        home,self.claimed = self.stored.home,_Shared()
+        if self.stored.read_only:
+            if len(self.stored.missing()):
+                warnings.warn(f'{home} cannot be written: {self.filled:.1%} of its outputs are there, '
+                              'the others are computed each time')
+            return
+        try: self.claimed = claim(home, 'teacher cache', grace=.5)
+        except RuntimeError as e: warnings.warn(f'{str(e).partition(";")[0]}; the two processes share their outputs')
+
+    @property
+    def filled(self)->float: # In [0, 1]
+        "Share of the outputs that are on disk"
+        return 0. if self.stored is None else float(self.stored.there().mean())
+
+    def _compute(self, x):
+        "The teacher's outputs for images, in half precision: an array for each file"
+        with torch.autocast(x.device.type, enabled=False): logits,features = self.compute((x.as_subclass(Tensor),))
+        return [_half('logits', logits), *(_half(f'features {tap}', features[tap]) for tap in self.taps)]
+
+    def _images(self, rows, views):
+        "The images of training in these rows and views"
+        x,*y = self.dl.views_of(rows, np.broadcast_to(views, len(rows)))
+        for mix in self.mixes: x = _mixed(mix, x, y[0])
+        return x.to(self.device)
+
+    def set_batch(self, x):
+        "Note which images, in which views, are in the batch"
+        if any(m.training for m in self.modules): super().set_batch(x)
+        self._open()
+        if not hasattr(x, 'replay'):
+            raise ValueError('this batch does not say which images it has; is there a callback that replaces them? '
+                             'Use Teacher instead of TeacherCache')
+        (ids,views),n = x.replay,self.of_images['views']
+        rows = self.row[np.minimum(ids, len(self.row)-1)]
+        if n>1 and views.max()>=n or (rows<0).any() or (self.dl.ids[rows]!=ids).any():
+            raise ValueError(f'view {views.max()} of image {ids.max()} is not among those this fit began with '
+                             f'({len(self.dl.ids)} images × {n} views): were the loaders changed?')
+        self.entries = rows*n + (views if n>1 else 0)
+
+    def forward(self, xb):
+        "Logits and features for a batch from the cache; from the teacher itself where no batch was set"
+        if self.entries is None or len(self.entries)!=len(xb[0]):
+            in_rehearsal = self.dl is not None and self.opened is None
+            if in_rehearsal and self.weights!='valid_loss': self._open() # is there room on the disk?
+            return super().forward(xb)
+        if self.last_batch is None or self.last_batch[0] is not xb:
+            logits,*features = (_floats(v, xb[0].device) for v in self._recall(self.entries, xb[0]))
+            self.last_batch = xb,logits,dict(zip(self.taps, features))
+        return self.last_batch[1:]
+
+    def _recall(self, entries, x):
+        "Outputs `entries` in half precision, an array for each file, from disk or from the teacher"
+        self._check_images(entries, x)
+        values,there = self.stored.read(entries)
+        if not there.any(): return self._compute_batch(entries, x)
+        if not there.all() and self.stored.read_only:
+            absent = x[torch.from_numpy(~there).to(x.device)]
+            for kept,fresh in zip(values, self._compute(absent)): kept[~there] = fresh
+        elif not there.all():
+            self._complete(entries[~there], len(entries))
+            values,_ = self.stored.read(entries)
+        if not self.same_outputs: self._compare(values[0][:2], self._compute(x[:2])[0])
+        return values
+
+    def _compute_batch(self, entries, x):
+        "Compute the outputs for a batch; an image that is in it twice has one output"
+        _,first,same = np.unique(entries, return_index=True, return_inverse=True)
+        values = [v[first] for v in self._compute(x)]
+        self._keep(entries[first], values)
+        return [v[same] for v in values]
+
+    def _complete(self, entries, n):
+        "Compute what is missing, and more of these views, for at most `n` images"
+        missing,views = self.stored.missing(),self.of_images['views']
+        more = np.setdiff1d(missing[np.isin(missing%views, entries%views)], entries)
+        entries = np.concatenate([np.unique(entries), more])[:n]
+        self._keep(entries, self._compute(self._images(*np.divmod(entries, views))))
+
+    def _keep(self, entries, values):
+        self.stored.add(entries, values)
+        self.batches += 1
+        if self.batches%self.every==0: self.stored.flush()
+
+    def _check_images(self, entries, x):
+        "Raise an error unless two images are those the loader makes for these views, once in a fit"
+        if self.same_images: return
+        some = np.unique([0, len(entries)-1])
+        mine = self._images(*np.divmod(entries[some], self.of_images['views']))
+        mine,theirs = mine.as_subclass(Tensor).to(x.device, torch.float32),x[some.tolist()].as_subclass(Tensor).float()
+        gap = (theirs-mine).abs().max().item() if theirs.shape==mine.shape else np.inf
+        if not gap<.02:
+            raise ValueError(f'these images differ by up to {gap:.2g} from those the loader makes for the same views, '
+                             'so no output for them can be cached: is there a callback that changes them? '
+                             'Use Teacher instead of TeacherCache')
+        self.same_images = True
+
+    def _compare(self, kept, fresh):
+        "Raise an error unless cached logits equal those computed now, to 5 % of the largest"
+        kept,fresh = kept.astype(np.float32),fresh.astype(np.float32)
+        gap,largest = np.abs(kept-fresh).max(),np.abs(kept).max()
+        if gap > .05*largest + 1e-3:
+            raise ValueError(f'cached logits differ by up to {gap:.2g} from those computed now for the same images: '
+                             "they do not depend on the teacher's weights alone. Use Teacher instead of TeacherCache, "
+                             f'or, if the cause has been removed, delete {self.stored.home}')
+        self.same_outputs = True
+
+    def delete(self)->None:
+        "Delete the outputs that are open"
+        home = self.stored and self.stored.home
         if self.claimed is not None: self.claimed.release()
-        self.claimed = None
+        self.close()
+        self.announced = set()
+        if home is not None: shutil.rmtree(home)
 
-@patch
-def forget(self:TeacherCache):
-    super(TeacherCache, self).forget()
-    self.entries = None
-
-@patch
-def state_dict(self:TeacherCache):
-    "Nothing goes into a checkpoint; but what was answered up to here is on disk"
-    if self.answers is not None: self.answers.flush()
-    return {}
+    def fill(self,
+        dls,        # `DataLoaders` of `image_dls`, as they will be trained with
+        cbs=(),     # The Learner's callbacks, of which those that mix images matter
+        progress:bool=True, # Show a progress bar, and how much room it takes
+    ): # This cache
+        "Compute the outputs for every view of every training image now, unless they are there"
+        self.end()
+        self.match_data(dls)
+        self._match_images(dls, cbs, torch.device(dls.device), print if progress else noop)
+        self._open()
+        missing,n = self.stored.verify().missing(),self.of_images['views']
+        parts = [np.array(p) for p in chunked(missing[np.argsort(missing%n, kind='stable')], self.dl.bs or 64)]
+        for part in progress_bar(parts, leave=False) if progress else parts:
+            self._keep(part, self._compute(self._images(*np.divmod(part, n))))
+        self.end()
+        return self
 
 # %% ../../nbs/distill/20_cache.ipynb #2924249f
 _SPARE_BYTES = 100_000_000 # a disk should have left
-
-@patch
-def _about(self:TeacherCache):
-    "What will be asked of whom, and the form of the answers, from two images"
-    trial = self._listen(self._show(np.arange(min(2, len(self.dl.ids))), 0))
-    names = ['logits', *(f'{name} ({kind})' for name,kind in self.taps)]
-    return dict(format=CACHE_FORMAT, teacher=_teacher_facts(self), images=self.of_images, answers={name: v.shape[1:] for name,v in zip(names, trial)})
+def _room_of(file):
+    "Bytes a file takes on the disk: less than its length while it is not full"
+    stat = file.stat()
+    return stat.st_blocks*512 if hasattr(stat, 'st_blocks') else stat.st_size
 
 def _check_disk(home, about):
-    "Raise an error if the disk cannot hold the answers that are not written yet; files that are not full take less room than their length"
-    written = sum(f.stat().st_blocks*512 if hasattr(f.stat(), 'st_blocks') else f.stat().st_size for f in home.glob('*.npy')) if home.exists() else 0
+    "Raise an error if the disk cannot hold the outputs that are not written yet"
+    written = sum(_room_of(file) for file in home.glob('*.npy')) if home.exists() else 0
     if (left := _bytes_of(about)-written)<=0: return
-    try: check_room(home.parent, left+_SPARE_BYTES, f'{_in_words(left)} of answers, with {_in_words(_SPARE_BYTES)} to spare,')
-    except OSError as e: raise OSError(e.errno, f'{e.strerror}. Fewer views, or pooled features (pool=True), take less') from e
-
-@patch
-def _make(self:TeacherCache, home, about):
-    "Make files without answers"
-    images = about['images']
-    what = ', '.join(f'{name} {"×".join(map(str, shape))}' for name,shape in about['answers'].items())
-    self.tell(f"teacher cache: answers to {images['number']:,} images × {images['views']} views ({what}) will take {_in_words(_bytes_of(about))}: {home}")
-    self.told.add(home)
-    _check_disk(home, about)
-    _make_once(home, lambda: _make_files(home, about))
+    what = f'{_in_words(left)} of teacher outputs, with {_in_words(_SPARE_BYTES)} to spare,'
+    try: check_room(home.parent, left+_SPARE_BYTES, what)
+    except OSError as e:
+        raise OSError(e.errno, f'{e.strerror}. Fewer views, or pooled features (pool=True), take less') from e
 
 # %% ../../nbs/distill/20_cache.ipynb #6979eb6a
-@patch
-def _open(self:TeacherCache):
-    "Open the answers that belong to this teacher and these images, or make room for them; nothing to do if they are open"
-    if self.opened==(self.taps, _shares(self)): return self._claim()
-    self.end()
-    about = self._about()
-    home = self.folder/f'teacher-{digest(json.dumps(about))}'
-    try:
-        if not home.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._make(home, about)
-        self.answers,self.opened = _Answers(home),(self.taps, _shares(self))
-        if not self.answers.read_only and len(self.answers.missing()): _check_disk(home, about)
-    except OSError as e: raise OSError(e.errno, f'{self.folder}: answers cannot be kept here ({e}); choose another place with TeacherCache(…, folder=…)') from e
-    self._claim()
-    if home not in self.told: self.tell(f'teacher cache: {self.filled:.1%} of the answers are there: {home}')
-    self.told.add(home)
-
-@patch
-def _claim(self:TeacherCache):
-    "Note that this process uses the cache, and say at once if another one does; processes of one training know of each other"
-    if self.claimed is not None or num_distrib()>1: return
-    home,self.claimed = self.answers.home,_Shared()
-    if self.answers.read_only:
-        if len(self.answers.missing()): warnings.warn(f'{home} cannot be written: {self.filled:.1%} of its answers are there, the teacher is asked for others each time')
-        return
-    try: self.claimed = claim(home, 'teacher cache', grace=.5)
-    except RuntimeError as e: warnings.warn(f'{str(e).partition(";")[0]}; the two processes share their answers')
-
 class _Shared:
     "Stands for a claim that another process has, or nobody needs"
     def release(self): pass
-
-@patch(as_prop=True)
-def filled(self:TeacherCache)->float: # In [0, 1]
-    "Share of the answers that are on disk"
-    return 0. if self.answers is None else float(self.answers.there().mean())
 
 # %% ../../nbs/distill/20_cache.ipynb #1bc8f8b7
 def _half(name, t):
     "A tensor in half precision, as an array; an error if it does not fit"
     half = t.detach().as_subclass(Tensor).half().cpu().numpy()
     if not np.isfinite(half).all():
-        raise ValueError(f"the teacher's {name} reach {t.abs().max().item():.3g}, beyond what half precision holds (65,504), so they cannot be kept: "
-                         'use Teacher instead of TeacherCache')
+        raise ValueError(f"the teacher's {name} reach {t.abs().max().item():.3g}, beyond the range of half precision "
+                         '(65,504), so they cannot be cached: use Teacher instead of TeacherCache')
     return half
-
 def _floats(a, device):
     "A half-precision array as a float32 tensor on a device"
     t = torch.from_numpy(a)
     return (t.pin_memory().to(device, non_blocking=True) if device.type=='cuda' else t.to(device)).float()
 
-@patch
-def _listen(self:TeacherCache, x):
-    "What the teacher itself says of images, in half precision: an array for each file"
-    with torch.autocast(x.device.type, enabled=False): logits,features = self._answer((x.as_subclass(Tensor),))
-    return [_half('logits', logits), *(_half(f'features {tap}', features[tap]) for tap in self.taps)]
-
-@patch
-def _show(self:TeacherCache, rows, views):
-    "The images of training in these rows and views"
-    x,*y = self.dl.views_of(rows, np.broadcast_to(views, len(rows)))
-    for mix in self.mixes: x = _mixed(mix, x, y[0])
-    return x.to(self.device)
-
-# %% ../../nbs/distill/20_cache.ipynb #ddd872b6
-@patch
-def attend(self:TeacherCache, x):
-    "Note which images, in which views, are about to come"
-    if any(m.training for m in self.modules): super(TeacherCache, self).attend(x)
-    self._open()
-    if not hasattr(x, 'replay'):
-        raise ValueError('this batch does not say which images it has; is there a callback that replaces the images? Use Teacher instead of TeacherCache')
-    (ids,views),n = x.replay,self.of_images['views']
-    rows = self.row[np.minimum(ids, len(self.row)-1)]
-    if n>1 and views.max()>=n or (rows<0).any() or (self.dl.ids[rows]!=ids).any():
-        raise ValueError(f'view {views.max()} of image {ids.max()} is not among those this fit began with ({len(self.dl.ids)} images × {n} views): '
-                         'were the loaders changed?')
-    self.entries = rows*n + (views if n>1 else 0)
-
-@patch
-def speak(self:TeacherCache, xb):
-    "Logits and features for a batch, as they are kept; from the teacher itself where no batch was announced, as in validation"
-    if self.entries is None or len(self.entries)!=len(xb[0]):
-        if self.dl is not None and self.opened is None and self.weights!='valid_loss': self._open() # the rehearsal: time to see if there is room
-        return super(TeacherCache, self).speak(xb)
-    if self._batch is None or self._batch[0] is not xb:
-        logits,*features = (_floats(v, xb[0].device) for v in self._recall(self.entries, xb[0]))
-        self._batch = xb,logits,dict(zip(self.taps, features))
-    return self._batch[1:]
-
-# %% ../../nbs/distill/20_cache.ipynb #16e5e13c
-@patch
-def _recall(self:TeacherCache, entries, x):
-    "Answers `entries` in half precision, an array for each file, from disk or from the teacher"
-    self._check_images(entries, x)
-    values,there = self.answers.read(entries)
-    if not there.any(): return self._ask(entries, x)
-    if not there.all() and self.answers.read_only:
-        for kept,fresh in zip(values, self._listen(x[torch.from_numpy(~there).to(x.device)])): kept[~there] = fresh
-    elif not there.all():
-        self._complete(entries[~there], len(entries))
-        values,_ = self.answers.read(entries)
-    if not self.same_answers: self._compare(values[0][:2], self._listen(x[:2])[0])
-    return values
-
-@patch
-def _ask(self:TeacherCache, entries, x):
-    "Have the teacher answer for a batch; an image that is in it twice has one answer"
-    _,first,same = np.unique(entries, return_index=True, return_inverse=True)
-    values = [v[first] for v in self._listen(x)]
-    self._keep(entries[first], values)
-    return [v[same] for v in values]
-
-# %% ../../nbs/distill/20_cache.ipynb #12027d40
-@patch
-def _complete(self:TeacherCache, entries, n):
-    "Have the teacher answer what is missing, and more of these views, for `n` images at most"
-    missing,views = self.answers.missing(),self.of_images['views']
-    more = np.setdiff1d(missing[np.isin(missing%views, entries%views)], entries)
-    entries = np.concatenate([np.unique(entries), more])[:n]
-    self._keep(entries, self._listen(self._show(*np.divmod(entries, views))))
-
-@patch
-def _keep(self:TeacherCache, entries, values):
-    self.answers.add(entries, values)
-    self.batches += 1
-    if self.batches%self.every==0: self.answers.flush()
-
-# %% ../../nbs/distill/20_cache.ipynb #6b9bf272
-@patch
-def _check_images(self:TeacherCache, entries, x):
-    "Raise an error unless two images are those the loader makes for these views, once in a fit"
-    if self.same_images: return
-    some = np.unique([0, len(entries)-1])
-    mine = self._show(*np.divmod(entries[some], self.of_images['views'])).as_subclass(Tensor).to(x.device, torch.float32)
-    gap = (x[some.tolist()].as_subclass(Tensor).float()-mine).abs().max().item() if x.shape[1:]==mine.shape[1:] else np.inf
-    if not gap<.02:
-        raise ValueError(f'these images differ by up to {gap:.2g} from those the loader makes for the same views, so no answer to them can be kept: '
-                         'is there a callback that changes them? Use Teacher instead of TeacherCache')
-    self.same_images = True
-
-@patch
-def _compare(self:TeacherCache, kept, fresh):
-    "Raise an error unless logits that were kept are those the teacher gives now, to 5 % of the largest"
-    kept,fresh = kept.astype(np.float32),fresh.astype(np.float32)
-    gap,largest = np.abs(kept-fresh).max(),np.abs(kept).max()
-    if gap > .05*largest + 1e-3:
-        raise ValueError(f'logits that were kept differ by up to {gap:.2g} from what the teacher says of the same images now: its answers are not decided '
-                         f'by its weights alone. Use Teacher instead of TeacherCache, or, if that is over, delete {self.answers.home}')
-    self.same_answers = True
-
 # %% ../../nbs/distill/20_cache.ipynb #d543e338
-@patch
-def delete(self:TeacherCache)->None:
-    "Delete the answers that are open"
-    home = self.answers and self.answers.home
-    if self.claimed is not None: self.claimed.release()
-    self.__dict__.update(_UNOPENED, told=set())
-    if home is not None: shutil.rmtree(home)
+_COLUMNS = 'cache', 'teacher', 'images', 'views', 'answers', 'filled', 'MB', 'note'
 
 def list_caches(
-    folder=None, # Where answers are kept; `default_store_folder()` by default
-)->pd.DataFrame: # One row a cache: `cache`, `teacher`, `images`, `views`, `answers`, `filled` (share), `MB` (when full), `note` (what is wrong with it)
-    "Teacher caches on disk; delete the folder of one that is not wanted any more"
+    folder=None, # Where outputs are kept; default: `default_store_folder()`
+# One row a cache: `cache`, `teacher`, `images`, `views`, `answers` (logits and layers), `filled` (share), `MB` (when
+# full), `note` (what is wrong with it)
+)->pd.DataFrame:
+    "Teacher caches on disk; delete the folder of one that is not needed any more"
     homes = [h for h in sorted(store_folder(folder).glob('teacher-*')) if h.is_dir() and h.suffix!='.part']
-    return pd.DataFrame([_row_of(h) for h in homes], columns=['cache', 'teacher', 'images', 'views', 'answers', 'filled', 'MB', 'note'])
+    return pd.DataFrame([_row_of(h) for h in homes], columns=list(_COLUMNS))
 
 def _row_of(home):
-    "What `list_caches` says of one, whatever state it is in"
-    try:
-        answers = _Answers(home)
-        about,models = answers.about,answers.about['teacher']['models']
-        return dict(cache=home.name, teacher=', '.join(m['model'] for m in models), images=about['images']['number'], views=about['images']['views'],
-                    answers=', '.join(about['answers']), filled=round(float(answers.there().mean()), 3), MB=round(_bytes_of(about)/1e6, 2), note='')
-    except _UNREADABLE as e: return dict(cache=home.name, teacher='', images=0, views=0, answers='', filled=0., MB=0., note=str(e))
-
-# %% ../../nbs/distill/20_cache.ipynb #d4f86c2c
-@patch
-def fill(self:TeacherCache,
-    dls,        # `DataLoaders` of `image_dls`, as they will be trained with
-    cbs=(),     # The Learner's callbacks; of interest are those that mix images
-    progress:bool=True, # Show a progress bar, and say how much room it takes
-): # This cache
-    "Ask the teacher now about every view of every training image, unless its answer is there"
-    self.end()
-    self.meet(dls)
-    self._meet_images(dls, cbs, torch.device(dls.device), print if progress else noop)
-    self._open()
-    missing,n = self.answers.verify().missing(),self.of_images['views']
-    parts = [np.array(p) for p in chunked(missing[np.argsort(missing%n, kind='stable')], self.dl.bs or 64)]
-    for part in progress_bar(parts, leave=False) if progress else parts: self._keep(part, self._listen(self._show(*np.divmod(part, n))))
-    self.end()
-    return self
+    "The row of `list_caches` for one, whatever state it is in"
+    try: stored = _StoredOutputs(home)
+    except _UNREADABLE as e: return dict(zip(_COLUMNS, (home.name, '', 0, 0, '', 0., 0., str(e))))
+    images,models = stored.about['images'],stored.about['teacher']['models']
+    filled,size = round(float(stored.there().mean()), 3),round(_bytes_of(stored.about)/1e6, 2)
+    names = ', '.join(m['model'] for m in models),', '.join(stored.about['answers'])
+    return dict(zip(_COLUMNS, (home.name, names[0], images['number'], images['views'], names[1], filled, size, '')))

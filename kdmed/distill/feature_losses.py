@@ -24,10 +24,12 @@ def _unit(x):
     return x / length.masked_fill(length==0, math.inf)
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #fa557c70
-def _shapes(student, teacher, what='features'): return f'student_{what} {tuple(student.shape)}, teacher_{what} {tuple(teacher.shape)}'
+def _shapes(student, teacher, what='features'):
+    return f'student_{what} {tuple(student.shape)}, teacher_{what} {tuple(teacher.shape)}'
 
 def _check_same_images(student, teacher):
-    if len(student)!=len(teacher): raise ValueError(f'expected features of the same images, got {_shapes(student, teacher)}')
+    if len(student)!=len(teacher):
+        raise ValueError(f'expected features of the same images, got {_shapes(student, teacher)}')
 
 def _check_same_places(student, teacher):
     "Raise `ValueError` unless both are maps of the same images and places"
@@ -35,14 +37,16 @@ def _check_same_places(student, teacher):
         raise ValueError(f'expected maps [B, C, places…], got {_shapes(student, teacher)}: for vectors use hint_loss, '
                          'cosine_loss or relational_loss')
     if student.shape[:1]+student.shape[2:] != teacher.shape[:1]+teacher.shape[2:]:
-        raise ValueError(f'expected the same images and places, got {_shapes(student, teacher)}: average the finer map down to the coarser '
+        raise ValueError(f'expected the same images and places, got {_shapes(student, teacher)}: '
+                         'average the finer map down to the coarser '
                          '(F.adaptive_avg_pool2d), or use similarity_loss')
 
 def _check_same_shape(student, teacher, instead, what='features'):
     "Raise `ValueError` with the way out unless shapes are equal"
     if student.shape==teacher.shape: return
-    raise ValueError(f'expected equal shapes, got {_shapes(student, teacher, what)}: a trained projector takes the student '
-                     f'to the width of its teacher, F.adaptive_avg_pool2d a finer map to the coarser; other widths as they are: {instead}')
+    raise ValueError(f'expected equal shapes, got {_shapes(student, teacher, what)}: a trained projector takes the '
+                     'student to the width of its teacher, F.adaptive_avg_pool2d a finer map to the coarser; '
+                     f'other widths as they are: {instead}')
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #8a005671
 def hint_loss(
@@ -61,7 +65,8 @@ def attention_map(
     features:Tensor, # [B, C, places…], such as [B, C, H, W]; tokens [B, N, C] transposed
 )->Tensor: # [B, N], N places row by row; each image's map has length 1, or is zero where its features are
     "Strength of the features at each place: mean square over channels, normalized over places"
-    if features.ndim < 3: raise ValueError(f'features must be [B, C, places…], got {tuple(features.shape)}: no places are left')
+    if features.ndim < 3:
+        raise ValueError(f'features must be [B, C, places…], got {tuple(features.shape)}: no places are left')
     return _unit(promote_precision(features)[0].square().mean(1).flatten(1))
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #9dfca16d
@@ -69,7 +74,7 @@ def attention_transfer_loss(
     student_features:Tensor, # [B, C, places…]
     teacher_features:Tensor, # [B, C', places…]: the same places, any number of channels; computed without gradient
     image_weights:Tensor|None=None, # Factor on each image's loss, [B]
-    squared:bool=True,       # Mean over places of squares, as the authors' code has it; False: length, as their equation has it
+    squared:bool=True,       # Mean over places of squares, as in the authors' code; False: length, as in their equation
 )->Tensor: # Scalar, without unit: mean over the batch, from 0 to 2/N, or to √2 if not `squared`
     "Distance between student and teacher attention maps"
     _check_same_places(student_features, teacher_features)
@@ -88,7 +93,8 @@ def channel_loss(
     _check_same_places(student_features, teacher_features)
     _check_same_shape(student_features, teacher_features, 'attention_transfer_loss')
     check_temperature(temperature)
-    log_q,log_p = (F.log_softmax(f.flatten(2)/temperature, dim=2) for f in cut_off_teacher(student_features, teacher_features))
+    log_q,log_p = (F.log_softmax(f.flatten(2)/temperature, dim=2) for f in cut_off_teacher(student_features,
+                                                                                           teacher_features))
     divergences = F.kl_div(log_q, log_p, reduction='none', log_target=True).sum(2)
     return image_mean(divergences.mean(1), image_weights) * temperature**2
 
@@ -176,7 +182,8 @@ def cosine_loss(
     image_weights:Tensor|None=None, # Factor on each image's loss, [B]
 )->Tensor: # Scalar, without unit: mean over the batch, from 0 (same directions) to 2 (opposite ones); 1 for zeros
     "One minus the cosine between student and teacher vectors"
-    if student_tokens.ndim!=2: raise ValueError(f'student_tokens must be [B, D], got {tuple(student_tokens.shape)}: for maps use hint_loss')
+    if student_tokens.ndim!=2:
+        raise ValueError(f'student_tokens must be [B, D], got {tuple(student_tokens.shape)}: for maps use hint_loss')
     _check_same_shape(student_tokens, teacher_tokens, 'relational_loss', what='tokens')
     s,t = (_unit(tokens) for tokens in cut_off_teacher(student_tokens, teacher_tokens))
     return image_mean(1 - (s*t).sum(1), image_weights)

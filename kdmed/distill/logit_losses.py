@@ -70,14 +70,16 @@ def column_weights(
     if class_weights is None: return logits.new_ones(logits.shape[1:])
     weights = torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device)
     if weights.shape == logits.shape[1:]: return weights
-    raise ValueError(f'class_weights must have one weight per column of logits {tuple(logits.shape)}, got shape {tuple(weights.shape)}')
+    raise ValueError(f'class_weights must have one weight per column of logits {tuple(logits.shape)}, '
+                     f'got shape {tuple(weights.shape)}')
 
 def _row_weights(image_weights, logits):
     "`image_weights` on the device and in the precision of `logits`, ones by default, checked against their rows"
     if image_weights is None: return logits.new_ones(len(logits))
     weights = torch.as_tensor(image_weights, dtype=logits.dtype, device=logits.device)
     if weights.shape == logits.shape[:1]: return weights
-    raise ValueError(f'image_weights must have one weight per image, ({len(logits)},), got shape {tuple(weights.shape)}')
+    raise ValueError(f'image_weights must have one weight per image, ({len(logits)},), '
+                     f'got shape {tuple(weights.shape)}')
 
 # %% ../../nbs/distill/00_logit_losses.ipynb #2c127c12
 def image_mean(
@@ -194,7 +196,9 @@ def logit_mse_loss(
     check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     s,t = mask_tensors(mask, *cut_off_teacher(student_logits, teacher_logits))
     if center:
-        if mask is not None: raise ValueError('center is for the classes of a softmax, mask for labels that stand alone: give one of them')
+        if mask is not None:
+            raise ValueError('center is for the classes of a softmax, mask for independent labels: '
+                             'pass one of them')
         check_softmax_classes('student_logits', s, 'logit_mse_loss without center')
         s,t = (z - z.mean(1, keepdim=True) for z in (s, t))
     return entry_mean((s-t)**2, mask, class_weights, image_weights)
@@ -207,7 +211,8 @@ def check_class_targets(
 )->None:
     "Raise `ValueError` unless targets are class indices, one for each image"
     if targets.shape!=logits.shape[:1] or targets.is_floating_point():
-        raise ValueError(f'targets must be class indices of shape ({len(logits)},), got {targets.dtype} {tuple(targets.shape)}. '
+        raise ValueError(f'targets must be class indices of shape ({len(logits)},), '
+                         f'got {targets.dtype} {tuple(targets.shape)}. '
                          f'For one logit or many labels use {instead}')
 
 def _known_or_likeliest(targets, teacher_logits):
@@ -231,12 +236,14 @@ def decoupled_loss(
     other_weight:float=8.,  # β: what the other classes look like
     image_weights:Tensor|None=None, # Factor on the loss of each image, [B]
 )->Tensor: # Scalar, in nats: weighted sum divided by the batch size
-    "KL(teacher‖student) of the true class against all others, and among those others, each with its weight, times `temperature`²"
+    "KL(teacher‖student) of the true class against all others, and among those others, weighted, times `temperature`²"
     check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    _check_several_classes('student_logits', student_logits, 'with a single other class this is target_weight × soft_target_loss')
+    _check_several_classes('student_logits', student_logits,
+                           'with a single other class this is target_weight × soft_target_loss')
     check_temperature(temperature)
     classes = _known_or_likeliest(targets, teacher_logits)
-    (s,log_q),(t,log_p) = (_one_against_others(z/temperature, classes) for z in cut_off_teacher(student_logits, teacher_logits))
+    (s,log_q),(t,log_p) = (_one_against_others(z/temperature, classes) for z in cut_off_teacher(student_logits,
+                                                                                                teacher_logits))
     losses = target_weight*_coin_divergence(t, s) + other_weight*_divergence(log_p, log_q)
     return image_mean(losses, image_weights) * temperature**2
 
@@ -253,7 +260,8 @@ def normalized_loss(
     check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     _check_several_classes('student_logits', student_logits, 'with a single other class there is nothing to normalize')
     check_temperature(temperature)
-    classes,(student,teacher) = _known_or_likeliest(targets, teacher_logits), cut_off_teacher(student_logits, teacher_logits)
+    classes,(student,teacher) = _known_or_likeliest(targets,
+                                                    teacher_logits), cut_off_teacher(student_logits, teacher_logits)
     (s,_),(t,_) = (_one_against_others(z, classes) for z in (student, teacher))
     (_,log_q),(_,log_p) = (_one_against_others(z/temperature, classes) for z in (student, teacher))
     others = -(log_p.exp() * log_q.where(log_p > -math.inf, 0)).sum(1)
@@ -261,7 +269,7 @@ def normalized_loss(
 
 # %% ../../nbs/distill/00_logit_losses.ipynb #ef5c87b9
 def _z_scores(rows, counts):
-    "Each row less its mean, over its standard deviation, columns counted by `counts`; zeros for a row without variation"
+    "Each row minus its mean, over its standard deviation, columns weighted by `counts`; zeros for a constant row"
     info = torch.finfo(rows.dtype)
     share = counts / counts.sum().clamp_min(info.tiny)
     gaps = rows / rows.detach().abs().amax(1, keepdim=True).clamp_min(info.tiny)
@@ -273,9 +281,10 @@ def _z_scores(rows, counts):
 # %% ../../nbs/distill/00_logit_losses.ipynb #e1717ab0
 def standardize_logits(
     logits:Tensor, # Unnormalized scores, [B, C], C ≥ 3
-)->Tensor: # [B, C], float32 or float64: each row with mean 0 and standard deviation 1; zeros where all its logits are equal
+)->Tensor: # [B, C], float32 or float64: each row with mean 0 and standard deviation 1; zeros for a constant row
     "z-scores of each image's logits over its classes"
-    _check_several_classes('logits', logits, 'standardized they are always ±1', 'soft_target_loss on the logits as they are')
+    _check_several_classes('logits', logits, 'standardized they are always ±1',
+                           'soft_target_loss on the logits as they are')
     z, = promote_precision(logits)
     return _z_scores(z, torch.ones_like(z[0]))
 
@@ -296,7 +305,8 @@ def dist_loss(
 )->Tensor: # Scalar, from 0 to 2 × (inter_weight + intra_weight) × `temperature`²
     "1 - correlation of student and teacher probabilities, over classes and over images, times `temperature`²"
     check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    _check_several_classes('student_logits', student_logits, 'a correlation over two classes is ±1, whatever the models say')
+    _check_several_classes('student_logits', student_logits,
+                           'a correlation over two classes is ±1, whatever the models say')
     q,p = (z.exp() for z in _soften(student_logits, teacher_logits, temperature))
     counts = _row_weights(image_weights, q)
     inter = image_mean(_decorrelation(q, p, torch.ones_like(q[0])), image_weights)

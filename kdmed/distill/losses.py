@@ -19,7 +19,7 @@ from .logit_losses import (
 
 # %% ../../nbs/distill/10_losses.ipynb #8653850e
 def is_known(
-    targets:Tensor, # Class indices, [B], with `UNLABELED` (-100), or numbers, [B] or [B, L], with NaN, where nothing is known
+    targets:Tensor, # Class indices, [B], with `UNLABELED` (-100), or numbers, [B] or [B, L], with NaN, where unknown
 )->Tensor: # Bool, shape of `targets`
     "True where a target is known"
     targets = plain_tensor(targets)
@@ -79,7 +79,7 @@ def bernoulli_focal_loss(
     targets:Tensor, # Same shape: 1 present, 0 absent, between them a blend of both; NaN is left out
     gamma:float=2., # How strongly easy answers are turned down, ≥ 0; 0 is binary cross entropy
     class_weights:Tensor|None=None, # Factor on each label's column, [L]: its presences and its absences alike
-    mask:Tensor|None=None,          # True where an entry counts, bool, shape of the logits; by default wherever a target is known
+    mask:Tensor|None=None,          # True where an entry counts, bool, shape of the logits; default: known targets
     image_weights:Tensor|None=None, # Factor on the loss of each image, [B]
 )->Tensor: # Scalar, in nats: weighted sum divided by the number of entries that count
     "Binary cross entropy, each answer turned down by its easiness and scaled by the weight of its label"

@@ -1,4 +1,4 @@
-"""A vision transformer says where it looks, what each channel finds, and what its class token concludes: several terms at once, from a long ViT to a short one
+"""Spatial attention, channels, class token and logits of a vision transformer: several terms at once, from a long ViT to a short one
 
 Docs: https://kdmed.github.io/kdmed/distill/multidim.html.md"""
 
@@ -11,24 +11,25 @@ __all__ = ['VITKD_WEIGHTS', 'pair_blocks', 'split_tokens', 'MultiDimKD', 'hide_p
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.basics import unwrap
 from ..core.checks import check_in, check_integer, check_number
 from ..models.create import feature_map, stage_names
-from .callbacks import SeveralTerms, at_progress, check_setting
 from .feature_losses import (
     FEATURE_WEIGHTS, attention_transfer_loss, channel_loss, cosine_loss, hint_loss)
 from .features import FeatureKD, pool_to_same_size
+from .fit import SeveralTerms, at_progress, check_setting
 from .logit_losses import cut_off_teacher
+from .registry import ALL, register_method
 
 # %% ../../nbs/distill/35_multidim.ipynb #8e19ea1f
 def _blocks(model, owner):
     "Names of the blocks of a timm ViT, first block first"
     model = unwrap(model)
     if not any(hasattr(m, 'num_prefix_tokens') for m in model.modules()):
-        raise ValueError(f'the {owner}, a {type(model).__name__}, is no ViT of timm, whose blocks could be paired: name the pairs of layers')
+        raise ValueError(f'the {owner}, a {type(model).__name__}, is not a ViT of timm, '
+                         'so its blocks cannot be paired: name the pairs of layers')
     return stage_names(model)
 
 def pair_blocks(
@@ -42,7 +43,7 @@ def pair_blocks(
 
 # %% ../../nbs/distill/35_multidim.ipynb #1cd1b782
 def split_tokens(
-    features:Tensor, # What a block gives, [B, P+N, D]; of other models, a map
+    features:Tensor, # Output of a block, [B, P+N, D]; of other models, a map
     model:nn.Module, # Where it comes from
 )->tuple: # Places [B, D, H, W], and the class token [B, D], or None if there is none in here
     "Patches as a map, and the class token"
@@ -55,26 +56,28 @@ def _token_of(model):
     return next((m.cls_token for m in model.modules() if getattr(m, 'cls_token', None) is not None), None)
 
 def _columns(ours, theirs, token):
-    "Two pairs of places and class token as two tables [B, D, N, 1] of the same places; if asked for, the class token is the first column"
+    "Two pairs of places and class token as tables [B, D, N, 1] of the same places; the class token first, if `token`"
     (our_places,our_token),(their_places,their_token) = ours,theirs
     tables = [m.flatten(2) for m in pool_to_same_size(our_places, their_places)]
-    if token: tables = [torch.cat([t[:, :, None], table], 2) for t,table in zip((our_token, their_token), tables)]
+    if token:
+        tokens = our_token,their_token
+        tables = [torch.cat([t[:, :, None], table], 2) for t,table in zip(tokens, tables)]
     return tuple(table[..., None] for table in tables)
 
-# %% ../../nbs/distill/35_multidim.ipynb #0059a068
-_LATER = [('', '')] # pairs that are known when the student is
-
 # %% ../../nbs/distill/35_multidim.ipynb #e606d69f
+# Long because: one class, four terms
 class MultiDimKD(SeveralTerms, FeatureKD):
-    "Match where a ViT looks, what each channel finds, its class token and its answer; four terms, four columns of the log"
+    "Match a ViT's spatial attention, its channels, its class token and its logits; four terms, four columns of the log"
     name,same_size = 'mdkd',False
+    not_settings = *FeatureKD.not_settings,'pairs'
     def __init__(self,
-        teacher,                # `Teacher`, or what makes one; a ViT
-        pairs=None,             # `[(student block, teacher block), …]`; those of `pair_blocks` if left out
-        spatial_weight=FEATURE_WEIGHTS['attention'],   # Factor on the term of attention maps; a number or a function of progress, 0 leaves it out. The others alike
+        teacher,                # `Teacher`, or what it can be created from; a ViT
+        pairs=None,             # `[(student block, teacher block), …]`; default: those of `pair_blocks`
+        # Factor on the term of attention maps; a number or a function of progress, 0 leaves it out. The others alike
+        spatial_weight=FEATURE_WEIGHTS['attention'],
         channel_weight=FEATURE_WEIGHTS['channel'],     # Factor on the term of channels
         class_token_weight=FEATURE_WEIGHTS['cosine'],  # Factor on the term of class tokens
-        response_weight=.5,     # Factor on the term of logits; at 0 the teacher's classes may be others than the student's
+        response_weight=.5,     # Factor on the term of logits; at 0 the teacher's classes may differ from the student's
         label_weight=.5,        # Factor on the label loss
         weight=1.,              # Factor on all four terms
         temperature=4.,         # Softens the logits
@@ -82,91 +85,92 @@ class MultiDimKD(SeveralTerms, FeatureKD):
         class_token:str='cosine', # `cosine`: directions; `mse`: lengths, too
     ):
         check_in(class_token, ('cosine', 'mse'), 'class_token')
-        self.weights = dict(spatial=spatial_weight, channel=channel_weight, class_token=class_token_weight, response=response_weight)
+        self.weights = dict(spatial=spatial_weight, channel=channel_weight, class_token=class_token_weight,
+                            response=response_weight)
         for name,w in self.weights.items(): check_setting(f'{name}_weight', w)
-        for name,tau in dict(temperature=temperature, channel_temperature=channel_temperature).items(): check_setting(name, tau, positive=True)
-        self.temperature,self.channel_temperature,self.token_loss = temperature,channel_temperature,cosine_loss if class_token=='cosine' else hint_loss
-        self.automatic,self.tokens,self.uses_logits = pairs is None,bool(class_token_weight),bool(response_weight)
+        check_setting('temperature', temperature, positive=True)
+        check_setting('channel_temperature', channel_temperature, positive=True)
+        self.given,self.class_token = pairs,class_token
+        self.temperature,self.channel_temperature = temperature,channel_temperature
+        self.tokens,self.uses_logits = bool(class_token_weight),bool(response_weight)
         self.projects = 'widths' if channel_weight or class_token_weight else 'never'
         super().__init__(teacher, _LATER if pairs is None else pairs, weight, label_weight)
 
-# %% ../../nbs/distill/35_multidim.ipynb #bb1ce614
-@patch
-def _add_taps(self:MultiDimKD):
-    if self.pairs==_LATER: return
-    for _,layer in self.pairs: self.teacher.add_tap(layer, 'raw')
+    def add_taps(self):
+        for _,layer in self.pairs if self.pairs!=_LATER else (): self.teacher.add_tap(layer, 'raw')
 
-@patch
-def prepare(self:MultiDimKD):
-    "Find the pairs; see that both class tokens are read"
-    if self.automatic: self.pairs = pair_blocks(self.learn.model, self.teacher.model)
-    for model,owner in ((self.learn.model, 'student'), (self.teacher.model, 'teacher')) if self.tokens else (): _check_token_read(model, owner)
-    super(MultiDimKD, self).prepare()
+    def prepare(self):
+        "Find the pairs; see that the heads of both models read their class tokens"
+        if self.given is None: self.pairs = pair_blocks(self.learn.model, self.teacher.model)
+        models = dict(student=self.learn.model, teacher=self.teacher.model) if self.tokens else {}
+        for owner,model in models.items(): _check_token_read(model, owner)
+        super().prepare()
+
+    def ours(self, features): return self.split(features, unwrap(self.learn.model))
+    def theirs(self, features, layer): return self.split(features[layer, 'raw'], unwrap(self.teacher.model))
+
+    def split(self, features, model):
+        places,token = split_tokens(features, model)
+        if self.tokens and token is None:
+            raise ValueError(f'there is no class token yet in a paired layer of {type(model).__name__}. '
+                             'Pass class_token_weight=0, or pair other layers')
+        return places,token
+
+    def maps(self, xb=None): # (student, teacher) for each pair: [B, D, N, 1], the class token in front of N patches
+        "Tokens of both sides, of the same places"
+        return [_columns(*pair, self.tokens) for pair in super().maps(xb)]
+
+    def values(self, names):
+        "{term: value} for `names`, features averaged over the pairs"
+        values,features = {},[name for name in names if name!='response']
+        if features:
+            maps = self.maps()
+            pairs = [(ours, p, theirs) for (ours,theirs),(p,_) in zip(maps, self.projected(maps))]
+            values = {name: sum(self.measure(name, *pair) for pair in pairs) / len(pairs) for name in features}
+        if 'response' in names:
+            values['response'] = self.softened(*self.logits(), at_progress(self.temperature, self.progress))
+        return values
+
+    def measure(self, name, ours, projected, theirs):
+        "One of the terms, for one pair of blocks"
+        first = int(self.tokens)
+        if name=='class_token':
+            loss = cosine_loss if self.class_token=='cosine' else hint_loss
+            return loss(projected[:, :, 0, 0], theirs[:, :, 0, 0])
+        if name=='spatial': return attention_transfer_loss(ours[:, :, first:], theirs[:, :, first:])
+        tau = at_progress(self.channel_temperature, self.progress)
+        return channel_loss(projected[:, :, first:], theirs[:, :, first:], tau)
+
+    def distance(self, ours, theirs): # in the rehearsal
+        if ours.shape[2]==1+self.tokens and (self.weights['spatial'] or self.weights['channel']):
+            raise ValueError('there is a single patch at this image size, so there are no places to compare. '
+                             'Pass spatial_weight=0 and channel_weight=0')
+        for name,weight in self.weights.items():
+            if weight and name!='response': self.measure(name, ours, ours, theirs)
+
+# %% ../../nbs/distill/35_multidim.ipynb #mdlater
+_LATER = [('', '')] # pairs that are known when the student is
 
 def _check_token_read(model, owner):
     "Raise `ValueError` unless a ViT has a class token that its head reads"
     model = unwrap(model)
     pool = next((m.global_pool for m in model.modules() if isinstance(getattr(m, 'global_pool', None), str)), 'token')
     if _token_of(model) is None: why = 'has no class token'
-    elif pool!='token': why = f"answers from its patches (global_pool={pool!r}): nothing tells its class token what to hold"
+    elif pool!='token': why = f'classifies by its patches (global_pool={pool!r}): its class token is not trained'
     else: return
     raise ValueError(f'the {owner}, a {type(model).__name__}, {why}. Pass class_token_weight=0')
 
-# %% ../../nbs/distill/35_multidim.ipynb #85f7d513
-@patch
-def _ours(self:MultiDimKD, features, model): return self._split(features, model)
-
-@patch
-def _theirs(self:MultiDimKD, taught, layer): return self._split(taught[layer, 'raw'], unwrap(self.teacher.model))
-
-@patch
-def _split(self:MultiDimKD, features, model):
-    places,token = split_tokens(features, model)
-    if self.tokens and token is None: raise ValueError(f'there is no class token yet in a paired layer of {type(model).__name__}. Pass class_token_weight=0, or pair other layers')
-    return places,token
-
-@patch
-def maps(self:MultiDimKD,
-    xb=None, # Inputs; those of the batch if left out
-)->list: # (student, teacher) for each pair: [B, D, N, 1], the class token in front of N patches
-    "Tokens of both sides, of the same places"
-    return [_columns(*pair, self.tokens) for pair in super(MultiDimKD, self).maps(xb)]
-
-# %% ../../nbs/distill/35_multidim.ipynb #c1685d8e
-@patch
-def _measure(self:MultiDimKD, name, ours, projected, theirs):
-    "One of the terms, for one pair of blocks"
-    first = int(self.tokens)
-    if name=='class_token': return self.token_loss(projected[:, :, 0, 0], theirs[:, :, 0, 0])
-    if name=='spatial': return attention_transfer_loss(ours[:, :, first:], theirs[:, :, first:])
-    return channel_loss(projected[:, :, first:], theirs[:, :, first:], at_progress(self.channel_temperature, self.progress))
-
-@patch
-def _response(self:MultiDimKD): return self.softened(*self.logits(), at_progress(self.temperature, self.progress))
-
-@patch
-def values(self:MultiDimKD, names):
-    "{term: value} of those asked for, features averaged over the pairs"
-    features = [name for name in names if name!='response']
-    maps = self.maps() if features else []
-    pairs = [(ours, p, theirs) for (ours,theirs),(p,_) in zip(maps, self.projected(maps))]
-    values = {name: sum(self._measure(name, *pair) for pair in pairs) / len(pairs) for name in features}
-    return values | ({'response': self._response()} if 'response' in names else {})
-
-
-# %% ../../nbs/distill/35_multidim.ipynb #80cb26a2
-@patch
-def distance(self:MultiDimKD, ours, theirs): # in the rehearsal
-    if ours.shape[2]==1+self.tokens and (self.weights['spatial'] or self.weights['channel']):
-        raise ValueError('there is a single patch at this image size, and so no where to compare. Pass spatial_weight=0 and channel_weight=0')
-    for name,weight in self.weights.items():
-        if weight and name!='response': self._measure(name, ours, ours, theirs)
+@register_method('multi_dim', 'places, channels, class token and logits of a shorter ViT', ALL,
+                 'multi-dimensional KD 2024; formulas ours', needs='vit')
+def _multi_dim(student, teacher):
+    pair_blocks(student, teacher.model) # or an error
+    return [MultiDimKD(teacher)]
 
 # %% ../../nbs/distill/35_multidim.ipynb #6c932f0f
 def hide_places(
     images:int, # Rows
     places:int, # Columns
-    ratio:float, # Share of places to hide, between 0 and 1; what is left over is hidden
+    ratio:float, # Share of places to hide, between 0 and 1, rounded up
     key,        # Integers; the same key, the same places
 )->Tensor: # Bool, [images, places]; equally many True in each row
     "Which places of each image are hidden, at random"
@@ -179,48 +183,91 @@ def generation_loss(
     teacher_features:Tensor, # Same shape, computed without gradient
     hidden:Tensor,           # Bool, [B, H, W]: the places that count
 )->Tensor: # Scalar, in squared feature units: mean over every element of the hidden places
-    "Mean squared error of what was guessed about hidden places"
+    "Mean squared error of the predicted features of hidden places"
     if generated.shape!=teacher_features.shape or hidden.shape!=generated.shape[:1]+generated.shape[2:]:
-        raise ValueError(f'expected maps [B, C, H, W] of one shape and hidden [B, H, W], got {tuple(generated.shape)}, {tuple(teacher_features.shape)} and {tuple(hidden.shape)}')
+        shapes = ', '.join(str(tuple(t.shape)) for t in (generated, teacher_features, hidden))
+        raise ValueError(f'expected maps [B, C, H, W] of one shape and hidden [B, H, W], got {shapes}')
     ours,theirs = cut_off_teacher(generated, teacher_features)
     return ((ours-theirs).square().mean(1)*hidden).sum() / hidden.sum().clamp(min=1)
 
 # %% ../../nbs/distill/35_multidim.ipynb #096e2cf3
-VITKD_WEIGHTS = dict(mimic=3e-5 * 2*196*384, generation=3e-6 * 196*384) # published factors on an image's sums, of DeiT-Small's 196 patches and 384 channels, for means
+# Published factors on an image's sums, of DeiT-Small's 196 patches and 384 channels, converted to means
+VITKD_WEIGHTS = dict(mimic=3e-5 * 2*196*384, generation=3e-6 * 196*384)
 
 class _Generator(nn.Module):
-    "What ViTKD trains beside its student: a projector for each pair of other widths, a token, two convolutions"
+    "What ViTKD trains beside its student: a projector for each pair of different widths, a token, two convolutions"
     def __init__(self, widths):
         super().__init__()
         width = widths[-1][1]
-        self.align = nn.ModuleList([nn.Identity() if ours==theirs else nn.Conv2d(ours, theirs, 1) for ours,theirs in widths])
+        self.align = nn.ModuleList([nn.Identity() if a==b else nn.Conv2d(a, b, 1) for a,b in widths])
         self.token = nn.Parameter(torch.zeros(width))
-        self.generate = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+        convolutions = nn.Conv2d(width, width, 3, padding=1),nn.ReLU(),nn.Conv2d(width, width, 3, padding=1)
+        self.generate = nn.Sequential(*convolutions)
 
     def forward(self, features, hidden):
-        "The teacher's last map, guessed from what is not hidden of the student's"
-        return self.generate(torch.where(hidden[:, None], self.token[:, None, None], self.align[-1](features)))
+        "The teacher's last map, predicted from the places of the student's that are not hidden"
+        visible = torch.where(hidden[:, None], self.token[:, None, None], self.align[-1](features))
+        return self.generate(visible)
 
 # %% ../../nbs/distill/35_multidim.ipynb #555ba21f
+# Long because: one class, two terms
 class ViTKD(SeveralTerms, FeatureKD):
     "Mimic a teacher's first blocks; generate its last map from half of the student's places"
     name = 'vitkd'
+    not_settings = *FeatureKD.not_settings,'pairs','drawn'
     def __init__(self,
-        teacher,           # `Teacher`, or what makes one; a ViT
-        shallow=None,      # `[(student layer, teacher layer), …]` to mimic; the first two blocks if left out
-        deep=None,         # (student layer, teacher layer) to generate; the normalized tokens after the last block if left out
+        teacher,           # `Teacher`, or what it can be created from; a ViT
+        shallow=None,      # `[(student layer, teacher layer), …]` to mimic; default: the first two blocks
+        deep=None,         # (student layer, teacher layer) to generate; default: the normalized last tokens
         mimic_weight=VITKD_WEIGHTS['mimic'],           # Factor on mimicking; a number or a function of progress
         generation_weight=VITKD_WEIGHTS['generation'], # Factor on generating; likewise
         label_weight=1.,   # Factor on the label loss
         weight=1.,         # Factor on both terms
         mask_ratio:float=.5, # Share of the student's places that are hidden, between 0 and 1
-        seed:int=0,        # Another seed, other places
+        seed:int=0,        # Decides which places
     ):
-        mask_ratio,seed = check_number(mask_ratio, 'mask_ratio', above=0, below=1),check_integer(seed, 'seed', least=0)
+        self.mask_ratio = check_number(mask_ratio, 'mask_ratio', above=0, below=1)
+        self.seed = check_integer(seed, 'seed', least=0)
         self.weights = dict(mimic=mimic_weight, generation=generation_weight)
         for name,w in self.weights.items(): check_setting(f'{name}_weight', w)
-        self.given,self.mask_ratio,self.seed,self.drawn,self.automatic = (shallow, deep),mask_ratio,seed,0,shallow is None or deep is None
-        super().__init__(teacher, _LATER if self.automatic else [*shallow, deep], weight, label_weight)
+        self.given,self.drawn = (shallow, deep),0 # batches whose places were drawn
+        later = shallow is None or deep is None
+        super().__init__(teacher, _LATER if later else [*shallow, deep], weight, label_weight)
+
+    def add_taps(self):
+        if self.pairs!=_LATER: super().add_taps()
+
+    def prepare(self):
+        if None in self.given: self.pairs = _shallow_and_deep(self.learn.model, self.teacher.model, *self.given)
+        super().prepare()
+
+    def build_projectors(self, widths): return _Generator(widths)
+
+    def projected(self, maps):
+        return [(align(ours), theirs) for align,(ours,theirs) in zip(self.projectors.align, maps)]
+
+    def values(self, names):
+        "{term: value} for `names`"
+        maps,values = self.maps(),{}
+        if 'mimic' in names:
+            pairs = self.projected(maps)[:-1]
+            values['mimic'] = sum(hint_loss(*pair) for pair in pairs) / len(pairs)
+        if 'generation' in names:
+            ours,theirs = maps[-1]
+            hidden = self.hide(ours)
+            values['generation'] = generation_loss(self.projectors(ours, hidden), theirs, hidden)
+        return values
+
+    def hide(self, features):
+        "Which places to hide in this batch, [B, H, W]; others in each batch and each process"
+        n,_,*grid = features.shape
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.drawn += 1
+        hidden = hide_places(n, grid[0]*grid[1], self.mask_ratio, [self.seed, rank, self.drawn])
+        return hidden.unflatten(1, tuple(grid)).to(features.device)
+
+    def own_state(self): return dict(drawn=self.drawn)
+    def load_own_state(self, state): self.drawn = state['drawn']
 
 # %% ../../nbs/distill/35_multidim.ipynb #3c3433aa
 def _shallow_and_deep(student, teacher, shallow, deep):
@@ -230,62 +277,7 @@ def _shallow_and_deep(student, teacher, shallow, deep):
     last = [norm if norm in dict(model.named_modules()) else blocks[-1] for norm,(model,blocks) in zip(norms, sides)]
     return [*(shallow or list(zip(*(blocks[:2] for _,blocks in sides)))), deep or tuple(last)]
 
-@patch
-def _add_taps(self:ViTKD):
-    if self.pairs!=_LATER: super(ViTKD, self)._add_taps()
-
-@patch
-def prepare(self:ViTKD):
-    if self.automatic: self.pairs = _shallow_and_deep(self.learn.model, self.teacher.model, *self.given)
-    super(ViTKD, self).prepare()
-    self.kept_drawn = self.drawn
-
-@patch
-def after_fit(self:ViTKD): # a learning rate test draws no masks
-    if self.finding_lr: self.drawn = self.kept_drawn
-    super(ViTKD, self).after_fit()
-
-# %% ../../nbs/distill/35_multidim.ipynb #6434e24a
-@patch
-def _make_projectors(self:ViTKD, maps):
-    self.projectors = _Generator([(ours.shape[1], theirs.shape[1]) for ours,theirs in maps]).to(maps[0][0].device)
-    if dist.is_initialized(): # the same in every process
-        for p in self.projectors.parameters(): dist.broadcast(p.data, 0)
-
-@patch
-def projected(self:ViTKD, maps): return [(align(ours), theirs) for align,(ours,theirs) in zip(self.projectors.align, maps)]
-
-@patch
-def _hidden(self:ViTKD, features):
-    "Which places to hide in this batch, [B, H, W]; others in each batch and each process"
-    (n,_,*grid),rank = features.shape,dist.get_rank() if dist.is_initialized() else 0
-    self.drawn += 1
-    return hide_places(n, grid[0]*grid[1], self.mask_ratio, [self.seed, rank, self.drawn]).unflatten(1, tuple(grid)).to(features.device)
-
-
-# %% ../../nbs/distill/35_multidim.ipynb #2be45474
-@patch
-def values(self:ViTKD, names):
-    "{term: value} of those asked for"
-    maps,values = self.maps(),{}
-    if 'mimic' in names: values['mimic'] = sum(hint_loss(*pair) for pair in self.projected(maps)[:-1]) / (len(maps)-1)
-    if 'generation' in names:
-        ours,theirs = maps[-1]
-        hidden = self._hidden(ours)
-        values['generation'] = generation_loss(self.projectors(ours, hidden), theirs, hidden)
-    return values
-
-# %% ../../nbs/distill/35_multidim.ipynb #c52f79e8
-@patch
-def state_dict(self:ViTKD): return super(ViTKD, self).state_dict() | dict(drawn=self.drawn)
-
-@patch
-def load_state_dict(self:ViTKD, state):
-    "As that of `FeatureKD`, and how many batches had places hidden"
-    self.drawn = state['drawn']
-    super(ViTKD, self).load_state_dict({k: v for k,v in state.items() if k!='drawn'})
-
-@patch
-def _remade(self:ViTKD, state, pairs):
-    shapes = [state[f'align.{i}.weight'].shape if f'align.{i}.weight' in state else 2*[len(state['token'])] for i in range(pairs)]
-    return _Generator([(s[1], s[0]) for s in shapes])
+@register_method('vitkd', 'mimic the first blocks, generate the last', ALL, 'ViTKD, Yang et al. 2022', needs='vit')
+def _vitkd(student, teacher):
+    pair_blocks(student, teacher.model) # or an error
+    return [ViTKD(teacher)]

@@ -1,4 +1,4 @@
-"""Teach one thing after another, or the parts of a network one by one: weights that follow a schedule, and exits that listen on the way
+"""Distil one thing after another, or the parts of a network one by one: weights that follow a schedule, and early exits with terms of their own
 
 Docs: https://kdmed.github.io/kdmed/distill/multistage.html.md"""
 
@@ -11,12 +11,15 @@ __all__ = ['staged', 'during', 'MultiStageKD', 'SchedCos', 'SchedExp', 'SchedLin
 from contextlib import contextmanager
 from itertools import accumulate
 
-from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds
-from fastcore.basics import patch
+from fastai.callback.schedule import ( # noqa: F401 - offered here, beside what uses them
+    SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds)
 
 from ..core.basics import unwrap
 from ..models.exits import ExitModel
-from .callbacks import DistillCallback, SeveralTerms, at_progress, check_setting
+from .callbacks import FocalKD, LogitKD
+from .features import FeatureKD, pair_stages
+from .fit import DistillCallback, SeveralTerms, at_progress, check_setting
+from .registry import ALL, register_method
 
 # %% ../../nbs/distill/40_multistage.ipynb #f54687f9
 _all_ = ['SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds']
@@ -34,13 +37,15 @@ class _Staged:
 
 # %% ../../nbs/distill/40_multistage.ipynb #57a9c0c7
 def staged(
-    values,      # What the setting is in each stage: numbers, or functions of the share of the stage that is over
-    shares=None, # How long each stage is, relative to the others; equally long if left out
+    values,      # The setting in each stage: numbers, or functions of the completed share of the stage
+    shares=None, # How long each stage is, relative to the others; default: equally long
 ): # Function from progress in [0, 1] to a number; can be pickled
     "A setting that changes from stage to stage"
     values = list(values)
     shares = [1]*len(values) if shares is None else list(shares)
-    if not values or len(shares)!=len(values): raise ValueError(f'expected as many shares as values, and at least one, got {len(values)} values and {len(shares)} shares')
+    if not values or len(shares)!=len(values):
+        raise ValueError('values and shares must have the same length, at least 1, '
+                         f'got {len(values)} values and {len(shares)} shares')
     if not all(0 < s < float('inf') for s in shares): raise ValueError(f'shares must be positive, got {shares}')
     for k,value in enumerate(values, 1): check_setting(f'value {k}', value)
     return _Staged(values, [s/sum(shares) for s in accumulate(shares)])
@@ -49,97 +54,123 @@ def staged(
 def during(
     start:float, # Progress at which it begins, in [0, 1)
     end:float,   # Progress at which it ends, up to 1
-    value=1.,    # What it is in between: a number, or a function of the share of this time that is over
+    value=1.,    # The setting in between: a number, or a function of the completed share of this time
 ): # Function from progress in [0, 1] to a number; can be pickled
     "A setting that is on for a part of the fit, and 0 elsewhere"
-    if not 0 <= start < end <= 1: raise ValueError(f'start and end must be 0 <= start < end <= 1, got {start} and {end}')
+    if not 0 <= start < end <= 1:
+        raise ValueError(f'start and end must be 0 <= start < end <= 1, got {start} and {end}')
     stages = [(v, share) for v,share in ((0., start), (value, end-start), (0., 1-end)) if share > 1e-9]
     return staged(*zip(*stages))
 
 # %% ../../nbs/distill/40_multistage.ipynb #a77497e6
+# Long because: one class with a term for each exit
 class MultiStageKD(SeveralTerms, DistillCallback):
-    "Teach the exits of a student, and its end, by labels and by a teacher; without one, the end teaches the exits"
+    "Train the exits of a student and its final logits by labels and a teacher; without one, by its own final logits"
     name,needs_teacher = 'mskd',False
     def __init__(self,
-        teacher=None,        # `Teacher`, or what makes one, of the student's classes; None: the student's own final answer teaches its exits
-        temperature=10.,     # Softens all answers; a number or a function of progress
-        final_weight=.3,     # Factor on the teacher's term of the final answer; a number or a function of progress. The others alike
+        # `Teacher`, or what it can be created from, of the student's classes; None: the student's own final logits
+        # are the target of its exits
+        teacher=None,
+        temperature=10.,     # Softens all logits; a number or a function of progress
+        # Factor on the teacher's term of the final logits; a number or a function of progress. The others alike
+        final_weight=.3,
         exit_label_weight=.3, # Factor on the label losses of all exits together
         exit_weight=.3,      # Factor on the teacher's terms of all exits together
-        label_weight=.4,     # Factor on the label loss of the final answer
-        shares=None,         # What each exit has of the two, first exit first; scaled to sum to 1. Equal if left out
+        label_weight=.4,     # Factor on the label loss of the final logits
+        shares=None,         # Each exit's share of the two, first exit first; scaled to sum to 1. Default: equal
         weight=1.,           # Factor on all terms but the label loss
     ):
-        for name,w in dict(final_weight=final_weight, exit_label_weight=exit_label_weight, exit_weight=exit_weight).items(): check_setting(name, w)
+        own = dict(final_weight=final_weight, exit_label_weight=exit_label_weight, exit_weight=exit_weight)
+        for name,w in own.items(): check_setting(name, w)
         check_setting('temperature', temperature, positive=True)
-        if shares is not None and not (len(shares) and min(shares)>=0 and 0 < sum(shares) < float('inf')): raise ValueError(f'shares must be numbers of 0 or more, not all 0, got {shares}')
+        if shares is not None and not (len(shares) and min(shares)>=0 and 0 < sum(shares) < float('inf')):
+            raise ValueError(f'shares must be numbers of 0 or more, not all 0, got {shares}')
         super().__init__(teacher, weight, label_weight)
-        self.temperature,self.final_weight,self.exit_label_weight,self.exit_weight,self.shares = temperature,final_weight,exit_label_weight,exit_weight,shares
-        self.uses_logits,self.exit_logits = bool(final_weight or exit_weight),None
+        self.temperature,self.shares = temperature,shares
+        self.final_weight,self.exit_label_weight,self.exit_weight = final_weight,exit_label_weight,exit_weight
+        self.uses_logits,self._exit_logits = bool(final_weight or exit_weight),None
 
-# %% ../../nbs/distill/40_multistage.ipynb #9ad3bc73
-@patch
-def _exits(self:MultiStageKD):
-    "The student's exits"
-    model = None if self.learn is None else unwrap(self.learn.model)
-    return model.exits if isinstance(model, ExitModel) else []
+    @property
+    def exits(self):
+        "The student's exits"
+        model = None if self.learn is None else unwrap(self.learn.model)
+        return model.exits if isinstance(model, ExitModel) else []
 
-@patch(as_prop=True)
-def weights(self:MultiStageKD)->dict: # {term: number or function of progress}
-    "Weight of each term, exits with their shares"
-    shares = [1]*len(self._exits()) if self.shares is None else self.shares
-    named = {} if self.teacher is None else {'final': self.final_weight}
-    for k,share in enumerate(shares, 1):
-        named |= {f'exit{k}_label': _scaled(self.exit_label_weight, share/sum(shares)), f'exit{k}': _scaled(self.exit_weight, share/sum(shares))}
-    return named
+    @property
+    def weights(self)->dict: # {term: number or function of progress}
+        "Weight of each term, exits with their shares"
+        shares = [1]*len(self.exits) if self.shares is None else self.shares
+        named = {} if self.teacher is None else {'final': self.final_weight}
+        for k,share in enumerate(shares, 1):
+            named[f'exit{k}_label'] = _scaled(self.exit_label_weight, share/sum(shares))
+            named[f'exit{k}'] = _scaled(self.exit_weight, share/sum(shares))
+        return named
 
+    def prepare(self):
+        n = len(self.exits)
+        if not n: raise ValueError(f'{type(unwrap(self.learn.model)).__name__} has no exits: use add_exits')
+        if self.shares is not None and len(self.shares)!=n:
+            raise ValueError(f'shares must be {n} numbers, one for each exit, got {self.shares}')
+
+    @contextmanager
+    def watching(self, model):
+        "The exits return their logits, too"
+        student = unwrap(model)
+        student.set_exit_training(True)
+        try: yield
+        finally: student.set_exit_training(False)
+
+    def after_pred(self):
+        "The final logits are the prediction; those of the exits are kept for the terms"
+        self.learn.pred,self._exit_logits = self.learn.pred
+
+    def values(self, names):
+        "{term: value} for `names`"
+        theirs,tau,values = None,at_progress(self.temperature, self.progress),{}
+        by_label = {name: name.endswith('_label') for name in names}
+        if not all(by_label.values()):
+            theirs = self.learn.pred.detach() if self.teacher is None else self.logits()[1]
+        for name in names:
+            logits = self.logits_of(name)
+            if by_label[name]: values[name] = self.distill_fit.label_loss_of(logits)
+            else: values[name] = self.softened(logits, theirs, tau)
+        return values
+
+    def logits_of(self, name): # of a term
+        if name=='final': return self.learn.pred
+        return self._exit_logits[int(name.removeprefix('exit').removesuffix('_label')) - 1]
+
+    def clear(self): self._exit_logits = None
+
+# %% ../../nbs/distill/40_multistage.ipynb #msreg
 def _scaled(weight, share):
     "A share of a number, or of a function of progress"
     if not callable(weight): return share*weight
     return (lambda progress: share*weight(progress)) if share else 0.
 
-# %% ../../nbs/distill/40_multistage.ipynb #b63a4c49
-@patch
-def prepare(self:MultiStageKD):
-    n = len(self._exits())
-    if not n: raise ValueError(f'{type(unwrap(self.learn.model)).__name__} has no exits: use add_exits')
-    if self.shares is not None and len(self.shares)!=n: raise ValueError(f'shares must be {n} numbers, one for each exit, got {self.shares}')
+def _check_exits(student):
+    if not isinstance(student, ExitModel): raise ValueError(f'{type(student).__name__} has no exits: use add_exits')
 
-# %% ../../nbs/distill/40_multistage.ipynb #e9c2e394
-@patch
-@contextmanager
-def watching(self:MultiStageKD, model):
-    "Exits answer, too"
-    student = unwrap(model)
-    student.set_exit_training(True)
-    try: yield
-    finally: student.set_exit_training(False)
+@register_method('multi_stage', 'every exit by labels and teacher', ALL, 'multi-stage KD with layer fusion 2024',
+                 needs='exits')
+def _multi_stage(student, teacher):
+    _check_exits(student)
+    return [MultiStageKD(teacher)]
 
-@patch
-def after_pred(self:MultiStageKD):
-    "The final answer is the prediction; those of the exits are kept for the terms"
-    self.learn.pred,self.exit_logits = self.learn.pred
+@register_method('self_exits', 'the last exit teaches the others; no other teacher', ALL,
+                 'Be Your Own Teacher, Zhang et al. 2019', needs='exits', teacher=False)
+def _self_exits(student, teacher):
+    _check_exits(student)
+    return [MultiStageKD()]
 
-@patch
-def forget(self:MultiStageKD):
-    super(MultiStageKD, self).forget()
-    self.exit_logits = None
+@register_method('kd_convnext', 'features of every stage, softened logits, focal loss', ALL, 'KD_ConvNeXt 2023')
+def _kd_convnext(student, teacher):
+    features = FeatureKD(teacher, pair_stages(student, teacher), weight=.5)
+    return [features, LogitKD(teacher, weight=.5), FocalKD(gamma=2)]
 
-# %% ../../nbs/distill/40_multistage.ipynb #99a72603
-@patch
-def values(self:MultiStageKD, names):
-    "{term: value} of those asked for"
-    theirs,tau,values = None,at_progress(self.temperature, self.progress),{}
-    if any(not name.endswith('label') for name in names): theirs = self.learn.pred.detach() if self.teacher is None else self.logits()[1]
-    for name in names:
-        logits = self.learn.pred if name=='final' else self.exit_logits[int(name.removeprefix('exit').removesuffix('_label')) - 1]
-        values[name] = self._label_loss_of(logits) if name.endswith('label') else self.softened(logits, theirs, tau)
-    return values
-
-@patch
-def _label_loss_of(self:MultiStageKD, logits):
-    "The label loss as the final answer has it, for another answer: with its class weights, its missing labels, its MixUp"
-    if type(self.peers[0]).label_loss is DistillCallback.label_loss: return self.learn.loss_func(logits, *self.learn.yb)
-    final,self.learn.pred = self.learn.pred,logits
-    try: return self.peers[0].label_loss()
-    finally: self.learn.pred = final
+@register_method('kd_convnext_staged', 'the same one after the other: features, then logits, then labels', ALL,
+                 "KD_ConvNeXt 2023, its text's three stages")
+def _kd_convnext_staged(student, teacher):
+    first,second,third = (during(i/3, (i+1)/3) for i in range(3))
+    features = FeatureKD(teacher, pair_stages(student, teacher), weight=first)
+    return [features, LogitKD(teacher, weight=second), FocalKD(gamma=2, weight=third)]

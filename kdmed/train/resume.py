@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, TrainEvalCallback
+from fastai.callback.core import (
+    Callback, CancelBatchException, CancelEpochException, CancelFitException, TrainEvalCallback)
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback
@@ -24,7 +25,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib, rank_distrib
-from fastcore.basics import noop, patch
+from fastcore.basics import noop
 from fastcore.foundation import L
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -34,8 +35,9 @@ from torch.utils.data import Dataset
 from ..core.basics import unwrap
 from ..core.checks import check_integer, check_number
 from ..core.files import check_format, check_room, claim, is_writable, write_atomic
+from ..core.fingerprints import fingerprint, is_library, weights_checksum
 from ..data.images import name_of
-from ..data.store import fingerprint, identify_images, is_library, writing_to
+from ..data.store import identify_images, writing_to
 
 # %% ../../nbs/train/00_resume.ipynb #d782eb82
 _KIND = 'kdmed kind'
@@ -133,7 +135,7 @@ def write_checkpoint(
 # %% ../../nbs/train/00_resume.ipynb #015f7b3e
 def read_checkpoint(
     file,               # Path
-    trusted:bool=False, # Run the code that a pickle may hold, and look for no checksum; only for files you wrote yourself
+    trusted:bool=False, # Run code that a pickle may hold, and check no checksum; only for files you wrote yourself
 )->dict:
     "The state in a file; `ValueError` names the file if it is damaged, or would have to be unpickled"
     if Path(file).exists() and not Path(file).is_file(): raise ValueError(f'{file} is no file: expected a checkpoint')
@@ -142,11 +144,15 @@ def read_checkpoint(
         size = f.seek(0, os.SEEK_END) - len(_MARK) - 8
         f.seek(max(size, 0))
         mark,checksum = f.read(len(_MARK)),f.read()
-        if mark!=_MARK: raise ValueError(f'{file} is cut short, or no checkpoint of kdmed (pickled code is not run unless you say trusted=True)')
-        if b'%08x' % _checksum(f, size) != checksum: raise ValueError(f'{file} is damaged: its checksum is not the one it was written with')
+        if mark!=_MARK:
+            raise ValueError(f'{file} is truncated, or not a checkpoint of kdmed '
+                             '(pickled code is not run unless you pass trusted=True)')
+        if b'%08x' % _checksum(f, size) != checksum:
+            raise ValueError(f'{file} is damaged: its checksum differs from the one it was written with')
     try: return torch.load(file, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f'{file} cannot be read without running code that is pickled in it, which is not done unless you say trusted=True') from e
+        raise ValueError(f'{file} cannot be read without running code that is pickled in it, '
+                         'which is not done unless you pass trusted=True') from e
 
 # %% ../../nbs/train/00_resume.ipynb #272989f5
 def _loader_state(dl):
@@ -221,18 +227,23 @@ def _load_optimizer(learn, saved):
     "Bring an optimizer to a state from `_optimizer_state`"
     opt,params = learn.opt,_trained(learn.opt)
     if (here := [tuple(p.shape) for p in params]) != saved['shapes']:
-        raise ValueError(f"the optimizer trains {len(here)} tensors, in the checkpoint it trains {len(saved['shapes'])}, or their shapes differ: "
-                         'a callback that lends parameters to it must do so in its load_state_dict')
+        there = len(saved['shapes'])
+        raise ValueError(f'the optimizer trains {len(here)} tensors, in the checkpoint it trains {there}, '
+                         'or their shapes differ: a callback that adds parameters to it must do so in its '
+                         'load_state_dict')
     state = _restored(saved['state'])
     if not isinstance(opt, OptimWrapper):
-        state['state'] = [{k: v.to(p.device) if isinstance(v, Tensor) else v for k,v in s.items()} for p,s in zip(params, state['state'])]
+        def to(device, s): return {k: v.to(device) if isinstance(v, Tensor) else v for k,v in s.items()}
+        state['state'] = [to(p.device, s) for p,s in zip(params, state['state'])]
     opt.load_state_dict(state)
     if not isinstance(opt, OptimWrapper):
         inner = vars(opt).get('opt', opt) # of a Lookahead
         inner.state = defaultdict(dict, inner.state) # as it was: parameters may yet come
     opt.frozen_idx = saved['frozen']
     for i,value in saved['others'].items(): params[i].data.copy_(value)
-    for p,g in zip(params, saved['gradients']): p.grad = None if g is None else g.to(p.device, copy=True) if isinstance(g, Tensor) else torch.zeros_like(p)
+    for p,g in zip(params, saved['gradients']):
+        if g is None: p.grad = None
+        else: p.grad = g.to(p.device, copy=True) if isinstance(g, Tensor) else torch.zeros_like(p)
 
 # %% ../../nbs/train/00_resume.ipynb #fc4fa835
 _WITHOUT_STATE = (TrainEvalCallback, CastToTensor, Recorder, ProgressCallback, CSVLogger)
@@ -260,16 +271,20 @@ def _attributes(o):
 def _parts(cb):
     "Attributes of a callback that have a state of their own"
     skip = {id(o) for o in (cb.learn.model, unwrap(cb.learn.model), cb.learn.opt, vars(cb.learn).get('scaler'))}
-    return {k: v for k,v in vars(cb).items() if id(v) not in skip and hasattr(type(v), 'state_dict') and hasattr(type(v), 'load_state_dict')}
+    def has_state(v): return hasattr(type(v), 'state_dict') and hasattr(type(v), 'load_state_dict')
+    return {k: v for k,v in vars(cb).items() if id(v) not in skip and has_state(v)}
 
 # %% ../../nbs/train/00_resume.ipynb #16e03bf0
 def _digest(value): return zlib.crc32(pickle.dumps(value))
-def _digests(learn): return {name: {k: _digest(v) for k,v in _attributes(cb).items()} for name,cb in _named_callbacks(learn).items()}
+def _digests(learn):
+    named = _named_callbacks(learn).items()
+    return {name: {k: _digest(v) for k,v in _attributes(cb).items()} for name,cb in named}
 
 def _callback_state(name, cb, since):
-    "What a callback says of itself, or else its attributes that changed since `since`"
-    if not hasattr(type(cb), 'state_dict'): # of its class: a callback passes questions on to its Learner's model
-        changed = {} if since is None else {k: v for k,v in _attributes(cb).items() if since.get(name, {}).get(k) != _digest(v)}
+    "The state_dict of a callback, or else its attributes that changed since `since`"
+    if not hasattr(type(cb), 'state_dict'): # of its class: an instance delegates to its Learner
+        before,now = (since or {}).get(name, {}),{} if since is None else _attributes(cb)
+        changed = {k: v for k,v in now.items() if before.get(k) != _digest(v)}
         return dict(attributes=changed, parts={k: _plain(v.state_dict()) for k,v in _parts(cb).items()})
     try: return dict(own=_plain(cb.state_dict()))
     except TypeError as e: raise TypeError(f'state_dict of callback {name!r}: {e}') from e
@@ -278,7 +293,9 @@ def _load_callbacks(learn, saved):
     "Bring callbacks to the states they had"
     for name,cb in _named_callbacks(learn).items():
         state = saved.get(name, {})
-        if hasattr(type(cb), 'state_dict')!=('own' in state): raise ValueError(f'callback {name!r} {"has no" if "own" in state else "has a"} state_dict, unlike in the checkpoint')
+        if hasattr(type(cb), 'state_dict')!=('own' in state):
+            has = 'has no' if 'own' in state else 'has a'
+            raise ValueError(f'callback {name!r} {has} state_dict, unlike in the checkpoint')
         if 'own' in state: cb.load_state_dict(_restored(state['own']))
         else:
             vars(cb).update(_restored(state['attributes']))
@@ -290,7 +307,8 @@ def _recorder_state(learn):
     r = learn.recorder
     state = {k: vars(r)[k] for k in ('lrs', 'iters', 'values', 'log', 'metric_names', 'hps') if k in vars(r)}
     state['losses'] = torch.stack(r.losses) if vars(r).get('losses') else None
-    return state | dict(smooth=(r.smooth_loss.val, r.smooth_loss.count), metrics=[_attributes(m) for m in learn.metrics] if r.train_metrics else [])
+    metrics = [_attributes(m) for m in learn.metrics] if r.train_metrics else []
+    return state | dict(smooth=(r.smooth_loss.val, r.smooth_loss.count), metrics=metrics)
 
 def _load_recorder(learn, saved):
     "Bring a Recorder to a state from `_recorder_state`"
@@ -301,7 +319,7 @@ def _load_recorder(learn, saved):
     vars(r).update(state, losses=[] if losses is None else list(losses))
 
 # %% ../../nbs/train/00_resume.ipynb #71b100a3
-CHECKPOINT_FORMAT = 2 # 1 does not know the data it was trained on
+CHECKPOINT_FORMAT = 3 # 1 does not know the data; until 2 each distillation callback had its own state
 _NUMBERS = 'iter', 'n_iter', 'train_iter', 'pct_train', 'smooth_loss', 'final_record'
 
 def _random_states(dls):
@@ -311,17 +329,20 @@ def _random_states(dls):
     return states
 
 def _learner_state(learn, since=None):
-    "All that decides how a Learner goes on"
+    "All that decides how a Learner continues"
     scaler,loss = vars(learn).get('scaler'),learn.loss_func
-    return dict(format=CHECKPOINT_FORMAT, model=_model_state(unwrap(learn.model)), optimizer=_optimizer_state(learn) if learn.opt is not None else None,
-                callbacks={name: _callback_state(name, cb, since) for name,cb in _named_callbacks(learn).items()},
-                scaler=scaler.state_dict() if scaler is not None else {}, loss=loss.state_dict() if isinstance(loss, nn.Module) else None,
-                recorder=_recorder_state(learn) if 'recorder' in vars(learn) else None,
-                numbers={k: vars(learn)[k] for k in _NUMBERS if k in vars(learn)}, random=_random_states(learn.dls))
+    callbacks = {name: _callback_state(name, cb, since) for name,cb in _named_callbacks(learn).items()}
+    return dict(
+        format=CHECKPOINT_FORMAT, model=_model_state(unwrap(learn.model)), callbacks=callbacks,
+        optimizer=_optimizer_state(learn) if learn.opt is not None else None,
+        scaler=scaler.state_dict() if scaler is not None else {},
+        loss=loss.state_dict() if isinstance(loss, nn.Module) else None,
+        recorder=_recorder_state(learn) if 'recorder' in vars(learn) else None,
+        numbers={k: vars(learn)[k] for k in _NUMBERS if k in vars(learn)}, random=_random_states(learn.dls))
 
 # %% ../../nbs/train/00_resume.ipynb #4012d586
 def _restore(learn, state):
-    "Bring a Learner to a state from `_learner_state`: callbacks before the optimizer, to which they may lend parameters; random numbers last"
+    "Bring a Learner to a state from `_learner_state`: callbacks before the optimizer, to which they may add parameters"
     if state['optimizer'] is not None and learn.opt is None: learn.create_opt()
     _load_model(unwrap(learn.model), state['model'])
     _load_callbacks(learn, state['callbacks'])
@@ -330,6 +351,7 @@ def _restore(learn, state):
     if state['loss'] and isinstance(learn.loss_func, nn.Module): learn.loss_func.load_state_dict(state['loss'])
     if state['recorder'] and 'recorder' in vars(learn): _load_recorder(learn, state['recorder'])
     vars(learn).update(_restored(state['numbers']))
+    # random numbers last
     set_random_state(_restored(state['random'][min(rank_distrib(), len(state['random'])-1)]), learn.dls)
 
 def save_checkpoint(
@@ -349,10 +371,12 @@ def load_checkpoint(
 )->Learner:
     "Bring a Learner to the state in a file"
     state = read_checkpoint(file, trusted)
-    if 'model' not in state: raise ValueError(f'{file} holds no Learner: expected a file of save_checkpoint or Resume')
-    check_format(state.get('format'), CHECKPOINT_FORMAT, 'checkpoint', file, (1,))
+    if 'model' not in state:
+        raise ValueError(f'{file} does not hold a Learner: expected a file of save_checkpoint or Resume')
+    check_format(state.get('format'), CHECKPOINT_FORMAT, 'checkpoint', file, (1, 2))
     model = unwrap(learn.model)
-    if wrong := _differences(_shapes(state['model']['weights']), _shapes(model.state_dict())): raise ValueError(f'{file} holds another model: {"; ".join(wrong)}')
+    wrong = _differences(_shapes(state['model']['weights']), _shapes(model.state_dict()))
+    if wrong: raise ValueError(f'{file} holds another model: {"; ".join(wrong)}')
     _load_model(model, state['model']) if only_model else _restore(learn, state)
     return learn
 
@@ -365,6 +389,7 @@ def _differences(there, here):
     return named + ([f'and {len(keys)-4} more'] if len(keys)>4 else [])
 
 # %% ../../nbs/train/00_resume.ipynb #c8519a29
+# Long because: one callback, from noticing to keeping the batch
 def _all_finite(tensors):
     "Whether every element of every tensor is finite, at one wait for the device"
     sums = [t.detach().sum(dtype=torch.float32).to(tensors[0].device) for t in tensors]
@@ -388,51 +413,54 @@ class StopOnNaN(_Helper):
         gradients = [] if scaled else [p.grad for p in _trained(self.learn.opt) if p.grad is not None]
         if not _all_finite([self.total, *gradients]): self._stop(not scaled)
 
-# %% ../../nbs/train/00_resume.ipynb #2462f055
-@patch
-def _stop(self:StopOnNaN, look_at_gradients):
-    "Keep the batch, and raise the error"
-    learn = self.learn
-    terms = getattr(vars(learn).get('loss_terms'), 'sums', vars(learn).get('loss_terms')) or {}
-    facts = dict(epoch=learn.epoch, batch=learn.iter, loss=str(self.total.mean().item()), images=self._images(),
-                 terms=[n for n,v in terms.items() if not torch.as_tensor(v).isfinite().all()],
-                 gradients=[n for n,p in learn.model.named_parameters() if look_at_gradients and p.grad is not None and not p.grad.isfinite().all()])
-    kept = self._keep(facts)
-    what = f'the loss is {facts["loss"]}' if not self.total.isfinite().all() else f'the loss is {facts["loss"]}, but gradients are not finite, such as that of {facts["gradients"][:1]}'
-    terms = f' (terms {facts["terms"]})' if facts['terms'] else ''
-    named = f' of images {", ".join(str(i["image"]) for i in facts["images"][:3])}, …' if facts['images'] else ''
-    raise FloatingPointError(f'{what}{terms} in epoch {learn.epoch}, batch {learn.iter}{named}; {kept}. The weights are those before this step')
+    def _stop(self, look_at_gradients):
+        "Keep the batch, and raise the error"
+        learn,finite = self.learn,bool(self.total.isfinite().all())
+        terms = getattr(vars(learn).get('loss_terms'), 'sums', vars(learn).get('loss_terms')) or {}
+        named = learn.model.named_parameters() if look_at_gradients else ()
+        gradients = {n: p.grad for n,p in named if p.grad is not None}
+        facts = dict(epoch=learn.epoch, batch=learn.iter, loss=str(self.total.mean().item()), images=self._images(),
+                     terms=[n for n,v in terms.items() if not torch.as_tensor(v).isfinite().all()],
+                     gradients=[n for n,g in gradients.items() if not g.isfinite().all()])
+        kept = self._keep(facts)
+        what = f'the loss is {facts["loss"]}'
+        if finite: what += f', but gradients are not finite, such as that of {facts["gradients"][:1]}'
+        if facts['terms']: what += f' (terms {facts["terms"]})'
+        where = f'epoch {learn.epoch}, batch {learn.iter}'
+        if facts['images']: where += f' of images {", ".join(str(i["image"]) for i in facts["images"][:3])}, …'
+        raise FloatingPointError(f'{what} in {where}; {kept}. The weights are those before this step')
 
-# %% ../../nbs/train/00_resume.ipynb #d498ab46
-@patch
-def _images(self:StopOnNaN):
-    "Number, view and, where the loader has a table, name and label of each image in this batch"
-    if self.numbers is None: return []
-    dl = vars(self.learn.dl).get('dl', self.learn.dl)
-    row = {int(i): r for r,i in enumerate(getattr(dl, 'ids', []))}
-    table = vars(dl).get('table')
-    found = [dict(number=int(i), view=int(v)) for i,v in zip(*self.numbers)]
-    for image in found:
-        at = row.get(image['number']) if table is not None else None
-        name = 'in memory' if at is None else name_of(table.image.iloc[at])
-        image['image'] = f"number {image['number']}" if name.endswith('in memory') else name
-        if at is not None: image['label'] = str(table.label.iloc[at])
-    return found
+    def _images(self):
+        "Number, view and, where the loader has a table, name and label of each image in this batch"
+        if self.numbers is None: return []
+        dl = vars(self.learn.dl).get('dl', self.learn.dl)
+        row = {int(i): r for r,i in enumerate(getattr(dl, 'ids', []))}
+        table = vars(dl).get('table')
+        found = [dict(number=int(i), view=int(v)) for i,v in zip(*self.numbers)]
+        for image in found:
+            at = row.get(image['number']) if table is not None else None
+            name = 'in memory' if at is None else name_of(table.image.iloc[at])
+            image['image'] = f"number {image['number']}" if name.endswith('in memory') else name
+            if at is not None: image['label'] = str(table.label.iloc[at])
+        return found
 
-# %% ../../nbs/train/00_resume.ipynb #8f87d12b
-@patch
-def _keep(self:StopOnNaN, facts):
-    "Write inputs, targets and prediction of this batch, and what is known of it: where they are, in words"
-    learn,rank = self.learn,rank_distrib()
-    file = self.folder/(f'nan_epoch{learn.epoch}_batch{learn.iter}' + f'_rank{rank}'*bool(rank) + '.safetensors')
-    named = dict(input=learn.xb, target=learn.yb, prediction=learn.pred if isinstance(learn.pred, tuple) else (learn.pred,))
-    tensors = {f'{name}_{i}': _bare(t).cpu().contiguous().clone() for name,ts in named.items() for i,t in enumerate(ts) if isinstance(t, Tensor)}
-    try:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, lambda path: save_file(tensors, path))
-        write_atomic(file.with_suffix('.json'), json.dumps(facts | dict(tensors=file.name), indent=1, ensure_ascii=False))
-    except (OSError, SafetensorError) as e: return f'the batch could not be kept in {self.folder} ({e})' # what stopped the training matters more
-    return f'the batch is in {file}'
+    def _keep(self, facts):
+        "Write inputs, targets and prediction of this batch, and the facts; a sentence that says where they are"
+        learn,rank = self.learn,f'_rank{rank_distrib()}' if rank_distrib() else ''
+        file = self.folder/f'nan_epoch{learn.epoch}_batch{learn.iter}{rank}.safetensors'
+        predictions = learn.pred if isinstance(learn.pred, tuple) else (learn.pred,)
+        tensors = {}
+        for name,parts in dict(input=learn.xb, target=learn.yb, prediction=predictions).items():
+            found = {f'{name}_{i}': t for i,t in enumerate(parts) if isinstance(t, Tensor)}
+            tensors |= {key: _bare(t).cpu().contiguous().clone() for key,t in found.items()}
+        described = json.dumps(facts | dict(tensors=file.name), indent=1, ensure_ascii=False)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, lambda path: save_file(tensors, path))
+            write_atomic(file.with_suffix('.json'), described)
+        except (OSError, SafetensorError) as e: # what stopped the training matters more
+            return f'the batch could not be kept in {self.folder} ({e})'
+        return f'the batch is in {file}'
 
 # %% ../../nbs/train/00_resume.ipynb #47bcd685
 def _own_loader(dl): return vars(dl).get('dl', dl) # inside fastai's loader for several processes
@@ -440,7 +468,7 @@ def _own_loader(dl): return vars(dl).get('dl', dl) # inside fastai's loader for 
 def _crc(texts): return zlib.crc32('\n'.join(map(str, texts)).encode('utf-8', 'surrogatepass'))
 
 def _text_of(value):
-    "`fingerprint` of a part of the data, whatever the version of its library; the name of its type where its settings cannot be seen"
+    "`fingerprint` of a part of the data, without library versions; the name of its type where it has none"
     try: return fingerprint(value, versions=False)
     except TypeError: return type(value).__name__
 
@@ -448,17 +476,23 @@ def _describe_images(dl, which):
     "Images and labels of a loader of `image_dls`"
     rows = dl.dataset.tls[0].items
     labels = [getattr(row, 'label', None) for row in (rows.itertuples() if hasattr(rows, 'itertuples') else rows)]
-    pixels = _crc(identify_images(dl.images(), dated=False)) if dl.stock else zlib.crc32(np.ascontiguousarray(dl.checksums()))
-    return {f'labels of {which} images (checksum)': _crc(labels), f'{"files" if dl.stock else "pixels"} of {which} images (checksum)': pixels}
+    if dl.stock: what,pixels = 'files',_crc(identify_images(dl.images(), dated=False))
+    else: what,pixels = 'pixels',zlib.crc32(np.ascontiguousarray(dl.checksums()))
+    return {f'labels of {which} images (checksum)': _crc(labels), f'{what} of {which} images (checksum)': pixels}
 
-def _is_label(value): return isinstance(value, (bool, int, float, str)) or isinstance(value, (Tensor, np.ndarray)) and value.ndim<2
+def _is_label(value):
+    return isinstance(value, (bool, int, float, str)) or isinstance(value, (Tensor, np.ndarray)) and value.ndim<2
 
 def _describe_items(dataset, which):
     "Items and labels of fastai's `Datasets`"
     *inputs,targets = dataset.tls
     facts = {f'items of {which} images (checksum)': _crc(_short(item) for items in inputs for item in items.items)}
-    if len(targets) and _is_label(targets[0]): facts[f'labels of {which} images (checksum)'] = _crc(_text_of(targets[i]) for i in range(len(targets)))
-    return facts | {f'transforms of {which} images {i}': [_text_of(t) for t in tl.tfms.fs] for i,tl in enumerate(dataset.tls)}
+    if len(targets) and _is_label(targets[0]):
+        labels = (_text_of(targets[i]) for i in range(len(targets)))
+        facts[f'labels of {which} images (checksum)'] = _crc(labels)
+    for i,tl in enumerate(dataset.tls):
+        facts[f'transforms of {which} images {i}'] = [_text_of(t) for t in tl.tfms.fs]
+    return facts
 
 def _short(item):
     "An item as text, a path without the folders that may be other ones on another machine"
@@ -466,6 +500,7 @@ def _short(item):
     if isinstance(item, (str, Path)) and os.path.isabs(item): return '/'.join(Path(item).parts[-2:])
     return str(item) if isinstance(item, (str, Path)) else _text_of(item)
 
+# %% ../../nbs/train/00_resume.ipynb #descds
 def _describe_dataset(dataset, which):
     "Arrays, lists, names and transforms that a PyTorch dataset holds, and those of datasets inside it"
     facts = {f'dataset of {which} images': type(dataset).__name__}
@@ -473,7 +508,8 @@ def _describe_dataset(dataset, which):
         parts = value if isinstance(value, (list, tuple)) else [value]
         if parts and all(isinstance(part, Dataset) for part in parts):
             for i,part in enumerate(parts): facts |= _describe_dataset(part, f'{which} {name} {i}')
-        elif isinstance(value, (Tensor, np.ndarray)) or hasattr(value, 'to_numpy') or 'transform' in name: facts[f'{name} of {which} images'] = _text_of(value)
+        elif isinstance(value, _ARRAYS) or hasattr(value, 'to_numpy') or 'transform' in name:
+            facts[f'{name} of {which} images'] = _text_of(value)
         elif _is_list(value): facts[f'{name} of {which} images (checksum)'] = _crc(map(_short, value))
     if _is_list(dataset, _ARRAYS): facts[f'items of {which} images (checksum)'] = _crc(map(_short, dataset))
     return facts | {f'{name} of {which} images (checksum)': crc for name,crc in _first_arrays(dataset).items()}
@@ -483,13 +519,16 @@ _ARRAYS,_FIRST_ARRAYS = (np.ndarray, Tensor),weakref.WeakKeyDictionary()
 def _is_list(value, other=()):
     "Whether a value is a list of names, numbers, tuples of them, or `other` things"
     plain = str, Path, bool, int, float, np.generic, *other
-    return isinstance(value, (list, tuple, L)) and all(isinstance(part, plain) for item in value for part in (item if isinstance(item, tuple) else (item,)))
+    if not isinstance(value, (list, tuple, L)): return False
+    return all(isinstance(part, plain) for item in value for part in (item if isinstance(item, tuple) else (item,)))
 
 def _first_arrays(dataset):
-    "Checksums of the lists of arrays that a dataset held when it was described first: one that is filled while it is used is no other data"
+    "Checksums of the lists of arrays a dataset held when first described: one that is filled later is the same data"
     try:
         if dataset in _FIRST_ARRAYS: return _FIRST_ARRAYS[dataset]
-        found = {name: _crc(map(_short, v)) for name,v in getattr(dataset, '__dict__', {}).items() if _is_list(v, _ARRAYS) and not _is_list(v)}
+        def has_arrays(v): return _is_list(v, _ARRAYS) and not _is_list(v)
+        held = getattr(dataset, '__dict__', {})
+        found = {name: _crc(map(_short, v)) for name,v in held.items() if has_arrays(v)}
         return _FIRST_ARRAYS.setdefault(dataset, found)
     except TypeError: return {} # without a hash: a plain list
 
@@ -504,86 +543,122 @@ def _how(transform):
     "A replayable transform as text: its settings and, unless it is one of a library, its code"
     return repr(transform) if is_library(type(transform).__module__) else f'{transform!r} {_text_of(transform)}'
 
+def _rounded(t): return [round(v, 6) for v in np.ravel(t.cpu()).tolist()]
+
 def _describe_transforms(dl):
     "What happens to training images on their way into a batch"
     facts,batch = {},[]
     for t in getattr(getattr(dl, 'after_batch', None), 'fs', []):
         augment = getattr(t, 'augment', None)
-        if isinstance(t, Normalize): facts['normalization'] = {name: [round(v, 6) for v in np.ravel(getattr(t, name).cpu()).tolist()] for name in ('mean', 'std')}
-        elif augment is not None: facts['augmentation'] = {f'{i+1}': _how(a) for i,a in enumerate(augment.transforms)} | dict(seed=augment.seed, padding=augment.padding)
-        elif (type(t).__name__, getattr(t, 'div', None))!=('IntToFloatTensor', 255.): batch.append(f'{type(t).__name__} {_text_of(t)}')
-    items = [f'{type(t).__name__} {_text_of(t)}' for t in getattr(getattr(dl, 'after_item', None), 'fs', []) if type(t).__name__!='ToTensor']
+        if isinstance(t, Normalize):
+            facts['normalization'] = {name: _rounded(getattr(t, name)) for name in ('mean', 'std')}
+        elif augment is not None:
+            steps = {f'{i+1}': _how(a) for i,a in enumerate(augment.transforms)}
+            facts['augmentation'] = steps | dict(seed=augment.seed, padding=augment.padding)
+        elif (type(t).__name__, getattr(t, 'div', None))!=('IntToFloatTensor', 255.):
+            batch.append(f'{type(t).__name__} {_text_of(t)}')
+    of_items = [t for t in getattr(getattr(dl, 'after_item', None), 'fs', []) if type(t).__name__!='ToTensor']
+    items = [f'{type(t).__name__} {_text_of(t)}' for t in of_items]
     return facts | {'transforms of batches': dict(enumerate(batch)), 'transforms of items': dict(enumerate(items))}
+
+# %% ../../nbs/train/00_resume.ipynb #desc_dt
+def _checksum_of(a): return None if a is None else zlib.crc32(np.ascontiguousarray(a))
 
 def _describe_data(dls):
     "What is known of the data"
     train,loaders = _own_loader(dls.train),[_own_loader(dl) for dl in dls.loaders]
-    ids,weights = getattr(train, 'ids', None),getattr(train, 'weights', None)
-    facts = {'batches in an epoch': len(dls.train), 'batch size': getattr(dls.train, 'bs', None) or getattr(dls.train, 'batch_size', None),
-             'training images': len(train.dataset), 'choice of training images (checksum)': None if ids is None else zlib.crc32(np.ascontiguousarray(ids)),
-             'validation images': len(loaders[1].dataset) if len(loaders)>1 else 0,
-             'image size': getattr(dls, 'size', None), 'classes': [str(c) for c in getattr(dls, 'classes', None) or []]}
+    weights,preprocess = getattr(train, 'weights', None),getattr(train, 'preprocess', ())
+    steps = preprocess if isinstance(preprocess, (list, tuple)) else [preprocess]
+    facts = {
+        'batches in an epoch': len(dls.train),
+        'batch size': getattr(dls.train, 'bs', None) or getattr(dls.train, 'batch_size', None),
+        'training images': len(train.dataset),
+        'choice of training images (checksum)': _checksum_of(getattr(train, 'ids', None)),
+        'validation images': len(loaders[1].dataset) if len(loaders)>1 else 0,
+        'image size': getattr(dls, 'size', None),
+        'classes': [str(c) for c in getattr(dls, 'classes', None) or []]}
     for dl,which in zip(loaders, ('training', 'validation')): facts |= _describe_loader(dl, which)
-    preprocess = getattr(train, 'preprocess', ())
-    named = [getattr(f, '__name__', repr(f)) for f in (preprocess if isinstance(preprocess, (list, tuple)) else [preprocess])]
-    return facts | {'preprocessing': named, 'views of an image': getattr(train, 'views', None),
-                    'sampling weights (checksum)': None if weights is None else zlib.crc32(np.asarray(weights, float)), **_describe_transforms(train)}
+    return facts | {
+        'preprocessing': [getattr(f, '__name__', repr(f)) for f in steps],
+        'views of an image': getattr(train, 'views', None),
+        'sampling weights (checksum)': None if weights is None else _checksum_of(np.asarray(weights, float)),
+        **_describe_transforms(train)}
 
 def _describe_training(learn):
     "Optimizer, its settings at the start, and the schedules that will change them"
-    opt = learn.opt
-    steppers = [getattr(f, 'func', f).__name__ for f in getattr(opt, 'cbs', [])]
-    plans = {name: [np.asarray(f(p/10)).tolist() for p in range(11)] for cb in learn.cbs if isinstance(cb, ParamScheduler) for name,f in cb.scheds.items()}
+    opt,plans = learn.opt,{}
+    steppers = ', '.join(getattr(f, 'func', f).__name__ for f in getattr(opt, 'cbs', []))
+    for cb in learn.cbs:
+        if not isinstance(cb, ParamScheduler): continue
+        plans |= {name: [np.asarray(f(p/10)).tolist() for p in range(11)] for name,f in cb.scheds.items()}
     settings = {f'{k} of group {i}': v for i,group in enumerate(opt.hypers) for k,v in group.items() if k not in plans}
-    return {'optimizer': type(getattr(opt, 'opt', opt)).__name__ + f' of {", ".join(steppers)}'*bool(steppers), 'setting': _plain(settings), 'schedule of': plans}
+    name = type(getattr(opt, 'opt', opt)).__name__
+    if steppers: name = f'{name} of {steppers}'
+    return {'optimizer': name, 'setting': _plain(settings), 'schedule of': plans}
 
 # %% ../../nbs/train/00_resume.ipynb #67937742
 def describe_run(
     learn:Learner, # With an optimizer
 )->dict: # Of plain values, by what they are
-    "What must be the same for a fit to go on"
+    "What must be the same for a fit to resume"
     model,loss = unwrap(learn.model),learn.loss_func
+    passive = ParamScheduler, ShowGraphCallback
+    callbacks = {n: type(cb).__name__ for n,cb in _named_callbacks(learn).items() if not isinstance(cb, passive)}
     return {'epochs': learn.n_epoch, **_describe_data(learn.dls), **_describe_training(learn),
-            'shape of': {n: tuple(p.shape) for n,p in model.named_parameters()}, 'trained parameters': sum(p.requires_grad for p in model.parameters()),
+            'shape of': {n: tuple(p.shape) for n,p in model.named_parameters()},
+            'trained parameters': sum(p.requires_grad for p in model.parameters()),
             'loss function': getattr(loss, '__name__', type(loss).__name__), 'processes': max(1, num_distrib()),
-            'callback': {n: type(cb).__name__ for n,cb in _named_callbacks(learn).items() if not isinstance(cb, (ParamScheduler, ShowGraphCallback))},
-            'seed': vars(learn).get('seed'), **_describe_distillation(learn)}
+            'callback': callbacks, 'seed': vars(learn).get('seed'), **_describe_distillation(learn)}
 
 def _describe_distillation(learn):
-    "What distillation callbacks were asked for, and the weights of who teaches"
+    "The settings of distillation callbacks, and the weights of their teachers"
     settings,teachers = {},{}
     for n,cb in _named_callbacks(learn).items():
-        settings |= {f'{n} {name}': _setting(value) for name,value in getattr(cb, 'asked', {}).items()}
-        taught = getattr(cb, 'teacher', None)
-        own = getattr(taught, 'decay', None) # of an average of the student itself
-        if taught is not None: teachers[n] = f'{type(taught).__name__} {own}' if own is not None else ' '.join(str(_weights_digest(unwrap(model))) for model in taught.models)
+        if not hasattr(type(cb), 'settings'): continue
+        settings |= {f'{n} {name}': _setting(value) for name,value in cb.settings.items()}
+        if cb.teacher is not None: teachers[n] = _describe_teacher(cb.teacher)
     return {'setting of': settings, 'teacher of': teachers}
 
+def _describe_teacher(teacher):
+    "The weights of a teacher's models, or the settings of an average of the student itself"
+    if not teacher.fixed: return f'{type(teacher).__name__} {teacher.decay}'
+    return ' '.join(str(weights_checksum(unwrap(model))) for model in teacher.models)
+
+# %% ../../nbs/train/00_resume.ipynb #setting1
 def _setting(value):
-    "A setting as a plain value: a schedule by what it is over the fit, other things by a digest"
+    "A setting as a plain value: a schedule by its values over the fit, other things by a digest"
     if isinstance(value, (int, float, str, type(None))): return value
     try: return ' '.join(f'{value(step/20):.6g}' for step in range(21))
     except (TypeError, ValueError): return _text_of(value) # no schedule
 
+def _flat(facts):
+    "Nested facts in one level"
+    found = {}
+    for k,whole in facts.items():
+        found |= {f'{k} {n}': v for n,v in whole.items()} if isinstance(whole, dict) else {k: whole}
+    return found
+
 def _other_run(there, here):
     "How two runs differ, in words"
-    flat = [{f'{k} {n}'.strip(): v for k,whole in facts.items() for n,v in (whole if isinstance(whole, dict) else {'': whole}).items()} for facts in (there, here)]
-    return _differences(*flat)
+    return _differences(_flat(there), _flat(here))
 
 # %% ../../nbs/train/00_resume.ipynb #72265c12
+# Long because: one callback, in the order of its events
 class Resume(_Helper):
-    "Go on where the same script was interrupted: to the bit on a CPU, with the same log"
+    "Resume where the same script was interrupted: to the bit on a CPU, with the same log"
     order,run_valid = -1000,False # before all others; `_AfterOthers` has the last word
     def __init__(self,
         folder,        # Where checkpoints are kept: one for each run
         every:int=None, # Batches between checkpoints within an epoch; each epoch ends with one in any case
         minutes:float=None, # Or minutes between them
     ):
-        if not isinstance(folder, (str, Path)) or not str(folder).strip(): raise ValueError(f"folder must be the name of a folder, such as 'checkpoints', got {folder!r}")
+        if not isinstance(folder, (str, Path)) or not str(folder).strip():
+            raise ValueError(f"folder must be the name of a folder, such as 'checkpoints', got {folder!r}")
         self.every = None if every is None else check_integer(every, 'every (batches between checkpoints)', least=1)
         self.minutes = None if minutes is None else check_number(minutes, 'minutes', above=0)
         self.folder = Path(folder).expanduser()
-        if self.folder.exists() and not self.folder.is_dir(): raise NotADirectoryError(errno.ENOTDIR, 'expected a folder for checkpoints, found a file', str(folder))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, 'expected a folder for checkpoints, found a file', str(folder))
         self.fitting,self.saved,self.muted = False,None,{}
         self.helpers = [_AfterOthers(self), StopOnNaN(self.folder)]
 
@@ -595,18 +670,196 @@ class Resume(_Helper):
         if name=='learn' and value is not None: value.add_cbs(self.helpers)
         super().__setattr__(name, value)
 
-# %% ../../nbs/train/00_resume.ipynb #1d118258
-@patch
-def __getstate__(self:Resume):
-    "An exported Learner takes no state along"
-    left = 'since', 'rows', 'facts', 'epoch_start'
-    return {k: v for k,v in vars(self).items() if k not in left} | dict(saved=None, muted={}, fitting=False)
+    def __getstate__(self):
+        "An exported Learner takes no state along"
+        left = 'since', 'rows', 'facts', 'epoch_start'
+        return {k: v for k,v in vars(self).items() if k not in left} | dict(saved=None, muted={}, fitting=False)
+
+    def before_fit(self):
+        "Find out which fit this is, and how far it came"
+        inside,borrowed = _calls_fit(self.learn),self.learn.lock.locked()
+        if inside and borrowed: return # a validation within a fit
+        self._unmute()
+        self.saved,self.since,self.rows = None,None,[]
+        self.fitting = inside and 'lr_finder' not in vars(self.learn)
+        if not self.fitting: return
+        if self.minutes and num_distrib()>1: raise ValueError('several processes cannot agree on minutes: use every')
+        if not rank_distrib(): _hold(self.folder)
+        self.counts = vars(self.learn).setdefault('resumed_fits', {})
+        self.number = self.counts.get(str(self.folder.resolve()), 0)
+        self.file = self.folder/f'fit_{self.number}.pt'
+        try: self._look()
+        except (ValueError, TypeError, OSError):
+            self.fitting = False
+            _let_go(self.folder)
+            raise
+
+    def _look(self):
+        "Load a finished fit; see whether another one can resume, or begin"
+        self.facts,self.start = describe_run(self.learn),weights_checksum(unwrap(self.learn.model))
+        self.saved = self._find()
+        if self.saved is not None and self.saved['position']['finished']: self._skip_fit()
+        if not rank_distrib(): self._make_room()
+
+    def _make_room(self):
+        "Clear away what a kill left half written, and see whether the disk can take the checkpoints to come"
+        for half in self.folder.glob(f'.fit_*.pt.*.part'): half.unlink(missing_ok=True)
+        _check_disk(self.folder, self.file, checkpoint_size(self.learn))
+
+    def _find(self):
+        "The newest whole checkpoint of this fit, or None before there is one"
+        damaged = []
+        for file in (self.file, previous_of(self.file)):
+            if not file.exists(): continue
+            try: state = read_checkpoint(file)
+            except ValueError as e: damaged.append(f'{e}')
+            else: return self._accept(file, state, damaged)
+        if damaged:
+            raise ValueError(f'{"; ".join(damaged)}. Move the content of {self.folder} away to start anew')
+
+    def _accept(self, file, state, damaged):
+        "A state, if it is one of this run"
+        ways_out = f'Use another folder; load_checkpoint(learn, {str(file)!r}, only_model=True) takes the weights along'
+        way_out = f'finish its run with the version of kdmed that began it. {ways_out}'
+        check_format(state.get('format'), CHECKPOINT_FORMAT, 'checkpoint', file, way_out=way_out)
+        if wrong := _other_run(state['facts'], self.facts):
+            raise ValueError(f'{file} belongs to another run: {"; ".join(wrong)}. '
+                             f'Change it back to resume that run. {ways_out}')
+        if damaged and not rank_distrib():
+            print(f'{damaged[0]}; resuming from the checkpoint before it')
+            # else the next one would replace the good one
+            os.replace(self.file, self.file.with_suffix('.damaged.pt'))
+        return state
+
+    def _skip_fit(self):
+        "Load what came out of a finished fit, instead of running it"
+        owner = _FINISHED.get(self.file.resolve())
+        if owner is not None and owner() is not self.learn and self.saved['start']!=self.start:
+            raise ValueError(f'{self.file} was finished in this process by a Learner that started from other weights: '
+                             'each run needs a folder of its own')
+        _restore(self.learn, self.saved)
+        _say(self.learn, f'fit {self.number} in {self.folder} is finished: loaded')
+        self.saved = None
+        self._end_fit()
+        self._mute()
+        raise CancelFitException()
+
+    def _end_fit(self):
+        "Count a fit, and let go of the folder"
+        self.fitting,self.counts[str(self.folder.resolve())] = False,self.number+1
+        _FINISHED[self.file.resolve()] = weakref.ref(self.learn)
+        if not rank_distrib(): _let_go(self.folder)
+
+    def _mute(self):
+        "Put all other callbacks to sleep"
+        if not self.muted: self.muted = {cb: cb.run for cb in self.learn.cbs if not isinstance(cb, _Helper)}
+        for cb in self.muted: cb.run = False
+
+    def _unmute(self):
+        for cb,run in self.muted.items(): cb.run = run
+        self.muted = {}
+
+    def before_epoch(self):
+        "Pass over epochs that are done"
+        if not self.fitting or self.learn.lock.locked(): return
+        if self.since is None: self._begin()
+        if self.saved is None: return
+        if self.epoch < self.saved['position']['epoch']:
+            self._mute()
+            raise CancelEpochException()
+        self._unmute()
+        if not self.saved['position']['batch']: self.saved = None
+
+    def _begin(self):
+        "Write the first checkpoint of a fit, or load its last"
+        self.since,self.saved_at = _digests(self.learn),time.monotonic()
+        if self.saved is None: return self._write(0)
+        at,self.rows,self.start = self.saved['position'],self.saved['rows'],self.saved['start']
+        where = f"epoch {at['epoch']}, batch {at['batch']}" if at['batch'] else f"epoch {at['epoch']}"
+        _say(self.learn, f'fit {self.number} in {self.folder} resumes at {where}')
+        self._start_bars()
+        for row in self.rows: self.learn.logger(L(row))
+        _restore(self.learn, self.saved)
+        self._check_best()
+
+    def _start_bars(self):
+        "Progress bars begin with the first epoch, which they would not see otherwise"
+        for cb in self.learn.cbs:
+            bar = vars(cb).get('mbar') if isinstance(cb, ProgressCallback) else None
+            if bar is not None: bar.update(0)
+
+    def _check_best(self):
+        "The best model so far is in a file of fastai's callback, and will be loaded from there"
+        for cb in self.learn.cbs:
+            if not isinstance(cb, SaveModelCallback): continue
+            if cb.every_epoch or cb.at_end or cb.last_saved_path is None: continue
+            best = Path(self.learn.path)/self.learn.model_dir/f'{cb.fname}.pth'
+            if not best.exists():
+                raise FileNotFoundError(f'{best}, the best model of an earlier session, is gone: '
+                                        'keep it together with the checkpoints')
+
+    def before_batch(self):
+        "Pass over batches that are done"
+        if self.saved is None: return
+        if self.iter < self.saved['position']['batch']: raise CancelBatchException()
+        self._go_on()
+
+    def after_train(self):
+        if self.saved is not None: self._go_on()
+
+    def after_fit(self):
+        if self.fitting and not self.learn.lock.locked(): self._unmute() # those of a skipped fit sleep on
+        else: self.muted = {} if not self.fitting else self.muted
+
+    def _go_on(self):
+        self.saved = None
+        self._unmute()
+
+    def _train_begins(self):
+        "Remember where random numbers stand when an epoch's batches begin, or go back there"
+        if self.saved is None: self.epoch_start = _random_states(self.learn.dls)
+        else:
+            self.epoch_start = self.saved['epoch_start']
+            set_random_state(_restored(self.epoch_start[min(rank_distrib(), len(self.epoch_start)-1)]), self.learn.dls)
+            self._mute()
+
+    def _batch_is_done(self):
+        "Write a checkpoint if it is time; load the last one when its place is reached"
+        done = self.iter + 1
+        if self.saved is not None:
+            if done==self.saved['position']['batch']: _restore(self.learn, self.saved)
+            return
+        by_batches = self.every and done%self.every==0
+        by_time = self.minutes and time.monotonic()-self.saved_at >= 60*self.minutes
+        if by_batches or by_time: self._write(self.epoch, done)
+
+    def _epoch_is_done(self):
+        if self.saved is not None: return
+        if 'recorder' in vars(self.learn): self.rows.append(_plain(list(self.learn.recorder.log)))
+        self._write(self.epoch+1)
+
+    def _fit_is_done(self):
+        self._write(self.learn.n_epoch, finished=True)
+        self._end_fit()
+
+    def _write(self, epoch, batch=0, finished=False):
+        "Write a checkpoint of this moment"
+        model = unwrap(self.learn.model)
+        if lost := [n for n,p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]:
+            raise FloatingPointError(f'weights are not finite at epoch {epoch}, batch {batch}: {lost[:3]}; '
+                                     f'the last good checkpoint is {self.file}')
+        _forget_untrained(self.learn.opt)
+        state = _learner_state(self.learn, self.since) | dict(
+            position=dict(epoch=epoch, batch=batch, finished=finished), facts=self.facts, start=self.start,
+            rows=self.rows, epoch_start=self.epoch_start if batch else None)
+        if not rank_distrib(): write_checkpoint(state, self.file, keep_previous=True)
+        self.saved_at = time.monotonic()
 
 # %% ../../nbs/train/00_resume.ipynb #a15070ad
 _HELD,_FINISHED = {},{} # claims by process and folder; by file, the Learner that finished it in this process
 
 def _hold(folder):
-    "Claim a folder, or raise an error if another process trains with it; a fit that was interrupted in this process holds it already"
+    "Claim a folder, or raise an error if another process trains with it; an interrupted fit of this process holds it"
     key = os.getpid(),folder.resolve()
     if key not in _HELD: _HELD[key] = claim(folder, 'run')
 
@@ -617,18 +870,13 @@ def _let_go(folder):
 def _calls_fit(learn):
     "Whether `Learner.fit` is running, and not only `validate`, `get_preds` or `tta`, which send the same events"
     frame = sys._getframe()
-    while frame is not None and not (frame.f_code is Learner.fit.__code__ and frame.f_locals.get('self') is learn): frame = frame.f_back
+    def is_fit(f): return f.f_code is Learner.fit.__code__ and f.f_locals.get('self') is learn
+    while frame is not None and not is_fit(frame): frame = frame.f_back
     return frame is not None
-
-def _weights_digest(model):
-    "A checksum of a model's weights"
-    digest = 0
-    for p in model.parameters(): digest = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), digest)
-    return digest
 
 # %% ../../nbs/train/00_resume.ipynb #rs_say
 def _say(learn, text):
-    "Show a line where the training log goes, unless the log is switched off; callbacks that write the log as a table are passed by"
+    "Show a line where the training log goes, unless the log is off; callbacks that write it as a table are skipped"
     log,passed = learn.logger,[]
     while isinstance(cb := getattr(log, '__self__', None), Callback) and 'old_logger' in vars(cb):
         log = print if cb in passed else cb.old_logger
@@ -640,172 +888,20 @@ def _nbytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
 def checkpoint_size(
     learn:Learner, # With an optimizer
 )->int: # Bytes
-    "About what a checkpoint of a Learner takes: weights, buffers, the optimizer's averages, and gradients that are accumulated"
+    "About the size of a checkpoint: weights, buffers, the optimizer's averages, and accumulated gradients"
     model,opt = unwrap(learn.model),learn.opt
     averages = sum(getattr(f, 'func', f).__name__.startswith('average') for f in opt.cbs) if hasattr(opt, 'cbs') else 2
     collected = any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) # gradients
-    return _nbytes([*model.parameters(), *model.buffers()]) + (averages+collected)*_nbytes(p for p in _trained(opt) if p.requires_grad) + 2**16
+    trained = [p for p in _trained(opt) if p.requires_grad]
+    return _nbytes([*model.parameters(), *model.buffers()]) + (averages+collected)*_nbytes(trained) + 2**16
 
 def _check_disk(folder, file, size):
     "Raise an error before training if the folder cannot take two checkpoints and the one that is being written"
     if not is_writable(folder):
-        raise PermissionError(errno.EACCES, f'{folder} cannot be written, and its run is not finished: copy it to a folder that can be written, and resume from there')
+        raise PermissionError(errno.EACCES, f'{folder} cannot be written, and its run is not finished: '
+                              'copy it to a folder that can be written, and resume from there')
     there = sum(f.stat().st_size for f in (file, previous_of(file)) if f.is_file())
     check_room(folder, 3*size-there, f'keeping two checkpoints of {size/1e6:,.1f} MB while a third is written')
-
-# %% ../../nbs/train/00_resume.ipynb #05aa09af
-@patch
-def before_fit(self:Resume):
-    "Find out which fit this is, and how far it came"
-    inside,borrowed = _calls_fit(self.learn),self.learn.lock.locked()
-    if inside and borrowed: return # a validation within a fit
-    self._unmute()
-    self.saved,self.since,self.rows = None,None,[]
-    self.fitting = inside and 'lr_finder' not in vars(self.learn)
-    if not self.fitting: return
-    if self.minutes and num_distrib()>1: raise ValueError('several processes cannot agree on minutes: use every')
-    if not rank_distrib(): _hold(self.folder)
-    self.counts = vars(self.learn).setdefault('resumed_fits', {})
-    self.number = self.counts.get(str(self.folder.resolve()), 0)
-    self.file = self.folder/f'fit_{self.number}.pt'
-    try: self._look()
-    except (ValueError, TypeError, OSError):
-        self.fitting = False
-        _let_go(self.folder)
-        raise
-
-@patch
-def _look(self:Resume):
-    "Load a finished fit; see whether another one can resume, or begin"
-    self.facts,self.start = describe_run(self.learn),_weights_digest(unwrap(self.learn.model))
-    self.saved = self._find()
-    if self.saved is not None and self.saved['position']['finished']: self._skip_fit()
-    if not rank_distrib(): self._make_room()
-
-@patch
-def _make_room(self:Resume):
-    "Clear away what a kill left half written, and see whether the disk can take the checkpoints to come"
-    for half in self.folder.glob(f'.fit_*.pt.*.part'): half.unlink(missing_ok=True)
-    _check_disk(self.folder, self.file, checkpoint_size(self.learn))
-
-# %% ../../nbs/train/00_resume.ipynb #fac52ba4
-@patch
-def _find(self:Resume):
-    "The newest whole checkpoint of this fit, or None before there is one"
-    damaged = []
-    for file in (self.file, previous_of(self.file)):
-        if not file.exists(): continue
-        try: state = read_checkpoint(file)
-        except ValueError as e: damaged.append(f'{e}')
-        else: return self._accept(file, state, damaged)
-    if damaged: raise ValueError(f'{"; ".join(damaged)}. Move what is in {self.folder} away to start from the beginning')
-
-@patch
-def _accept(self:Resume, file, state, damaged):
-    "A state, if it is one of this run"
-    ways_out = f'Use another folder; load_checkpoint(learn, {str(file)!r}, only_model=True) takes the weights along'
-    check_format(state.get('format'), CHECKPOINT_FORMAT, 'checkpoint', file, way_out=f'finish its run with the version of kdmed that began it. {ways_out}')
-    if wrong := _other_run(state['facts'], self.facts):
-        raise ValueError(f'{file} belongs to another run: {"; ".join(wrong)}. Change it back to resume that run. {ways_out}')
-    if damaged and not rank_distrib():
-        print(f'{damaged[0]}; resuming from the checkpoint before it')
-        os.replace(self.file, self.file.with_suffix('.damaged.pt')) # else the next one would take the place of the good one
-    return state
-
-# %% ../../nbs/train/00_resume.ipynb #6df70eab
-@patch
-def _skip_fit(self:Resume):
-    "Load what came out of a finished fit, instead of running it"
-    owner = _FINISHED.get(self.file.resolve())
-    if owner is not None and owner() is not self.learn and self.saved['start']!=self.start:
-        raise ValueError(f'{self.file} was finished in this process by a Learner that started from other weights: each run needs a folder of its own')
-    _restore(self.learn, self.saved)
-    _say(self.learn, f'fit {self.number} in {self.folder} is finished: loaded')
-    self.saved = None
-    self._end_fit()
-    self._mute()
-    raise CancelFitException()
-
-@patch
-def _end_fit(self:Resume):
-    "Count a fit, and let go of the folder"
-    self.fitting,self.counts[str(self.folder.resolve())] = False,self.number+1
-    _FINISHED[self.file.resolve()] = weakref.ref(self.learn)
-    if not rank_distrib(): _let_go(self.folder)
-
-# %% ../../nbs/train/00_resume.ipynb #09c7ebd3
-@patch
-def _mute(self:Resume):
-    "Put all other callbacks to sleep"
-    if not self.muted: self.muted = {cb: cb.run for cb in self.learn.cbs if not isinstance(cb, _Helper)}
-    for cb in self.muted: cb.run = False
-
-@patch
-def _unmute(self:Resume):
-    for cb,run in self.muted.items(): cb.run = run
-    self.muted = {}
-
-@patch
-def before_epoch(self:Resume):
-    "Pass over epochs that are done"
-    if not self.fitting or self.learn.lock.locked(): return
-    if self.since is None: self._begin()
-    if self.saved is None: return
-    if self.epoch < self.saved['position']['epoch']:
-        self._mute()
-        raise CancelEpochException()
-    self._unmute()
-    if not self.saved['position']['batch']: self.saved = None
-
-# %% ../../nbs/train/00_resume.ipynb #6437bea6
-@patch
-def _begin(self:Resume):
-    "Write the first checkpoint of a fit, or load its last"
-    self.since,self.saved_at = _digests(self.learn),time.monotonic()
-    if self.saved is None: return self._write(0)
-    at,self.rows,self.start = self.saved['position'],self.saved['rows'],self.saved['start']
-    _say(self.learn, f"fit {self.number} in {self.folder} resumes at epoch {at['epoch']}" + f", batch {at['batch']}"*bool(at['batch']))
-    self._start_bars()
-    for row in self.rows: self.learn.logger(L(row))
-    _restore(self.learn, self.saved)
-    self._check_best()
-
-@patch
-def _start_bars(self:Resume):
-    "Progress bars begin with the first epoch, which they would not see otherwise"
-    for cb in self.learn.cbs:
-        bar = vars(cb).get('mbar') if isinstance(cb, ProgressCallback) else None
-        if bar is not None: bar.update(0)
-
-@patch
-def _check_best(self:Resume):
-    "The best model so far is in a file of fastai's callback, and will be loaded from there"
-    for cb in self.learn.cbs:
-        if not isinstance(cb, SaveModelCallback) or cb.every_epoch or cb.at_end or cb.last_saved_path is None: continue
-        best = Path(self.learn.path)/self.learn.model_dir/f'{cb.fname}.pth'
-        if not best.exists(): raise FileNotFoundError(f'{best}, the best model of an earlier session, is gone: keep it together with the checkpoints')
-
-# %% ../../nbs/train/00_resume.ipynb #f0ddd81d
-@patch
-def before_batch(self:Resume):
-    "Pass over batches that are done"
-    if self.saved is None: return
-    if self.iter < self.saved['position']['batch']: raise CancelBatchException()
-    self._go_on()
-
-@patch
-def after_train(self:Resume):
-    if self.saved is not None: self._go_on()
-
-@patch
-def after_fit(self:Resume):
-    if self.fitting and not self.learn.lock.locked(): self._unmute() # those of a skipped fit sleep on
-    else: self.muted = {} if not self.fitting else self.muted
-
-@patch
-def _go_on(self:Resume):
-    self.saved = None
-    self._unmute()
 
 # %% ../../nbs/train/00_resume.ipynb #29446723
 class _AfterOthers(_Helper):
@@ -818,52 +914,9 @@ class _AfterOthers(_Helper):
     def after_fit(self): self.owner._fit_is_done() if self._counts() else None
     def _counts(self): return self.owner.fitting and not self.learn.lock.locked()
 
-# %% ../../nbs/train/00_resume.ipynb #22686f3e
-@patch
-def _train_begins(self:Resume):
-    "Remember where random numbers stand when an epoch's batches begin, or go back there"
-    if self.saved is None: self.epoch_start = _random_states(self.learn.dls)
-    else:
-        self.epoch_start = self.saved['epoch_start']
-        set_random_state(_restored(self.epoch_start[min(rank_distrib(), len(self.epoch_start)-1)]), self.learn.dls)
-        self._mute()
-
-@patch
-def _batch_is_done(self:Resume):
-    "Write a checkpoint if it is time; load the last one when its place is reached"
-    done = self.iter + 1
-    if self.saved is not None:
-        if done==self.saved['position']['batch']: _restore(self.learn, self.saved)
-    elif (self.every and done%self.every==0) or (self.minutes and time.monotonic()-self.saved_at >= 60*self.minutes): self._write(self.epoch, done)
-
-# %% ../../nbs/train/00_resume.ipynb #93c7ec79
-@patch
-def _epoch_is_done(self:Resume):
-    if self.saved is not None: return
-    if 'recorder' in vars(self.learn): self.rows.append(_plain(list(self.learn.recorder.log)))
-    self._write(self.epoch+1)
-
-@patch
-def _fit_is_done(self:Resume):
-    self._write(self.learn.n_epoch, finished=True)
-    self._end_fit()
-
 # %% ../../nbs/train/00_resume.ipynb #d265480c
 def _forget_untrained(opt):
-    "Drop moments of parameters that a callback took back: they are in no checkpoint, so that a run that goes on would not have them"
+    "Drop moments of parameters that a callback removed: no checkpoint has them, so a resumed run would not"
     state = getattr(opt, 'opt', opt).state # of the optimizer inside an OptimWrapper or a Lookahead
     kept = {id(p) for p in _trained(opt)}
     for p in [p for p in state if id(p) not in kept]: del state[p]
-
-@patch
-def _write(self:Resume, epoch, batch=0, finished=False):
-    "Write a checkpoint of this moment"
-    model = unwrap(self.learn.model)
-    if lost := [n for n,p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]:
-        raise FloatingPointError(f'weights are not finite at epoch {epoch}, batch {batch}: {lost[:3]}; the last good checkpoint is {self.file}')
-    _forget_untrained(self.learn.opt)
-    state = _learner_state(self.learn, self.since) | dict(
-        position=dict(epoch=epoch, batch=batch, finished=finished), facts=self.facts, start=self.start,
-        rows=self.rows, epoch_start=self.epoch_start if batch else None)
-    if not rank_distrib(): write_checkpoint(state, self.file, keep_previous=True)
-    self.saved_at = time.monotonic()
