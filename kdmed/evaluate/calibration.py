@@ -1,4 +1,4 @@
-"""Whether 80 % means eight of ten, how to make it so, and which threshold keeps a promise
+"""Whether a predicted 80 % is right in eight of ten cases, how to achieve that, and how to choose thresholds
 
 Docs: https://kdmed.github.io/kdmed/evaluate/calibration.html.md"""
 
@@ -22,11 +22,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..core.basics import COLORS, figure
 from ..core.checks import check_in
+from ..data.images import TASKS
 from .scores import check_probs, check_targets, check_task_classes
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #df4c3527
-def _said_and_true(probs, targets, classes, task, by):
-    "What was said, what was true, each `[n]`, and the names of both"
+def _predicted_and_true(probs, targets, classes, task, by):
+    "Predicted probabilities and labels, each `[n]`, and the axis names of both"
     classes = check_task_classes(classes, task)
     probs = check_probs(probs, classes, task).clip(0, 1)
     actual,known = check_targets(targets, len(probs), classes, task)
@@ -39,17 +40,17 @@ def _said_and_true(probs, targets, classes, task, by):
     top = np.arange(len(probs)),probs.argmax(1)
     return probs[top], actual[top], 'confidence in the predicted class', 'share that is right'
 
-def _bin_edges(said, bins, adaptive):
+def _bin_edges(predicted, bins, adaptive):
     "Edges of bins of equal width, or of equal count, where equal probabilities stay together"
     if not adaptive: return np.linspace(0, 1, bins+1)
-    edges = np.quantile(said, np.linspace(0, 1, bins+1))
+    edges = np.quantile(predicted, np.linspace(0, 1, bins+1))
     return np.r_[edges[0], np.unique(edges[1:])]
 
-def _in_bins(said, true, bins, adaptive):
-    "Frame of bins: low, high, count, mean of what was said, mean of what was true"
-    edges = _bin_edges(said, bins, adaptive)
-    where = np.searchsorted(edges[1:-1], said)
-    count,confidence,accuracy = (np.bincount(where, w, minlength=len(edges)-1) for w in (None, said, true))
+def _in_bins(predicted, true, bins, adaptive):
+    "Table of bins: low, high, count, mean predicted probability, observed frequency"
+    edges = _bin_edges(predicted, bins, adaptive)
+    where = np.searchsorted(edges[1:-1], predicted)
+    count,confidence,accuracy = (np.bincount(where, w, minlength=len(edges)-1) for w in (None, predicted, true))
     with np.errstate(invalid='ignore'): confidence,accuracy = confidence/count,accuracy/count
     return pd.DataFrame(dict(low=edges[:-1], high=edges[1:], count=count, confidence=confidence, accuracy=accuracy))
 
@@ -59,34 +60,36 @@ def reliability(
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     classes,               # Names, in the order of the columns; the second one is a binary task's positive class
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    bins:int=15,           # How many bins
-    by:str='confidence',   # `confidence`: of the predicted class (binary: the positive class; multilabel: all findings together); or a class by name
-    adaptive:bool=False,   # Bins with as many images in each, rather than of the same width; ties stay together
-)->pd.DataFrame: # A row for each bin: low, high, count, confidence, accuracy (NaN in an empty bin); `attrs['n']` counts what is known
-    "What a model said and how often it was so, in bins of what it said; a bin holds its upper edge, the first one both"
+    bins:int=15,           # Number of bins
+    # The name of a class; or `confidence`: of the predicted class (binary: the positive one; multilabel: all findings)
+    by:str='confidence',
+    adaptive:bool=False,   # Bins of equal count instead of equal width; equal probabilities stay together
+)->pd.DataFrame: # A row for each bin: low, high, count, confidence, accuracy (NaN if empty); `attrs['n']`: known labels
+    "Predicted probability and observed frequency in bins; a bin contains its upper edge, the first one both"
     if bins < 1: raise ValueError(f'bins must be 1 or more, got {bins}')
-    said,true,*names = _said_and_true(probs, targets, classes, task, by)
-    if len(said) == 0: raise ValueError(f'targets must hold a known value for {by}, got none')
-    table = _in_bins(said, true, bins, adaptive)
-    table.attrs = dict(n=len(said), by=by, confidence=names[0], accuracy=names[1])
+    predicted,true,*names = _predicted_and_true(probs, targets, classes, task, by)
+    if len(predicted) == 0: raise ValueError(f'targets must contain a known value for {by}, got none')
+    table = _in_bins(predicted, true, bins, adaptive)
+    table.attrs = dict(n=len(predicted), by=by, confidence=names[0], accuracy=names[1])
     return table
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #35831ca2
 def plot_reliability(
     table:pd.DataFrame,  # From `reliability`
-    ax=None,             # Axes to draw in, perhaps over other models; a new figure if left out
+    ax=None,             # Axes to draw on, perhaps over other models; default: a new figure
     name:str='model',    # In the legend; teacher, plain and distilled have their own colors
-    error:float=None,    # Calibration error for the legend, such as a mean over training seeds; that of the table if left out
+    error:float=None,    # Calibration error for the legend, such as a mean over training seeds; default: the table's
 ): # Axes
     "Reliability diagram: the area of a marker shows how many images are in its bin"
     ax = figure(height=3.8)[1] if ax is None else ax
     ax.set_box_aspect(1)
     drawn,filled = len(ax.collections),table[table['count'] > 0]
     if not drawn: ax.plot([0, 1], [0, 1], color='0.6', lw=1, ls=':', zorder=0)
-    n,error,color = table.attrs['n'],_gap(table) if error is None else error,COLORS.get(name, ('black', '#009E73', '#CC79A7')[drawn % 3])
+    n,error = table.attrs['n'],_gap(table) if error is None else error
+    color = COLORS.get(name, ('black', '#009E73', '#CC79A7')[drawn % 3])
     ax.plot(filled.confidence, filled.accuracy, color=color, lw=1.2, ls=('-', '--', '-.')[drawn % 3])
-    ax.scatter(filled.confidence, filled.accuracy, s=12+300*filled['count']/n, color=color, marker='osD^'[drawn % 4], alpha=.75, lw=0,
-               label=f'{name}: n = {n}, error {error:.3f}')
+    ax.scatter(filled.confidence, filled.accuracy, s=12+300*filled['count']/n, color=color, marker='osD^'[drawn % 4],
+               alpha=.75, lw=0, label=f'{name}: n = {n}, error {error:.3f}')
     ax.set(xlabel=table.attrs['confidence'], ylabel=table.attrs['accuracy'], xlim=(-.02, 1.02), ylim=(-.04, 1.04))
     legend = ax.legend(loc='upper center', bbox_to_anchor=(.5, -.18), frameon=False)
     for handle in legend.legend_handles: handle.set_sizes([30])
@@ -99,17 +102,17 @@ def _gap(table):
 # %% ../../nbs/evaluate/05_calibration.ipynb #8a4fe7b2
 def expected_calibration_error(
     probs,                 # Probabilities, as for `reliability`
-    targets,               # What is true, as for `reliability`
+    targets,               # True labels, as for `reliability`
     classes,               # Names, in the order of the columns
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    bins:int=15,           # How many bins
-    adaptive:bool=False,   # Bins with as many images in each, rather than of the same width
+    bins:int=15,           # Number of bins
+    adaptive:bool=False,   # Bins of equal count instead of equal width
     classwise:bool=False,  # Mean over classes, each against all others, instead of the predicted class alone
 )->float: # In [0, 1], 0 is best; a label that is unknown in every image is left out, NaN if all are
-    "Mean distance between what a model says and how often it is so: of the predicted class, of a binary task's positive class, or averaged over labels"
+    "Mean distance of predicted probability and observed frequency, of the predicted or positive class or over labels"
     names = [str(c) for c in classes]
     each = names if task == 'multilabel' or (classwise and task == 'multiclass') else ['confidence']
-    pairs = [_said_and_true(probs, targets, names, task, by)[:2] for by in each]
+    pairs = [_predicted_and_true(probs, targets, names, task, by)[:2] for by in each]
     if bins < 1: raise ValueError(f'bins must be 1 or more, got {bins}')
     errors = [_gap(_in_bins(*pair, bins, adaptive)) for pair in pairs if len(pair[0])]
     return float(np.mean(errors)) if errors else np.nan
@@ -119,55 +122,66 @@ def probs_to_logits(
     probs,                 # Probabilities, `[N, C]`, or `[N]` for a binary task
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->np.ndarray: # In the shape of `probs`, finite: 0 and 1 are replaced by the nearest value of their precision
-    "Logits of which these are the softmax (log p) or, for multilabel tasks and one column of a binary one, the sigmoid (log p/(1-p))"
-    check_in(task, ('binary', 'multiclass', 'multilabel'), 'task')
+    "Logits whose softmax (log p) is `probs`, or sigmoid (log p/(1-p)) for multilabel tasks and a single binary column"
+    check_in(task, TASKS, 'task')
     probs = np.asarray(probs)
     if probs.dtype.kind != 'f': probs = probs.astype(float)
-    if not ((probs >= -1e-6) & (probs <= 1+1e-6)).all(): raise ValueError(f'probs must be in [0, 1], got {probs.min():.4g} to {probs.max():.4g}')
+    if not ((probs >= -1e-6) & (probs <= 1+1e-6)).all():
+        raise ValueError(f'probs must be in [0, 1], got {probs.min():.4g} to {probs.max():.4g}')
     info,two_columns = np.finfo(probs.dtype),task == 'binary' and probs.shape[1:] == (2,)
     if task == 'multiclass' or two_columns: return np.log(probs.clip(info.tiny, 1).astype(float))
     return logit(probs.clip(info.tiny, 1-info.epsneg).astype(float))
 
+_LOGIT_SHAPES = dict(binary='[N], [N, 1] or [N, 2]', multiclass='[N, C]', multilabel='[N, L]')
+
 def _logit_columns(logits, task):
-    "Float64 logits `[N, C]`, `[N, 1]` for a binary task: its second class's less its first's"
-    check_in(task, ('binary', 'multiclass', 'multilabel'), 'task')
+    "Float64 logits `[N, C]`; of a binary task `[N, 1]`, second class minus first"
+    check_in(task, TASKS, 'task')
     z = np.asarray(logits, dtype=np.float64)
     if task == 'binary' and z.ndim == 1: z = z[:,None]
-    suits = z.ndim == 2 and len(z) and z.shape[1] and (task == 'multilabel' or (z.shape[1] > 1 if task == 'multiclass' else z.shape[1] < 3))
-    if not suits: raise ValueError(f'logits must be {dict(binary="[N], [N, 1] or [N, 2]", multiclass="[N, C]", multilabel="[N, L]")[task]}, got {np.shape(logits)}')
-    if not np.isfinite(z).all(): raise ValueError(f'logits must be finite, got {(~np.isfinite(z)).sum()} of {z.size} that are not')
-    return z[:,1:] - z[:,:1] if task == 'binary' and z.shape[1] == 2 else z
+    columns = z.shape[1] if z.ndim == 2 and len(z) else 0
+    fits = dict(binary=columns in (1, 2), multiclass=columns > 1, multilabel=columns > 0)[task]
+    if not fits: raise ValueError(f'logits must be {_LOGIT_SHAPES[task]}, got {np.shape(logits)}')
+    bad = ~np.isfinite(z)
+    if bad.any(): raise ValueError(f'logits must be finite, got {bad.sum()} of {z.size} that are not')
+    return z[:,1:] - z[:,:1] if task == 'binary' and columns == 2 else z
 
-def _soften(z, temperature, task): return softmax(z/temperature, axis=1) if task == 'multiclass' else expit(z/temperature)
+def _soften(z, temperature, task):
+    z = z/temperature
+    return softmax(z, axis=1) if task == 'multiclass' else expit(z)
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #c074a4a9
 TEMPERATURE_BOUNDS = .01,100.
-FEWEST_FOR_TEMPERATURE = 100 # validation images, below which a temperature is a matter of luck
+FEWEST_FOR_TEMPERATURE = 100 # validation images, below which a temperature is mostly chance
 
 def _known_targets(z, targets, task):
-    "What is true and what is known, `[N, C]` like the logits"
+    "Which labels are true and which are known, `[N, C]` like the logits"
     names = ['0', '1'] if task == 'binary' else [str(i) for i in range(z.shape[1])]
     actual,known = check_targets(targets, len(z), names, task)
     if task == 'binary': actual,known = actual[:,1:],known[:,1:]
     varied = actual.any(0).sum() > 1 if task == 'multiclass' else actual[known].any() and not actual[known].all()
-    if not varied: raise ValueError(f'targets must hold more than one class, got {sorted({y for y in np.ravel(targets).tolist() if y == y})}')
+    if not varied:
+        values = sorted({y for y in np.ravel(targets).tolist() if y == y})
+        raise ValueError(f'targets must contain more than one class, got {values}')
     return actual,known
 
-def _doubt_logits(logits, task):
-    "Raise an error for what must be probabilities, and warn of what may be"
-    z = np.asarray(logits, dtype=np.float64)
+def _check_not_probs(logits, task):
+    "Raise an error for logits that must be probabilities, and warn about those that may be"
+    z,hint = np.asarray(logits, dtype=np.float64),"use TemperatureScaling(inputs='probs') or probs_to_logits"
     if z.size < 20 or z.min() < 0 or z.max() > 1: return
-    if task == 'multiclass' and abs(z.sum(1)-1).max() < 1e-3: raise ValueError("logits must not sum to 1 in every row; for probabilities use TemperatureScaling(inputs='probs') or probs_to_logits")
-    warnings.warn("logits all lie in [0, 1]: if they are probabilities, use TemperatureScaling(inputs='probs') or probs_to_logits")
+    if task == 'multiclass' and abs(z.sum(1)-1).max() < 1e-3:
+        raise ValueError(f'logits must not sum to 1 in every row; for probabilities {hint}')
+    warnings.warn(f'logits all lie in [0, 1]: if they are probabilities, {hint}')
 
+# %% ../../nbs/evaluate/05_calibration.ipynb #e0010001
 def fit_temperature(
-    logits,                # Unnormalized scores of validation images, `[N, C]`; for a binary task also `[N]` or `[N, 1]`, of the second class
+    logits,                # Of validation images, `[N, C]`; or, of a binary task's second class, `[N]` or `[N, 1]`
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->float: # In [.01, 100]; above 1 for an overconfident model. Warns at a bound
-    "The temperature that gives logits divided by it the least log loss"
+    "The temperature by which logits must be divided for the smallest log loss"
     z = _logit_columns(logits, task)
-    _doubt_logits(logits, task)
+    _check_not_probs(logits, task)
     actual,known = _known_targets(z, targets, task)
     def slope(log_t): return np.where(known, (_soften(z, np.exp(log_t), task)-actual)*z, 0).sum()
     cold,hot = np.log(TEMPERATURE_BOUNDS)
@@ -179,21 +193,24 @@ def fit_temperature(
 def temperature_note(
     temperature:float, # From `fit_temperature`
     n:int,             # Validation images that it was found on
-)->str: # Empty if there is nothing to say
+)->str: # Empty if there is no reason for doubt
     "What makes a temperature doubtful: too few images, or a value at its bound"
     low,high = TEMPERATURE_BOUNDS
-    why = {low: 'no prediction is wrong, so more confidence always pays', high: 'the logits say nothing about these targets'}
-    if temperature in why: return f'at its bound {temperature:g}: {why[temperature]}; {n} validation images cannot tell it'
+    why = {low: 'no prediction is wrong, so higher confidence always pays',
+           high: 'the logits carry no information about these targets'}
+    if temperature in why:
+        return f'at its bound {temperature:g}: {why[temperature]}; {n} validation images do not determine it'
     return f'found on {n} validation images, fewer than {FEWEST_FOR_TEMPERATURE}' if n < FEWEST_FOR_TEMPERATURE else ''
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #0d525fe8
 def _as_logits(values, inputs, task):
-    "Logits from logits or probabilities; refuses the one for the other where that can be told"
+    "Logits from logits or probabilities; an error for probabilities that are passed as logits, where that is certain"
     check_in(inputs, ('logits', 'probs'), 'inputs')
     if inputs == 'probs': return probs_to_logits(values, task)
     z = np.asarray(values)
     if task == 'multiclass' and z.ndim == 2 and z.size and z.min() >= 0 and abs(z.sum(1)-1).max() < 1e-3:
-        raise ValueError("logits must not sum to 1 in every row; for probabilities use TemperatureScaling(inputs='probs')")
+        hint = "for probabilities use TemperatureScaling(inputs='probs')"
+        raise ValueError(f'logits must not sum to 1 in every row; {hint}')
     return z
 
 def _label_temperatures(logits, targets):
@@ -202,15 +219,18 @@ def _label_temperatures(logits, targets):
     _,known = check_targets(targets, len(z), range(z.shape[1]), 'multilabel')
     for i,k in enumerate(known.T):
         y = np.asarray(targets)[k,i]
-        if len(set(y.tolist())) < 2: raise ValueError(f'label {i} must be both present and absent in targets, got {sorted(set(y.tolist()))}; per_label=False shares one temperature')
+        values = sorted(set(y.tolist()))
+        if len(values) < 2:
+            hint = 'per_label=False shares one temperature'
+            raise ValueError(f'label {i} must be both present and absent in targets, got {values}; {hint}')
         found.append(fit_temperature(z[k,i], y, 'binary'))
     return np.array(found)
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #5872efaf
 class TemperatureScaling(BaseEstimator):
-    "Divides logits by the temperature with the least log loss on validation images; `temperature_` is a number, or one for each label"
+    "Divides logits by the temperature with the smallest log loss on validation images; `temperature_`, one or by label"
     def __init__(self,
-        inputs:str='logits',   # What `fit` and `transform` are given: `logits` or `probs`
+        inputs:str='logits',   # What `fit` and `transform` receive: `logits` or `probs`
         per_label:bool=False,  # A temperature for each label of a multilabel task, not one for all
     ): self.inputs,self.per_label = inputs,per_label
 
@@ -222,8 +242,8 @@ class TemperatureScaling(BaseEstimator):
         "Find the temperature"
         values = _as_logits(logits, self.inputs, task)
         if self.per_label and task != 'multilabel': raise ValueError(f'per_label needs a multilabel task, got {task!r}')
-        self.temperature_ = _label_temperatures(values, targets) if self.per_label else fit_temperature(values, targets, task)
-        self.task_ = task
+        fitted = _label_temperatures(values, targets) if self.per_label else fit_temperature(values, targets, task)
+        self.temperature_,self.task_ = fitted,task
         return self
 
     def transform(self,
@@ -231,8 +251,8 @@ class TemperatureScaling(BaseEstimator):
     )->np.ndarray: # In the same shape
         "Calibrated probabilities"
         check_is_fitted(self)
-        shape = np.shape(logits)
-        probs = _soften(_logit_columns(_as_logits(logits, self.inputs, self.task_), self.task_), self.temperature_, self.task_)
+        z = _logit_columns(_as_logits(logits, self.inputs, self.task_), self.task_)
+        shape,probs = np.shape(logits),_soften(z, self.temperature_, self.task_)
         return np.c_[1-probs, probs] if self.task_ == 'binary' and shape[1:] == (2,) else probs.reshape(shape)
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #4afbc0ce
@@ -242,14 +262,14 @@ class Calibrated(NamedTuple):
     temperature:float # Found on the validation images; an array where each label has its own
 
 def calibrate(
-    valid_probs,           # Probabilities of validation images, `[N, C]`; for a binary task also `[N]` or `[N, 1]`, of the second class
+    valid_probs,           # Of validation images, `[N, C]`; or, of a binary task's second class, `[N]` or `[N, 1]`
     valid_targets,         # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     test_probs,            # Probabilities of other images, from the same model
     classes,               # Names, in the order of the columns; the second one is a binary task's positive class
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
     per_label:bool=False,  # A temperature for each label of a multilabel task, not one for all
 )->Calibrated: # Test probabilities in their shape, and the temperature
-    "Temperature scaling from validation to test images; what is true of the test images is not asked for"
+    "Temperature scaling from validation to test images; the labels of the test images are not needed"
     classes = check_task_classes(classes, task)
     for probs in (valid_probs, test_probs): check_probs(probs, classes, task)
     scaling = TemperatureScaling('probs', per_label).fit(valid_probs, valid_targets, task)
@@ -259,7 +279,7 @@ def calibrate(
 _CRITERIA = 'youden','f1','sensitivity','specificity'
 
 def _cuts(p):
-    "Thresholds that tell predictions apart, ascending: all above the first, none above the last"
+    "Thresholds that separate the predictions, ascending: all above the first, none above the last"
     v = np.unique(p)
     middle = (v[:-1]+v[1:])/2
     return np.r_[-1. if v[0] <= 0 else 0., np.where(middle < v[1:], middle, v[:-1]), 1.]
@@ -267,41 +287,48 @@ def _cuts(p):
 def _above(p, cuts): return len(p) - np.searchsorted(np.sort(p), cuts, side='right')
 
 def _best_cut(p, actual, criterion, at_least):
-    "The threshold that suits the criterion best"
+    "The best threshold by the criterion"
     cuts,present,absent = _cuts(p),actual.sum(),(~actual).sum()
     tp,fp = _above(p[actual], cuts),_above(p[~actual], cuts)
     sensitivity,specificity = tp/present,1-fp/absent
-    first,then = dict(youden=(sensitivity+specificity, sensitivity), f1=(2*tp/(tp+fp+present), sensitivity),
-        sensitivity=(np.where(sensitivity >= at_least-1e-12, specificity, -1), sensitivity),
-        specificity=(np.where(specificity >= at_least-1e-12, sensitivity, -1), specificity))[criterion]
-    return cuts[np.lexsort((then, first.round(12)))[-1]]
+    goal = dict(
+        youden=sensitivity+specificity, f1=2*tp/(tp+fp+present),
+        sensitivity=np.where(sensitivity >= at_least-1e-12, specificity, -1),
+        specificity=np.where(specificity >= at_least-1e-12, sensitivity, -1))[criterion]
+    return cuts[np.lexsort((sensitivity, goal.round(12)))[-1]]
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #ec330517
-def _judged(probs, targets, classes, task):
-    "By class that is judged, its probabilities and what is true, in the images where that is known"
+def _by_class(probs, targets, classes, task):
+    "By class that gets a threshold: its probabilities and labels, of the images where the label is known"
     classes = check_task_classes(classes, task)
     probs = check_probs(probs, classes, task).clip(0, 1)
     actual,known = check_targets(targets, len(probs), classes, task)
-    return {c: (probs[known[:,i],i], actual[known[:,i],i]) for i,c in enumerate(classes) if task != 'binary' or i == 1}
+    columns = {c: i for i,c in enumerate(classes) if task != 'binary' or i == 1}
+    return {c: (probs[known[:,i],i], actual[known[:,i],i]) for c,i in columns.items()}
 
-def _missing(actual):
-    "Why a class cannot be judged, or an empty text"
-    return 'unknown' if len(actual) == 0 else 'absent' if not actual.any() else 'alone' if actual.all() else ''
+def _why_undefined(present, absent):
+    "Why a class cannot be evaluated, from its numbers of positives and negatives; empty if it can"
+    if not present+absent: return 'unknown'
+    if not present: return 'absent'
+    return '' if absent else 'no negatives'
 
 def fit_thresholds(
     probs,                 # Probabilities of validation images, as for `reliability`
-    targets,               # What is true, as for `reliability`
+    targets,               # True labels, as for `reliability`
     classes,               # Names, in the order of the columns
-    task:str='multiclass', # `binary`: a threshold for the second class; `multilabel`: for each label; `multiclass`: for each class against the others
+    # `binary`: one, for the second class; `multilabel`: for each label; `multiclass`: each class against the rest
+    task:str='multiclass',
     criterion:str='youden', # `youden`, `f1`, `sensitivity` or `specificity`
-    at_least:float=.95,    # What `sensitivity` or `specificity` must reach, in (0, 1]
+    at_least:float=.95,    # Lower bound of the `sensitivity` or `specificity`, in (0, 1]
 )->pd.Series: # Threshold by class, NaN where there is none; `attrs['notes']` says why
-    "Thresholds above which an image is taken for a class, chosen on validation images"
+    "Thresholds above which an image is positive for a class, chosen on validation images"
     check_in(criterion, _CRITERIA, 'criterion')
     if not 0 < at_least <= 1: raise ValueError(f'at_least must be in (0, 1], got {at_least}')
-    judged = _judged(probs, targets, classes, task)
-    notes = {c: f'undefined: {c} ({why})' for c,(_,actual) in judged.items() if (why := _missing(actual))}
-    found = {c: np.nan if c in notes else _best_cut(*pair, criterion, at_least) for c,pair in judged.items()}
+    found,notes = {},{}
+    for c,(p,actual) in _by_class(probs, targets, classes, task).items():
+        why = _why_undefined(actual.sum(), (~actual).sum())
+        if why: notes[c] = f'undefined: {c} ({why})'
+        found[c] = np.nan if why else _best_cut(p, actual, criterion, at_least)
     result = pd.Series(found, name='threshold', dtype=float)
     result.attrs['notes'] = notes
     return result
@@ -317,54 +344,69 @@ def apply_thresholds(
     classes,thresholds = check_task_classes(classes, task),pd.Series(thresholds, dtype=float)
     probs = check_probs(probs, classes, task)
     for c in thresholds.index: check_in(c, classes, 'class in thresholds')
-    if thresholds.isna().any(): raise ValueError(f'thresholds must be numbers, got NaN for {list(thresholds.index[thresholds.isna()])}; drop them or choose by hand')
+    undefined = list(thresholds.index[thresholds.isna()])
+    if undefined:
+        raise ValueError(f'thresholds must be numbers, got NaN for {undefined}; drop these or choose them by hand')
     return pd.DataFrame({c: (probs[:,classes.index(str(c))] > t).astype(int) for c,t in thresholds.items()})
 
 def threshold_scores(
     probs,                 # Probabilities of test images, as for `reliability`
-    targets,               # What is true, as for `reliability`
+    targets,               # True labels, as for `reliability`
     thresholds,            # By class, as from `fit_thresholds`
     classes,               # Names, in the order of the columns
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-)->pd.DataFrame: # By class: threshold, sensitivity, specificity, the numbers of images with it (present) and without (absent)
-    "What a threshold yields on other images; NaN where there are no images to tell, or no threshold"
-    judged,rows = _judged(probs, targets, classes, task),{}
+)->pd.DataFrame: # By class: threshold, sensitivity, specificity, images with it (`present`) and without it (`absent`)
+    "Sensitivity and specificity of thresholds on other images; NaN without positives, negatives or a threshold"
+    by_class,rows = _by_class(probs, targets, classes, task),{}
     for c,t in pd.Series(thresholds, dtype=float).items():
-        check_in(c, judged, 'class in thresholds')
-        p,actual = judged[str(c)]
+        check_in(c, by_class, 'class in thresholds')
+        p,actual = by_class[str(c)]
         present,absent = int(actual.sum()),int((~actual).sum())
         sensitivity = (p[actual] > t).mean() if present and not np.isnan(t) else np.nan
-        rows[c] = dict(threshold=t, sensitivity=sensitivity, specificity=(p[~actual] <= t).mean() if absent and not np.isnan(t) else np.nan, present=present, absent=absent)
+        specificity = (p[~actual] <= t).mean() if absent and not np.isnan(t) else np.nan
+        rows[c] = dict(threshold=t, sensitivity=sensitivity, specificity=specificity, present=present, absent=absent)
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #4ca4c949
 def _same_share(student, teacher, threshold):
-    "The student's threshold that calls as many images positive as the teacher's `threshold` does; rather more where ties forbid that"
+    "The student's threshold with as many positive images as the teacher's `threshold`; with ties, the nearest number"
     if np.isnan(threshold): return np.nan
     cuts = _cuts(student)
     return cuts[np.abs(_above(student, cuts) - (teacher > threshold).sum()).argmin()]
 
+def _check_valid_test(**pairs):
+    for name,pair in pairs.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f'{name} must be a pair (validation, test), got {type(pair).__name__}')
+
+def _transfer_note(name, row, notes):
+    "Why a class has no threshold, or no sensitivity or specificity in the test images"
+    why = _why_undefined(row.present, row.absent)
+    return notes.get(name, f'undefined: {name} ({why}) in test' if why else '')
+
+# %% ../../nbs/evaluate/05_calibration.ipynb #e0010002
 def threshold_transfer(
     student,               # Its probabilities of validation and of test images, a pair, each as for `reliability`
-    teacher,               # The teacher's, of the same images
-    targets,               # What is true of validation and of test images, a pair
+    teacher,               # The teacher's, for the same images
+    targets,               # True labels of validation and of test images, a pair
     classes,               # Names, in the order of the columns
     task:str='binary',     # `binary`, `multiclass` (each class against the others) or `multilabel`
     criterion:str='sensitivity', # How the threshold is chosen on validation images, as in `fit_thresholds`
-    at_least:float=.95,    # What `sensitivity` or `specificity` must reach there
-)->pd.DataFrame: # By class and way: threshold, sensitivity and specificity on the test images, the numbers of images, note
-    "What becomes of the teacher's threshold in the student's hands: `teacher` itself, then the student by way of `raw`, `temperature`, `quantile`, `own`"
-    for name,pair in dict(student=student, teacher=teacher, targets=targets).items():
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2: raise ValueError(f'{name} must be a pair (validation, test), got {type(pair).__name__}')
+    at_least:float=.95,    # Lower bound of `sensitivity` or `specificity` there
+)->pd.DataFrame: # By class and way: threshold, sensitivity and specificity on the test images, numbers of images, note
+    "The teacher's threshold on `teacher` itself, then on the student by way of `raw`, `temperature`, `quantile`, `own`"
+    _check_valid_test(student=student, teacher=teacher, targets=targets)
     (s_valid,s_test),(t_valid,t_test),(y_valid,y_test) = student,teacher,targets
     def choose(probs): return fit_thresholds(probs, y_valid, classes, task, criterion, at_least)
     def scaled(valid, other): return calibrate(valid, y_valid, other, classes, task).probs
-    theirs,s,t = choose(t_valid),_judged(s_valid, y_valid, classes, task),_judged(t_valid, y_valid, classes, task)
-    matched = pd.Series({c: _same_share(s[c][0], t[c][0], theirs[c]) for c in theirs.index})
-    ways = dict(teacher=(t_test, theirs), raw=(s_test, theirs), temperature=(scaled(s_valid, s_test), choose(scaled(t_valid, t_valid))),
-                quantile=(s_test, matched), own=(s_test, choose(s_valid)))
-    table = pd.concat({way: threshold_scores(p, y_test, cut, classes, task) for way,(p,cut) in ways.items()}, names=['way', 'class']).swaplevel()
-    table['note'] = [theirs.attrs['notes'].get(c, f'undefined: {c} ({why}) in test' if (why := _untold(row)) else '') for (c,_),row in table.iterrows()]
-    return table.loc[list(theirs.index)]
-
-def _untold(row): return 'unknown' if not row.present+row.absent else 'absent' if not row.present else 'alone' if not row.absent else ''
+    of_teacher = choose(t_valid)
+    s,t = (_by_class(probs, y_valid, classes, task) for probs in (s_valid, t_valid))
+    matched = pd.Series({c: _same_share(s[c][0], t[c][0], threshold) for c,threshold in of_teacher.items()})
+    ways = dict(
+        teacher=(t_test, of_teacher), raw=(s_test, of_teacher),
+        temperature=(scaled(s_valid, s_test), choose(scaled(t_valid, t_valid))),
+        quantile=(s_test, matched), own=(s_test, choose(s_valid)))
+    tables = {way: threshold_scores(p, y_test, cut, classes, task) for way,(p,cut) in ways.items()}
+    table = pd.concat(tables, names=['way', 'class']).swaplevel()
+    table['note'] = [_transfer_note(c, row, of_teacher.attrs['notes']) for (c,_),row in table.iterrows()]
+    return table.loc[list(of_teacher.index)]

@@ -32,7 +32,8 @@ def _rows(maps, name):
     "Maps [N, H, W] as rows of pixels, float64 [N, P]"
     maps = np.asarray(maps.cpu() if hasattr(maps, 'cpu') else maps, dtype=np.float64)
     if maps.ndim!=3 or not maps.size: raise ValueError(f'{name} must be maps [N, H, W], got {maps.shape}')
-    if not np.isfinite(maps).all(): raise ValueError(f'{name} must be finite, got {(~np.isfinite(maps)).sum()} values of {maps.size} that are not')
+    bad = (~np.isfinite(maps)).sum()
+    if bad: raise ValueError(f'{name} must be finite, got {bad} values of {maps.size} that are not')
     return maps.reshape(len(maps), -1)
 
 def _standard(rows):
@@ -50,20 +51,24 @@ def _top(rows, share):
     return np.where(np.ptp(rows, 1, keepdims=True)>0, np.where(fits, reached, above), np.nan)
 
 def _both(maps_a, maps_b, top):
-    "Rows of both models for each similarity, and how two rows are compared, given their product"
+    "{similarity: rows of both models, whose product compares two maps}"
     if not 0<top<1: raise ValueError(f'top must be a share between 0 and 1, got {top}')
     a,b = _rows(maps_a, 'maps_a'),_rows(maps_b, 'maps_b')
-    if np.shape(maps_a)!=np.shape(maps_b): raise ValueError(f'expected maps of the same images at the same size, got maps_a {np.shape(maps_a)}, maps_b {np.shape(maps_b)}')
+    shape_a,shape_b = np.shape(maps_a),np.shape(maps_b)
+    if shape_a!=shape_b:
+        raise ValueError('maps_a and maps_b must be maps of the same images at the same size, '
+                         f'got maps_a {shape_a}, maps_b {shape_b}')
     ranked = [rankdata(rows, axis=1) for rows in (a, b)]
-    return dict(pearson=(_standard(a), _standard(b)), spearman=[_standard(r) for r in ranked], overlap=(_top(a, top), _top(b, top)))
+    return dict(pearson=(_standard(a), _standard(b)), spearman=[_standard(r) for r in ranked],
+                overlap=(_top(a, top), _top(b, top)))
 
 # %% ../../nbs/evaluate/35_interpret.ipynb #26032e39
 def map_similarity(
     maps_a,        # [N, H, W], one model's
     maps_b,        # [N, H, W], another one's, of the same images in the same order
     top:float=.2,  # Share of pixels whose overlap is measured
-)->pd.DataFrame: # A row for each image: `pearson` and `spearman` in [-1, 1], `overlap` in [0, 1]; NaN where a map is constant
-    "How alike two models' maps of each image are"
+)->pd.DataFrame: # For each image `pearson`, `spearman` in [-1, 1], `overlap` in [0, 1]; NaN where a map is constant
+    "How similar two models' maps of each image are"
     result = {}
     for name,(a,b) in _both(maps_a, maps_b, top).items():
         product = (a*b).sum(1)
@@ -78,35 +83,46 @@ def _weighted(w, own, known, pairs, apart):
         chance = ((w@np.where(apart, pairs, 0))*w).sum(1) / ((w@apart)*w).sum(1)
     return value,chance
 
+def _undefined_note(known):
+    n = len(known)
+    return '' if known.all() else f'undefined for {n-known.sum()} of {n} images: a map is constant'
+
 def _one_agreement(name, a, b, w, codes, level):
     "A row of `explanation_agreement`"
     pairs = a@b.T
     if name=='overlap': pairs = pairs / (a.sum(1)[:, None]+b.sum(1)[None]-pairs)
     own,known = np.diag(pairs),np.isfinite(np.diag(pairs))
     apart = np.isfinite(pairs) & (codes[:, None]!=codes[None])
-    n = len(known)
-    note = '' if known.all() else f'undefined for {n-known.sum()} of {n} images: a map is constant'
-    (value,),(chance,) = _weighted(np.ones((1, n)), own, known.astype(float), pairs, apart.astype(bool))
-    values,chances = _weighted(w, own, known.astype(float), pairs, apart.astype(bool))
-    (low,high,note),(excess_low,excess_high,_) = interval_of(value, values, None, note, level),interval_of(value-chance, values-chances, None, '', level)
-    return dict(value=value, low=low, high=high, chance=chance, excess=value-chance, excess_low=excess_low, excess_high=excess_high, images=int(known.sum()), note=note)
+    given = own,known.astype(float),pairs,apart
+    (value,),(chance,) = _weighted(np.ones((1, len(known))), *given)
+    values,chances = _weighted(w, *given)
+    low,high,note = interval_of(value, values, None, _undefined_note(known), level)
+    excess_low,excess_high,_ = interval_of(value-chance, values-chances, None, '', level)
+    row = dict(value=value, low=low, high=high, chance=chance, excess=value-chance)
+    return row | dict(excess_low=excess_low, excess_high=excess_high, images=int(known.sum()), note=note)
 
+# %% ../../nbs/evaluate/35_interpret.ipynb #830375b0
 def explanation_agreement(
     maps_a,            # [N, H, W], one model's
     maps_b,            # [N, H, W], another one's, of the same images in the same order
-    groups=None,       # Patient, lesion or tile of each image, [N]; every image on its own, if not given
+    groups=None,       # Patient, lesion or tile of each image, [N]; default: every image is a group of its own
     n_boot:int=1000,   # Bootstrap draws of groups
     level:float=.95,   # Share of the draws within an interval
     top:float=.2,      # Share of pixels whose overlap is measured
     seed:int=0,        # Of the draws
-)->pd.DataFrame: # Rows `pearson`, `spearman`, `overlap`: value, low, high, chance, excess with its interval, images it is defined for, note
-    "How far two models look at the same places, and by how much more than at those of other images"
+)->pd.DataFrame: # Rows `pearson`, `spearman`, `overlap`; columns as below
+    """How far two models look at the same places, and by how much more than at those of other images.
+
+    Columns: `value`, `low`, `high`; `chance`; `excess` with its interval; the `images` for which it is defined; `note`.
+    """
     rows = _both(maps_a, maps_b, top)
     groups = range(len(maps_a)) if groups is None else groups
-    if len(groups)!=len(maps_a): raise ValueError(f'groups must be one for each of {len(maps_a)} images, got {len(groups)}')
+    if len(groups)!=len(maps_a):
+        raise ValueError(f'groups must be one for each of {len(maps_a)} images, got {len(groups)}')
     if not 0<level<1: raise ValueError(f'level must be between 0 and 1, got {level}')
     w,codes = group_weights(groups, n_boot, seed).astype(float),group_codes(groups)
-    frame = pd.DataFrame.from_dict({name: _one_agreement(name, a, b, w, codes, level) for name,(a,b) in rows.items()}, orient='index').rename_axis('similarity')
+    agreements = {name: _one_agreement(name, a, b, w, codes, level) for name,(a,b) in rows.items()}
+    frame = pd.DataFrame.from_dict(agreements, orient='index').rename_axis('similarity')
     frame.attrs = dict(images=len(codes), groups=len(set(codes)), n_boot=n_boot, level=level, top=top, seed=seed)
     return frame
 
@@ -115,12 +131,12 @@ class PixelCurves(NamedTuple):
     "What `deletion_insertion` measures"
     share:np.ndarray         # Of pixels changed, [S+1], from 0 to 1
     deletion:np.ndarray      # Probability of the class with that share hidden, [B, S+1]
-    insertion:np.ndarray     # Probability with nothing but that share shown, [B, S+1]
+    insertion:np.ndarray     # Probability with only that share visible, [B, S+1]
     deletion_auc:np.ndarray  # Area under each curve, [B], in [0, 1]
-    insertion_auc:np.ndarray # As well
+    insertion_auc:np.ndarray # The same for insertion
 
 def _hidden(images, baseline):
-    "What images look like where they are hidden"
+    "The images with all pixels hidden"
     if baseline=='mean': return images.mean((2, 3), keepdim=True).expand_as(images)
     if baseline!='blur': return torch.full_like(images, float(baseline))
     side = min(images.shape[-2:])
@@ -137,41 +153,45 @@ def _probabilities(scores, x):
     z = scores(x).float()
     return z.softmax(1) if scores.exclusive else z.sigmoid()
 
-# %% ../../nbs/evaluate/35_interpret.ipynb #29947af7
 def _curve(scores, images, hidden, ranks, targets, counts, bs, hide):
-    "Probability of each image's class, [B, S+1], with its first pixels hidden, or, unless `hide`, shown alone"
+    "Probability of each image's class, [B, S+1], with its first pixels hidden or, unless `hide`, only those visible"
     n,k,size = len(images),len(counts),images.shape[-2:]
     values = []
     for pairs in torch.arange(n*k, device=images.device).split(bs):
         i,step = pairs//k,pairs%k
         first = (ranks[i] < counts[step][:, None]).unflatten(1, size)[:, None]
-        values.append(_probabilities(scores, torch.where(first==hide, hidden[i], images[i])).gather(1, targets[i][:, None]))
+        altered = torch.where(first==hide, hidden[i], images[i])
+        values.append(_probabilities(scores, altered).gather(1, targets[i][:, None]))
     return torch.cat(values).reshape(n, k).cpu().numpy()
 
+# %% ../../nbs/evaluate/35_interpret.ipynb #29947af7
 def deletion_insertion(
-    model,           # Module or Learner; as it was afterwards
+    model,           # Module or Learner; unchanged afterwards
     images,          # Normalized batch [B, C, H, W]
     maps,            # [B, H, W], of any scale: only the order of pixels counts
-    targets=None,    # Class that the maps explain: index or name, for all images or for each; the predicted class if left out
+    targets=None,    # Class that the maps explain: index or name, for all or each; default: the predicted class
     steps:int=32,    # Steps in which the pixels are changed
     baseline='blur', # What hides a pixel: `blur`, the image's `mean` color, or a number in normalized units
-    task:str=None,   # `binary`, `multiclass` or `multilabel`; that of the Learner or of `model.spec` if left out
+    task:str=None,   # `binary`, `multiclass` or `multilabel`; default: that of the Learner or of `model.spec`
     bs:int=64,       # Altered images in one pass
     seed:int=0,      # Of the order of equal pixels
-    stats=None,      # Means and deviations the images are normalized with, where they may not be the model's own
+    stats=None,      # Means and deviations of the images' normalization; default: the model's
 )->PixelCurves:
-    "How the probability of a class changes as the pixels a map ranks first are hidden, or shown alone"
+    "How the probability of a class changes as the pixels that a map ranks first are hidden, or only they are visible"
     if isinstance(baseline, str): check_in(baseline, ('blur', 'mean'), 'baseline')
     module,classes,task = explained_model(model, task)
     x,rows = images_for(model, images, stats),_rows(maps, 'maps')
-    if np.shape(maps)!=(len(x), *x.shape[2:]): raise ValueError(f'maps must be {(len(x), *x.shape[2:])}, as large as the images, got {np.shape(maps)}')
+    expected = len(x),*x.shape[2:]
+    if np.shape(maps)!=expected:
+        raise ValueError(f'maps must be {expected}, the size of the images, got {np.shape(maps)}')
     for name,number in (('steps', steps), ('bs', bs)): check_integer(number, name, least=1)
     targets = target_indices(targets, len(x), classes)
     scores,share = ClassScores(module, task, max(targets or [-1])),np.linspace(0, 1, steps+1)
+    def on_device(values): return torch.as_tensor(values, device=x.device)
     with observed(module), torch.no_grad():
         if targets is None: targets = torch.cat([scores(part).argmax(1) for part in x.split(bs)])
-        given = scores,x,_hidden(x, baseline),torch.as_tensor(_order(rows, seed), device=x.device),torch.as_tensor(targets, device=x.device)
-        counts = torch.as_tensor((share*rows.shape[1]).round().astype(int), device=x.device)
+        given = scores,x,_hidden(x, baseline),on_device(_order(rows, seed)),on_device(targets)
+        counts = on_device((share*rows.shape[1]).round().astype(int))
         curves = [_curve(*given, counts, bs, hide) for hide in (True, False)]
     return PixelCurves(share, *curves, *(np.trapezoid(c, share, axis=1) for c in curves))
 
@@ -180,10 +200,14 @@ _STYLES = ['-', '--', '-.', ':']
 
 def _check_by_name(given, argument, kind):
     "Raise an error unless results come in a dict by name"
-    if not isinstance(given, dict): raise TypeError(f"{argument} must be a dict from names to {kind.__name__}, such as {{'teacher': …}}, got {type(given).__name__}")
-    if not given: raise ValueError(f'{argument} must hold at least one {kind.__name__}, got none')
+    expected = kind.__name__
+    if not isinstance(given, dict):
+        raise TypeError(f"{argument} must be a dict from names to {expected}, such as {{'teacher': …}}, "
+                        f'got {type(given).__name__}')
+    if not given: raise ValueError(f'{argument} must contain at least one {expected}, got none')
     for name,one in given.items():
-        if not isinstance(one, kind): raise TypeError(f'{argument}[{name!r}] must be a {kind.__name__}, got {type(one).__name__}')
+        if not isinstance(one, kind):
+            raise TypeError(f'{argument}[{name!r}] must be a {expected}, got {type(one).__name__}')
 
 def plot_pixel_curves(
     curves:dict, # Name: what `deletion_insertion` gave, for the same images
@@ -191,10 +215,11 @@ def plot_pixel_curves(
     "Mean curves of deletion and insertion, with the mean area under each"
     _check_by_name(curves, 'curves', PixelCurves)
     fig,axes = figure(1, 2, height=2.6, sharey=True)
-    for ax,kind,what in zip(axes, ('deletion', 'insertion'), ('hidden', 'shown')):
+    for ax,kind,what in zip(axes, ('deletion', 'insertion'), ('hidden', 'visible')):
         for i,(name,c) in enumerate(curves.items()):
+            style = dict(linestyle=_STYLES[i%4], color=COLORS.get(name, f'C{i}'))
             auc = getattr(c, f'{kind}_auc').mean()
-            ax.plot(100*c.share, getattr(c, kind).mean(0), _STYLES[i%4], color=COLORS.get(name, f'C{i}'), label=f'{name}, area {auc:.2f}')
+            ax.plot(100*c.share, getattr(c, kind).mean(0), label=f'{name}, area {auc:.2f}', **style)
         ax.set(xlabel=f'pixels {what}, %', title=kind)
         ax.title.set_fontsize(10)
         ax.legend(frameon=False, fontsize=8)
@@ -202,74 +227,92 @@ def plot_pixel_curves(
     return fig
 
 # %% ../../nbs/evaluate/35_interpret.ipynb #fee87d64
+def _stage_names(module):
+    "A model's stages; of one that lists none, its children, and those of its lists"
+    try: return stage_names(module)
+    except ValueError: pass
+    names = []
+    for name,child in module.named_children():
+        inner = isinstance(child, nn.ModuleList)
+        names += [f'{name}.{k}' for k,_ in child.named_children()] if inner else [name]
+    return names
+
 def _stages(module):
     "(Name, modules) of a model's parts, from the head down; each part begins where the stage before it ends"
     named = list(module.named_modules())
-    try: stages = stage_names(module)
-    except ValueError: stages = [n for name,m in module.named_children() for n in ([f'{name}.{k}' for k,_ in m.named_children()] if isinstance(m, nn.ModuleList) else [name])]
-    ends = sorted((max(i for i,(n,_) in enumerate(named) if n==s or n.startswith(f'{s}.')), s) for s in stages)
+    def end_of(stage): return max(i for i,(n,_) in enumerate(named) if n==stage or n.startswith(f'{stage}.'))
+    ends = sorted((end_of(s), s) for s in _stage_names(module))
     parts,start = [],0
     for end,s in [*ends, (len(named)-1, 'head')]:
         parts.append((s, [m for _,m in named[start:end+1]]))
         start = end+1
-    return [(s, m) for s,m in reversed(parts) if any(p.numel()>1 for x in m for p in x.parameters(recurse=False))]
+    def has_weights(modules): return any(p.numel()>1 for m in modules for p in m.parameters(recurse=False))
+    return [(s, modules) for s,modules in reversed(parts) if has_weights(modules)]
 
 def _redraw(modules, generator):
-    "Draw the parameters of modules anew, each tensor with its own mean and deviation"
+    "Draw new random parameters of modules, each tensor with its own mean and deviation"
+    parameters = [p for m in modules for p in m.parameters(recurse=False)]
     with torch.no_grad():
-        for p in (p for m in modules for p in m.parameters(recurse=False) if p.numel()>1 and p.is_floating_point()):
+        for p in parameters:
+            if p.numel()<=1 or not p.is_floating_point(): continue
             noise = torch.randn(p.shape, generator=generator).to(p)
             p.copy_(p.mean() + p.std()*noise)
 
+# %% ../../nbs/evaluate/35_interpret.ipynb #8155c7b4
 def _ssim(a, b):
     "Structural similarity of two maps in [0, 1]"
     try: from skimage.metrics import structural_similarity
     except ImportError as e: raise missing_package('scikit-image') from e
     return structural_similarity(a, b, data_range=1.)
 
-# %% ../../nbs/evaluate/35_interpret.ipynb #8155c7b4
-def _kept(intact, now, w, ssim):
+def _similarity_row(intact, now, w, ssim):
     "A row of `randomization_check`"
-    alike = map_similarity(intact, now).spearman.to_numpy()
-    known = np.isfinite(alike)
-    with np.errstate(invalid='ignore'): draws = (w@np.where(known, alike, 0)) / (w@known)
-    note = '' if known.all() else f'undefined for {(~known).sum()} of {len(known)} images: a map is constant'
-    value = alike[known].mean() if known.any() else np.nan
-    low,high,note = interval_of(value, draws, None, note, .95)
+    similarity = map_similarity(intact, now).spearman.to_numpy()
+    known = np.isfinite(similarity)
+    with np.errstate(invalid='ignore'): draws = (w@np.where(known, similarity, 0)) / (w@known)
+    value = similarity[known].mean() if known.any() else np.nan
+    low,high,note = interval_of(value, draws, None, _undefined_note(known), .95)
     row = dict(spearman=value, low=low, high=high, images=int(known.sum()), note=note)
-    return row | (dict(ssim=float(np.mean([_ssim(a, b) for a,b in zip(intact, now)]))) if ssim else {})
+    if ssim: row['ssim'] = float(np.mean([_ssim(a, b) for a,b in zip(intact, now)]))
+    return row
 
+# %% ../../nbs/evaluate/35_interpret.ipynb #66bf9be6
 @delegates(saliency_maps)
 def randomization_check(
     model,               # Module or Learner; a copy is destroyed
     images,              # Normalized batch [B, C, H, W]
-    targets=None,        # Class to explain, as for `saliency_maps`; the class that the intact model predicts if left out
-    method='grad-cam',   # One of `SALIENCY_METHODS`, or a function from model, images and class indices to maps [B, H, W]
+    targets=None,        # Class to explain, as for `saliency_maps`; default: the class that the intact model predicts
+    method='grad-cam',   # One of `SALIENCY_METHODS`, or a function of model, images and class indices to maps [B, H, W]
     ssim:bool=False,     # Structural similarity, too; needs scikit-image
     groups=None,         # Patient of each image, for the intervals
     n_boot:int=1000,     # Bootstrap draws of groups
     seed:int=0,          # Of the new weights and of the draws
-    stats=None,          # Means and deviations the images are normalized with, where they may not be the model's own
+    stats=None,          # Means and deviations of the images' normalization; default: the model's
     **kwargs,            # Passed on to `saliency_maps`
-)->pd.DataFrame: # A row for each stage, from the head down: `spearman` with its interval, images it is defined for, note, and `ssim`
-    "How alike maps stay while the model is destroyed, stage after stage from the head down"
+)->pd.DataFrame: # A row for each stage, from the head down; columns as below
+    """How similar maps stay while the model is destroyed, stage after stage from the head down.
+
+    Columns: `spearman` with its interval, the `images` for which it is defined, `note`, and `ssim`.
+    """
     module,classes,task = explained_model(model, kwargs.pop('task', None))
     x,targets = images_for(model, images, stats),target_indices(targets, len(images), classes)
     scores = ClassScores(module, task, max(targets or [-1]))
     with observed(module), torch.no_grad(): predicted = scores(x).argmax(1).tolist()
     targets,copy = targets or predicted,deepcopy(module)
-    def maps(m): return np.asarray(method(m, x, targets) if callable(method) else saliency_maps(m, x, targets, method, task=task, seed=seed, **kwargs))
+    def maps(m):
+        if callable(method): return np.asarray(method(m, x, targets))
+        return np.asarray(saliency_maps(m, x, targets, method, task=task, seed=seed, **kwargs))
     intact,generator,rows = maps(copy),torch.Generator().manual_seed(seed),{}
     w = group_weights(range(len(x)) if groups is None else groups, n_boot, seed)
     for name,modules in _stages(copy):
         _redraw(modules, generator)
-        rows[name] = _kept(intact, maps(copy), w, ssim)
+        rows[name] = _similarity_row(intact, maps(copy), w, ssim)
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('destroyed down to')
 
 # %% ../../nbs/evaluate/35_interpret.ipynb #c4de5eaf
 def plot_randomization(
     results:dict, # Name of a method: what `randomization_check` gave
-    ax=None,      # Axes to draw on; new ones if left out
+    ax=None,      # Axes to draw on; default: new ones
 ): # Axes
     "Similarity to the intact model's maps, from the head down"
     _check_by_name(results, 'results', pd.DataFrame)

@@ -21,12 +21,14 @@ from ..models.adapt import OutputReader, prepared_for
 from ..distill.teacher import loader_classes
 from .intervals import (
     check_runs, group_codes, group_draws, group_weights, list_runs, percentile_pair, seed_shares)
-from .scores import check_probs, check_targets, check_task_classes, resolve_metric, safe_ratio, scores
+from .scores import (
+    check_probs, check_targets, check_task_classes, decisions, resolve_metric, safe_ratio, scores)
 
 # %% ../../nbs/evaluate/20_metrics.ipynb #de245d52
 def _probabilities(logits, task):
     "Probabilities of logits [N, C]; a binary task has one logit or two"
-    return logits.softmax(1) if task == 'multiclass' or (task == 'binary' and logits.ndim > 1 and logits.shape[1] == 2) else logits.sigmoid()
+    two_logits = task == 'binary' and logits.ndim > 1 and logits.shape[1] == 2
+    return logits.softmax(1) if task == 'multiclass' or two_logits else logits.sigmoid()
 
 def module_of(
     model, # Module or Learner
@@ -37,13 +39,14 @@ def module_of(
 def check_loader(
     dl, # A loader of `image_dls`
 )->None:
-    "Raise an error unless the loader gives known images in an order that holds"
+    "Raise an error unless the loader knows its images and keeps their order"
     if isinstance(dl, DataLoaders) or not hasattr(dl, 'table'):
         raise TypeError(f'dl must be a loader of image_dls, such as dls.test, got {type(dl).__name__}')
-    if getattr(dl, 'shuffle', False): raise ValueError('dl shuffles, so its predictions could not be matched with images; use dls.valid or dls.test')
+    if getattr(dl, 'shuffle', False):
+        raise ValueError('dl shuffles, so its predictions cannot be matched with images; use dls.valid or dls.test')
 
 def _model_classes(model):
-    "Class names of a model's answers: of the data that a Learner was trained on, else of the module's `spec`; none where neither tells"
+    "Class names of a model's outputs: of a Learner's training data, else of the module's `spec`, else none"
     if isinstance(model, Learner) and (names := loader_classes(model.dls)): return names
     named = getattr(unwrap(module_of(model)), 'spec', {}).get('classes', 0)
     return [] if isinstance(named, int) else [str(c) for c in named]
@@ -53,90 +56,110 @@ def class_columns(
     dl,               # A loader of `image_dls`
     name:str='model', # What errors call the model
 )->list: # Column numbers
-    "Which of a model's answers each class of a loader is; raises an error unless both know the same classes"
+    "The column of a model's output for each class of a loader; raises an error unless both have the same classes"
     known,wanted = _model_classes(model),[str(c) for c in dl.table.attrs['classes']]
     if not known or known == wanted: return list(range(len(wanted)))
-    if sorted(known) != sorted(wanted): raise ValueError(f'{name} must have the classes of the loader, {wanted}, got {known}')
+    if sorted(known) != sorted(wanted):
+        raise ValueError(f'{name} must have the classes of the loader, {wanted}, got {known}')
     return [known.index(c) for c in wanted]
 
+# %% ../../nbs/evaluate/20_metrics.ipynb #f8cd2c09
 def _in_order(probs, columns):
-    "Probabilities with their columns put in order; the one of a binary task is that of the second class"
+    "Probabilities with their columns in the loader's order; a single column is that of a binary task's second class"
     if columns == sorted(columns): return probs
     return 1-probs if probs.ndim == 1 or probs.shape[1] == 1 else probs[:, columns]
 
-# %% ../../nbs/evaluate/20_metrics.ipynb #f8cd2c09
 class _LogitReader:
-    "Logits of a model for so many classes, or an error that says why there are none"
-    def __init__(self, n, task): self.columns,self.exclusive,self.reader = ({1, 2} if task=='binary' else {n}),task!='multilabel',OutputReader()
+    "Logits of a model for a number of classes; an error explains why an output has none"
+    def __init__(self, n, task):
+        self.columns = {1, 2} if task == 'binary' else {n}
+        self.exclusive = task != 'multilabel'
+        self.reader = OutputReader()
 
     def __call__(self, output, images):
         logits = self.reader(output, images, self.columns, self.exclusive)
         if self.reader.refusal: raise TypeError(self.reader.refusal)
-        if (n := logits.reshape(len(logits), -1).shape[1]) not in self.columns: raise ValueError(f'the model must have {max(self.columns)} outputs, one for each class of the loader, got {n}')
+        n = logits.reshape(len(logits), -1).shape[1]
+        if n not in self.columns:
+            expected = f'{max(self.columns)} outputs, one for each class of the loader'
+            raise ValueError(f'the model must have {expected}, got {n}')
         return logits
 
 def predict(
-    model,   # Module or fitted Learner; one that gives probabilities is noticed
+    model,   # Module or fitted Learner; outputs that are probabilities already are recognized
     dl,      # A loader of `image_dls` that does not shuffle, such as `dls.test`
-)->tuple: # Probabilities [N, C] (binary: [N, 1], of the second class), columns in the loader's order of classes, and targets, as arrays
-    "Probabilities for the images of a loader, in its order, and their targets; the images are brought to the normalization and channels of the model"
+)->tuple: # Arrays: probabilities [N, C] (binary: [N, 1], of the second class) in the loader's order of classes; targets
+    "Probabilities for the images of a loader, in its order, and targets; images get the model's own normalization"
     check_loader(dl)
-    if not isinstance(module_of(model), torch.nn.Module): raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
-    columns,module,task = class_columns(model, dl),prepared_for(model, dl),dl.table.attrs['task']
+    if not isinstance(module_of(model), torch.nn.Module):
+        raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
+    columns,task = class_columns(model, dl),dl.table.attrs['task']
+    module = prepared_for(model, dl)
     device = next((p.device for p in module.parameters()), torch.device('cpu'))
-    logits,targets,reader = [],[],_LogitReader(len(columns), task)
+    logits,targets,read = [],[],_LogitReader(len(columns), task)
     with evaluating(module):
         for x,y in dl:
-            logits.append(reader(module(x.to(device)), len(x)).double().cpu())
+            logits.append(read(module(x.to(device)), len(x)).double().cpu())
             targets.append(y.cpu())
-    return _in_order(_probabilities(torch.cat(logits), task).numpy(), columns),torch.cat(targets).numpy()
+    probs = _probabilities(torch.cat(logits), task).numpy()
+    return _in_order(probs, columns),torch.cat(targets).numpy()
+
+# %% ../../nbs/evaluate/20_metrics.ipynb #b0010008
+POOLS = 'mean','max','vote'
 
 # %% ../../nbs/evaluate/20_metrics.ipynb #50438461
 class MetricByName(Metric):
-    "Any metric of `scores`, for fastai's `Learner(metrics=...)`; NaN in the log where it is undefined"
+    "Any metric of `scores`, your own included, for fastai's `Learner(metrics=...)`; NaN where it is undefined"
     def __init__(self,
         name:str,        # As for `scores`, such as `macro_auroc` or `sensitivity/mel`
-        classes=None,    # Those of `dls` if left out; with data that are not of `image_dls`, give both
-        task:str=None,   # That of `dls` if left out
-        pool:str=None,   # `mean`, `max` or `vote`: of patients instead of images, as in `pool_by_group`; for data of `image_dls`
+        classes=None,    # Default: those of `dls`; with data that are not of `image_dls`, give classes and task
+        task:str=None,   # Default: that of `dls`
+        pool:str=None,   # `mean`, `max` or `vote`: of patients instead of images, as in `pool_by_group`
     ):
         if pool is not None: check_in(pool, POOLS, 'pool')
         self.metric,self.classes,self.task,self.pool = name,classes,task,pool
-        if classes is not None: resolve_metric(name, check_task_classes(classes, task or 'multiclass'), task or 'multiclass')
+        if classes is not None: _check_metric(name, classes, task or 'multiclass')
 
     def check(self, dls):
-        "Raise an error before training if the metric does not suit the data"
+        "Classes and task; raises an error before training if the metric does not suit the data"
         classes,task = self.classes or getattr(dls, 'classes', None),self.task or getattr(dls, 'task', None)
-        if classes is None or task is None: raise ValueError(f'metric {self.metric!r} needs classes= and task=: the data do not tell them')
-        if self.pool and not hasattr(dls.valid, 'table'): raise ValueError(f'metric {self.name!r} needs to know whose images they are: data of image_dls')
-        resolve_metric(self.metric, check_task_classes(classes, task), task)
+        if classes is None or task is None:
+            raise ValueError(f'metric {self.metric!r} needs classes= and task=: the DataLoaders have none')
+        if self.pool and not hasattr(dls.valid, 'table'):
+            raise ValueError(f'metric {self.name!r} needs the patient of each image: use the DataLoaders of image_dls')
+        _check_metric(self.metric, classes, task)
         return list(classes),task
 
     def reset(self): self.logits,self.targets,self.result = [],[],None
 
     def accumulate(self, learn):
-        if not self.logits: self.told,self.groups = self.check(learn.dls),learn.dl.table.group.to_numpy() if self.pool else None
+        if not self.logits:
+            self.data = self.check(learn.dls)
+            self.groups = learn.dl.table.group.to_numpy() if self.pool else None
         self.logits.append(learn.pred.detach().float().cpu())
         self.targets.append(learn.y.detach().cpu())
 
     @property
     def value(self):
-        if self.result is None and self.logits: self.result = self._compute()
+        if self.result is None and self.logits: self.result = _metric_of(self)
         return self.result
-
-    def _compute(self):
-        classes,task = self.told
-        probs,targets = _probabilities(torch.cat(self.logits).double(), task).numpy(),torch.cat(self.targets).numpy()
-        if not np.isfinite(probs).all(): return float('nan') # the training has diverged, which its loss tells
-        if self.pool: probs,targets,_ = pool_by_group(probs, targets, self.groups, classes, task, self.pool)
-        return scores(probs, targets, classes, task, metrics=self.metric)[self.metric]
 
     @property
     def name(self): return self.metric + (f'_{self.pool}_by_group' if self.pool else '')
 
-# %% ../../nbs/evaluate/20_metrics.ipynb #2d778277
-POOLS = 'mean','max','vote'
+# %% ../../nbs/evaluate/20_metrics.ipynb #b0010001
+def _check_metric(name, classes, task): resolve_metric(name, check_task_classes(classes, task), task)
 
+def _metric_of(by_name):
+    "The value of a `MetricByName`, of the predictions that it has accumulated"
+    classes,task = by_name.data
+    probs = _probabilities(torch.cat(by_name.logits).double(), task).numpy()
+    targets = torch.cat(by_name.targets).numpy()
+    if not np.isfinite(probs).all(): return float('nan') # the training has diverged, which its loss shows
+    if by_name.pool: probs,targets,_ = pool_by_group(probs, targets, by_name.groups, classes, task, by_name.pool)
+    return scores(probs, targets, classes, task, metrics=by_name.metric)[by_name.metric]
+
+# %% ../../nbs/evaluate/20_metrics.ipynb #2d778277
 def pool_by_group(
     probs,                 # Probabilities, as for `scores`
     targets,               # As for `scores`; all images of a group must have the same
@@ -152,13 +175,16 @@ def pool_by_group(
     probs = check_probs(probs, classes, task)
     actual,known = check_targets(targets, len(probs), classes, task)
     codes,names = group_codes(groups),pd.unique(pd.Series(np.asarray(groups)))
-    if len(codes) != len(probs): raise ValueError(f'groups and probs must be as long, got {len(codes)} and {len(probs)} images')
+    if len(codes) != len(probs):
+        raise ValueError(f'groups and probs must have the same length, got {len(codes)} and {len(probs)} images')
     def by_group(values): return pd.DataFrame(np.asarray(values, dtype=float)).groupby(codes)
-    seen = np.where(known, actual, np.nan)
-    low,high = by_group(seen).min().to_numpy(),by_group(seen).max().to_numpy()
-    if (mixed := (low < high).any(1)).any():
-        raise ValueError(f'{mixed.sum()} of {len(names)} groups hold images with different labels, such as {str(names[mixed][0])!r}; pool over groups of one label each, such as lesions')
-    if how == 'vote': probs = probs > .5 if task == 'multilabel' else np.eye(len(classes))[probs.argmax(1)]
+    labels = by_group(np.where(known, actual, np.nan))
+    low,high = labels.min().to_numpy(),labels.max().to_numpy()
+    mixed = (low < high).any(1)
+    if mixed.any():
+        raise ValueError(f'{mixed.sum()} of {len(names)} groups contain images with different labels, such as '
+                         f'{str(names[mixed][0])!r}; pool over groups of one label each, such as lesions')
+    if how == 'vote': probs = decisions(probs, task)
     pooled = (by_group(probs).max() if how == 'max' else by_group(probs).mean()).to_numpy(copy=True)
     if task == 'binary' and how == 'max': pooled[:, 0] = 1-pooled[:, 1]
     if task == 'multiclass': pooled = pooled/pooled.sum(1, keepdims=True)
@@ -166,9 +192,10 @@ def pool_by_group(
 
 # %% ../../nbs/evaluate/20_metrics.ipynb #57a63246
 def _over_seeds(values, n_boot, seed):
-    "Mean over training seeds: of the value itself, and in every replicate of the seeds that it drew"
+    "Mean over training seeds: of the value itself, and in every replicate of the seeds drawn in it"
     values = np.stack(values, 1)
-    shares = np.concatenate([np.full((1, values.shape[1]), 1/values.shape[1]), seed_shares(values.shape[1], n_boot, seed)])
+    equal = np.full((1, values.shape[1]), 1/values.shape[1])
+    shares = np.concatenate([equal, seed_shares(values.shape[1], n_boot, seed)])
     return (np.where(shares > 0, values, 0)*shares).sum(1)
 
 def recognition_rate(
@@ -181,64 +208,90 @@ def recognition_rate(
     level:float=.95,       # Of the interval
     seed:int=0,            # Of the draws
 )->pd.Series: # value, low, high
-    "Mean over patients of the share of their images that are right"
+    "Mean over patients of the share of their images that are classified correctly"
     if task == 'multilabel': raise ValueError('recognition_rate needs one class per image, got a multilabel task')
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
     codes,runs = group_codes(groups),list_runs(probs)
-    if len(codes) != len(targets): raise ValueError(f'groups and targets must be as long, got {len(codes)} and {len(targets)} images')
+    if len(codes) != len(targets):
+        raise ValueError(f'groups and targets must have the same length, got {len(codes)} and {len(targets)} images')
     each = 1/np.bincount(codes)[codes]
     weights = np.concatenate([each[None], group_weights(groups, n_boot, seed)*each])
-    values = _over_seeds([scores(p, targets, classes, task, weights, 'accuracy')['accuracy'] for p in runs], n_boot, seed)
-    return pd.Series(dict(value=values[0], low=np.quantile(values[1:], percentile_pair(level)[0]), high=np.quantile(values[1:], percentile_pair(level)[1])))
+    accuracy = [scores(p, targets, classes, task, weights, 'accuracy')['accuracy'] for p in runs]
+    values = _over_seeds(accuracy, n_boot, seed)
+    low,high = np.quantile(values[1:], percentile_pair(level))
+    return pd.Series(dict(value=values[0], low=low, high=high))
 
 # %% ../../nbs/evaluate/20_metrics.ipynb #324b1001
+def _check_pair(student, teacher, targets, classes, task):
+    "Student's and teacher's arrays, one for each training seed"
+    student = check_runs(student, targets, classes, task, 'student')
+    teacher = check_runs(teacher, targets, classes, task, 'teacher')
+    n = max(len(student), len(teacher))
+    if {len(student), len(teacher)} - {1, n}:
+        got = f'{len(student)} and {len(teacher)}'
+        expected = 'the same number of training seeds, or one of them one'
+        raise ValueError(f'student and teacher must have {expected}, got {got}')
+    return student*(n//len(student)),teacher*(n//len(teacher))
+
+def _agreement_row(parts, summed, n_boot, level, seed):
+    "A measure with its interval, from `_agreements` of each training seed: (what counts, out of what)"
+    if not all(np.isfinite(count).all() for count,_ in parts):
+        note = 'infinite: the student gives zero probability to a class that its teacher considers possible'
+        return dict(value=np.inf, low=np.nan, high=np.nan, of=int(parts[0][1].sum()), note=note)
+    values = _over_seeds([safe_ratio(summed(count), summed(of)) for count,of in parts], n_boot, seed)
+    replicates = values[1:][~np.isnan(values[1:])]
+    defined = np.isfinite(values[0])
+    low,high = np.quantile(replicates, percentile_pair(level)) if len(replicates) and defined else (np.nan, np.nan)
+    rests_on = round(np.mean([of.sum() for _,of in parts]))
+    return dict(value=values[0], low=low, high=high, of=rests_on, note='' if defined else 'undefined: there are none')
+
+# %% ../../nbs/evaluate/20_metrics.ipynb #e05f0566
 def agreement(
     student,             # Its probabilities, as for `scores`; or a list of such arrays, one for each training seed
     teacher,             # The teacher's, for the same images; or one array for each of the student's training seeds
     targets,             # As for `scores`
     classes,             # Names, in the order of the columns
-    groups=None,         # Patient, lesion or tile of each image `[N]`; every image on its own if left out
+    groups=None,         # Patient, lesion or tile of each image `[N]`; default: every image is its own group
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
     n_boot:int=1000,     # Bootstrap draws of groups
     level:float=.95,     # Of the intervals
     seed:int=0,          # Of the draws
-)->pd.DataFrame: # A row for each measure: value, low, high, `of` (how many decisions it rests on), note
-    "How far a student does what its teacher does, with intervals over groups"
+)->pd.DataFrame: # A row for each measure: value, low, high, `of` (the number of decisions it is based on), note
+    "How far a student's predictions follow its teacher's, with intervals over groups"
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
-    student,teacher = check_runs(student, targets, classes, task, 'student'),check_runs(teacher, targets, classes, task, 'teacher')
-    n = max(len(student), len(teacher))
-    if {len(student), len(teacher)} - {1, n}: raise ValueError(f'student and teacher must have as many training seeds, or one, got {len(student)} and {len(teacher)}')
+    student,teacher = _check_pair(student, teacher, targets, classes, task)
     groups = range(len(targets)) if groups is None else groups
-    if len(groups) != len(targets): raise ValueError(f'groups and targets must be as long, got {len(groups)} and {len(targets)} images')
+    if len(groups) != len(targets):
+        raise ValueError(f'groups and targets must have the same length, got {len(groups)} and {len(targets)} images')
     draws,codes = group_draws(groups, n_boot, seed)
     weights = np.array_split(np.concatenate([np.ones((1, draws.shape[1]), draws.dtype), draws]), 16)
     def summed(counts): # within groups, then over them
         of_groups = np.bincount(codes, counts.sum(1), minlength=draws.shape[1])
         return np.concatenate([w.astype(float) @ of_groups for w in weights])
-    parts = [_agreements(s, t, targets, check_task_classes(classes, task), task) for s,t in zip(student*(n//len(student)), teacher*(n//len(teacher)))]
-    rows = {}
-    for name in parts[0]:
-        if not all(np.isfinite(part[name][0]).all() for part in parts):
-            rows[name] = dict(value=np.inf, low=np.nan, high=np.nan, of=int(parts[0][name][1].sum()), note='infinite: the student gives no probability to what its teacher holds possible')
-            continue
-        values = _over_seeds([safe_ratio(summed(part[name][0]), summed(part[name][1])) for part in parts], n_boot, seed)
-        defined = values[1:][~np.isnan(values[1:])]
-        low,high = np.quantile(defined, percentile_pair(level)) if len(defined) and np.isfinite(values[0]) else (np.nan, np.nan)
-        rows[name] = dict(value=values[0], low=low, high=high, of=round(np.mean([part[name][1].sum() for part in parts])), note='' if np.isfinite(values[0]) else 'undefined: there are none')
+    classes = check_task_classes(classes, task)
+    parts = [_agreements(s, t, targets, classes, task) for s,t in zip(student, teacher)]
+    rows = {name: _agreement_row([part[name] for part in parts], summed, n_boot, level, seed) for name in parts[0]}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('measure')
 
 # %% ../../nbs/evaluate/20_metrics.ipynb #4c078dcc
+def _decisions_by_cell(probs, actual, task):
+    "What each array decides and what is true, `[N, K]`, for K decisions an image: one class, or each label"
+    if task == 'multilabel': return *(p > .5 for p in probs),actual
+    return tuple(x.argmax(1)[:, None] for x in (*probs, actual))
+
 def _agreements(student, teacher, targets, classes, task):
-    "By measure: what counts [N, K], out of what [N, K]; K decisions an image"
+    "By measure: what counts `[N, K]`, and out of what `[N, K]`; K decisions an image"
     q,p = (check_probs(x, classes, task) for x in (student, teacher))
     actual,known = check_targets(targets, len(q), classes, task)
-    if task == 'multilabel': said,told,true,one = q > .5,p > .5,actual,np.ones_like(known)
-    else: said,told,true,one,known = *(x.argmax(1)[:, None] for x in (q, p, actual)),*(np.ones((len(q), 1), bool),)*2
-    both = [np.stack([1-x, x], 2) for x in (q, p)] if task == 'multilabel' else [q[:, None], p[:, None]]
+    of_student,of_teacher,true = _decisions_by_cell((q, p), actual, task)
+    if task != 'multilabel': known = np.ones_like(true, dtype=bool)
+    every = np.ones_like(known)
+    q,p = (np.stack([1-x, x], 2) if task == 'multilabel' else x[:, None] for x in (q, p))
     eps = np.finfo(float).tiny
-    kl = np.where((both[0] == 0) & (both[1] > 0), np.inf, both[1]*np.log(both[1].clip(eps)/both[0].clip(eps))).sum(2)
-    shared = np.minimum(*both).sum(2)
-    right,wrong = known & (told == true),known & (told != true)
-    return dict(agreement=(said == told, one), soft_agreement=(shared, one), kl_divergence=(kl, one),
-        agreement_where_teacher_right=((said == told) & right, right), same_mistake_where_teacher_wrong=((said == told) & wrong, wrong),
-        right_where_teacher_wrong=((said == true) & wrong, wrong))
+    kl = np.where((q == 0) & (p > 0), np.inf, p*np.log(p.clip(eps)/q.clip(eps))).sum(2)
+    same = of_student == of_teacher
+    right,wrong = known & (of_teacher == true),known & (of_teacher != true)
+    return dict(
+        agreement=(same, every), soft_agreement=(np.minimum(q, p).sum(2), every), kl_divergence=(kl, every),
+        agreement_where_teacher_right=(same & right, right), same_mistake_where_teacher_wrong=(same & wrong, wrong),
+        right_where_teacher_wrong=((of_student == true) & wrong, wrong))

@@ -12,7 +12,7 @@ __all__ = ['STYLES', 'VERTICES', 'fold_text', 'model_style', 'training_history',
 # %% ../../nbs/evaluate/25_plots.ipynb #4c8a54e6
 import itertools, textwrap
 from math import ceil
-
+from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ from ..core.checks import check_in, check_integer
 from ..data.store import decode_images
 from ..models.adapt import prepared_for
 from ..models.create import pooled_features, stage_names
-from .intervals import check_groups, check_level, check_runs, group_draws
+from .intervals import check_groups, check_level, check_runs, group_draws, percentile_pair, seed_shares
 from .metrics import check_loader, module_of, predict
 from .scores import check_probs, check_targets, check_task_classes, confusion, safe_ratio
 
@@ -41,15 +41,17 @@ from .scores import check_probs, check_targets, check_task_classes, confusion, s
 STYLES = {'teacher': dict(color=COLORS['teacher'], linestyle='-', marker='o'),
           'plain': dict(color=COLORS['plain'], linestyle=(0, (4, 1.5)), marker='s'),
           'distilled': dict(color=COLORS['distilled'], linestyle=(0, (8, 1.5, 1.5, 1.5)), marker='D')}
-_FREE_COLORS,_FREE_LINES,_FREE_MARKERS = ('#009E73', '#CC79A7', '#000000', '#56B4E9', '#D55E00'),('-', ':', '--', '-.'),'^vPX<>*'
+_FREE_COLORS = '#009E73','#CC79A7','#000000','#56B4E9','#D55E00'
+_FREE_LINES,_FREE_MARKERS = ('-', ':', '--', '-.'),'^vPX<>*'
 
 def fold_text(
-    text,        # Anything with a text
+    text,        # Anything that converts to a text
     width:int,   # Letters in a line
     lines:int=3, # Most lines of each paragraph
 )->str:
-    "A name in a few lines of up to `width` letters; what does not fit into them is cut, with an ellipsis"
-    return '\n'.join(l for part in str(text).split('\n') for l in textwrap.wrap(part, max(6, width), max_lines=lines, placeholder='…') or [''])
+    "A name in a few lines of up to `width` letters; what does not fit is cut, with an ellipsis"
+    def folded(paragraph): return textwrap.wrap(paragraph, max(6, width), max_lines=lines, placeholder='…') or ['']
+    return '\n'.join(line for paragraph in str(text).split('\n') for line in folded(paragraph))
 
 def model_style(
     name:str, # Of a model; new names are added to `STYLES`
@@ -60,15 +62,19 @@ def model_style(
     return dict(STYLES.setdefault(name, look))
 
 # %% ../../nbs/evaluate/25_plots.ipynb #6bf6c02c
+def _histories(name, models):
+    "Training logs of a model, or a list of models, with columns model, run and epoch; those without a log are left out"
+    models = models if isinstance(models, list) else [models]
+    logs = [m.history for m in models if hasattr(m, 'history')]
+    return [log.assign(model=name, run=i, epoch=range(len(log))) for i,log in enumerate(logs)]
+
 def training_history(
     models:dict, # Name: Learner of `fit_classifier` or `distill`, or a list of them; others are left out
 )->pd.DataFrame: # A row for each epoch of each Learner; columns are those of the training log
     "Training logs of several Learners in one table"
-    frames = []
-    for name,group in models.items():
-        learners = [m for m in (group if isinstance(group, list) else [group]) if hasattr(m, 'history')]
-        frames += [learn.history.assign(model=name, run=i, epoch=range(len(learn.history))) for i,learn in enumerate(learners)]
-    if not frames: raise ValueError(f'none of the models {list(models)} has a history; train them with fit_classifier or distill')
+    frames = [log for name,group in models.items() for log in _histories(name, group)]
+    if not frames:
+        raise ValueError(f'none of the models {list(models)} has a history; train them with fit_classifier or distill')
     columns = ['model', 'run', 'epoch']
     history = pd.concat(frames, ignore_index=True)
     return history[columns + [c for c in history if c not in columns]]
@@ -85,7 +91,8 @@ def _history_groups(history):
 def _plot_runs(ax, history, column):
     "One column of the log: a thin line for each run of a model, and their mean"
     for name,log in history.groupby('model', sort=False):
-        runs = log.assign(value=log[column].astype(float)).pivot(index='epoch', columns='run', values='value').dropna(how='all')
+        log = log.assign(value=log[column].astype(float))
+        runs = log.pivot(index='epoch', columns='run', values='value').dropna(how='all')
         style = model_style(name)
         if len(runs) and runs.shape[1] > 1: ax.plot(runs.index+1, runs, color=style['color'], lw=.6, alpha=.7)
         if len(runs): ax.plot(runs.index+1, runs.mean(axis=1), **style, lw=1.6, ms=3, label=name)
@@ -96,11 +103,11 @@ def _plot_runs(ax, history, column):
 # %% ../../nbs/evaluate/25_plots.ipynb #999481df
 def plot_history(
     history:pd.DataFrame, # From `training_history`, or the `history` of one Learner
-    groups:dict=None,     # Columns to draw, in rows by title; found in the log if left out
+    groups:dict=None,     # Columns to draw, in rows by title; default: those of the log
     height:float=None,    # Of the figure, in inches
 ): # Figure
     "Training curves: a panel for each loss, each term of the loss and each metric"
-    if not len(history): raise ValueError('history must have a row at least, got none')
+    if not len(history): raise ValueError('history must have at least one row, got none')
     if 'model' not in history: history = history.assign(model='model', run=0, epoch=range(len(history)))
     groups = _history_groups(history) if groups is None else groups
     for column in itertools.chain(*groups.values()): check_in(column, history.columns, 'column')
@@ -119,87 +126,108 @@ def plot_history(
 # %% ../../nbs/evaluate/25_plots.ipynb #437dfc3f
 def _shares(counts, normalize):
     "Counts as shares of their row, their column or all; NaN where there are none"
-    totals = {'true': counts.sum(1, keepdims=True), 'pred': counts.sum(0, keepdims=True), 'None': counts.sum()}[str(normalize)]
-    totals = np.broadcast_to(totals, counts.shape)
-    return np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    if normalize == 'true': totals = counts.sum(1, keepdims=True)
+    elif normalize == 'pred': totals = counts.sum(0, keepdims=True)
+    else: totals = counts.sum()
+    return safe_ratio(counts, np.broadcast_to(totals, counts.shape))
 
-_SHARES = ListedColormap(plt.get_cmap('magma_r')(np.linspace(0, .8, 256))) # black on the light half, white on the dark one
+_SHARES = ListedColormap(plt.get_cmap('magma_r')(np.linspace(0, .8, 256))) # black text on light cells, white on dark
 
 def _tick_names(names):
-    "What rows and columns of a matrix are called, and whether names of columns are tilted; of many long names columns get the number"
-    rows = [fold_text(c, 24) for c in names]
-    if len(names) > 6 and max(map(len, names)) > 20: return [f'{i} {c}' for i,c in enumerate(rows, 1)],list(range(1, len(names)+1)),False
-    return rows,rows,len(names) > 5 or max(map(len, names)) > 10
+    "Labels of rows and columns of a matrix, and whether those of columns are tilted; with many long names, numbers"
+    rows,longest = [fold_text(c, 24) for c in names],max(map(len, names))
+    if len(names) > 6 and longest > 20:
+        return [f'{i} {c}' for i,c in enumerate(rows, 1)],list(range(1, len(names)+1)),False
+    return rows,rows,len(names) > 5 or longest > 10
 
 def _draw_confusion(ax, counts, normalize, size):
-    "A confusion matrix with counts and shares in its cells; the image, for a color bar"
-    values,shares,names = counts.to_numpy(float),_shares(counts.to_numpy(float), normalize),list(counts.columns)
+    "Draw a confusion matrix with counts and shares in its cells; returns the image, for a color bar"
+    values,names = counts.to_numpy(float),list(counts.columns)
+    shares = _shares(values, normalize)
     top = 1 if normalize else max(np.nanmax(shares), 1e-9)
     image = ax.imshow(np.nan_to_num(shares), cmap=_SHARES, vmin=0, vmax=top, aspect='auto')
+    centered = dict(ha='center', va='center', fontsize=size, linespacing=1.1)
     for (i,j),n in np.ndenumerate(values):
         share = '–' if np.isnan(shares[i,j]) else f'{shares[i,j]:.0%}'
-        text = f'{n:.10g}' if n==round(n) else f'{n:.1f}'
-        ax.text(j, i, f'{text}\n{share}', ha='center', va='center', fontsize=size, linespacing=1.1, color='w' if shares[i,j] > .5*top else 'k')
+        count = f'{n:.10g}' if n==round(n) else f'{n:.1f}'
+        ax.text(j, i, f'{count}\n{share}', color='w' if shares[i,j] > .5*top else 'k', **centered)
     rows,columns,tilted = _tick_names(names)
-    ax.set_xticks(range(len(names)), columns, rotation=40 if tilted else 0, ha='right' if tilted else 'center', rotation_mode='anchor', fontsize=size+.5)
+    place = dict(rotation=40, ha='right') if tilted else dict(rotation=0, ha='center')
+    ax.set_xticks(range(len(names)), columns, rotation_mode='anchor', fontsize=size+.5, **place)
     ax.set_yticks(range(len(names)), [f'{c} ({n:.10g})' for c,n in zip(rows, values.sum(1))], fontsize=size+.5)
     ax.spines[:].set_visible(False)
     return image
 
 # %% ../../nbs/evaluate/25_plots.ipynb #a00da8c8
+def _mean_confusion(runs, targets, classes, task='binary'):
+    return sum(confusion(p, targets, classes, task) for p in runs)/len(runs)
+
 def _label_confusion(runs, targets, classes):
-    "For each finding, which of no and yes was taken for which, where known"
+    "For each finding, its confusion matrix of no and yes, of the images where it is known"
     runs = [check_probs(p, classes, 'multilabel') for p in runs]
     actual,known = check_targets(targets, len(runs[0]), classes, 'multilabel')
     empty = [c for c,k in zip(classes, known.T) if not k.any()]
     if empty: raise ValueError(f'findings {empty} are unknown in every image: leave them out')
-    def counts(i): return sum(confusion(p[known[:,i], i], actual[known[:,i], i], ['no', 'yes'], 'binary') for p in runs)/len(runs)
-    return {c: counts(i) for i,c in enumerate(classes)}
+    def counts(i, k): return _mean_confusion([p[k, i] for p in runs], actual[k, i], ['no', 'yes'])
+    return {c: counts(i, known[:, i]) for i,c in enumerate(classes)}
 
+def _confusion_figure(matrices, normalize, size):
+    "Draw matrices, Axes: (title, counts), and a color bar for all of them"
+    for ax,(title,counts) in matrices.items():
+        image = _draw_confusion(ax, counts, normalize, size)
+        ax.set_xlabel('predicted', fontsize=9)
+        ax.set_ylabel('true (images)', fontsize=9)
+        ax.set_title(title, loc='left', fontsize=9)
+    of = {'true': 'share of true class', 'pred': 'share of predicted class'}.get(normalize, 'share of images')
+    axes = list(matrices)
+    bar = axes[0].figure.colorbar(image, ax=axes, label=of, format=PercentFormatter(1))
+    bar.ax.tick_params(labelsize=8)
+
+# %% ../../nbs/evaluate/25_plots.ipynb #f0010001
 def plot_confusion(
-    probs,                 # Probabilities as for `kdmed.evaluate.scores`, or a list of them, one for each training seed: mean counts
+    probs,                 # Probabilities as for `scores`, or a list of them, one for each training seed: mean counts
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     classes,               # Names, in the order of the columns of `probs`
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`: a matrix of no and yes for each finding
     normalize='true',      # Shares of each true class; of each predicted class, `pred`; or of all, None
-    ax=None,               # Axes to draw on; new ones if left out. Not for a multilabel task
+    ax=None,               # Axes to draw on; default: new ones. Not for a multilabel task
 ): # The axes; for a multilabel task the Figure
     "Counts and shares of true and predicted classes"
     check_in(normalize, ('true', 'pred', None), 'normalize')
     runs,classes = check_runs(probs, targets, classes, task),check_task_classes(classes, task)
-    if task=='multilabel' and ax is not None: raise ValueError('ax cannot take a matrix for each finding: leave it out, or pass one finding as a binary task')
-    many = _label_confusion(runs, targets, classes) if task=='multilabel' else {'': sum(confusion(p, targets, classes, task) for p in runs)/len(runs)}
-    if task=='multilabel': fig,axes = figure(ceil(len(many)/3), min(3, len(many)), height=.6+1.7*ceil(len(many)/3), squeeze=False)
-    else: axes = np.array([ax or figure(height=min(6.5, 1.2+.46*len(classes)))[1]])
-    size = 8 if len(classes) < 7 or task=='multilabel' else 7 if len(classes) < 10 else 5.5
-    for a in axes.flat[len(many):]: a.axis('off')
-    for a,(name,counts) in zip(axes.flat, many.items()):
-        image = _draw_confusion(a, counts, normalize, size)
-        a.set_xlabel('predicted', fontsize=9)
-        a.set_ylabel('true (images)', fontsize=9)
-        a.set_title(name or f'n = {len(targets)} images' + (f', mean of {len(runs)} training seeds' if len(runs) > 1 else ''), loc='left', fontsize=9)
-    of = {'true': 'share of true class', 'pred': 'share of predicted class'}.get(normalize, 'share of images')
-    bar = axes.flat[0].figure.colorbar(image, ax=axes if task=='multilabel' else axes.flat[0], label=of, format=PercentFormatter(1))
-    bar.ax.tick_params(labelsize=8)
-    return fig if task=='multilabel' else axes.flat[0]
+    if task!='multilabel':
+        ax = ax or figure(height=min(6.5, 1.2+.46*len(classes)))[1]
+        size = 8 if len(classes) < 7 else 7 if len(classes) < 10 else 5.5
+        seeds = f', mean of {len(runs)} training seeds' if len(runs) > 1 else ''
+        counts = _mean_confusion(runs, targets, classes, task)
+        _confusion_figure({ax: (f'n = {len(targets)} images{seeds}', counts)}, normalize, size)
+        return ax
+    if ax is not None:
+        raise ValueError('ax cannot hold a matrix for each finding: omit it, or pass one finding as a binary task')
+    by_label = _label_confusion(runs, targets, classes)
+    rows = ceil(len(by_label)/3)
+    fig,axes = figure(rows, min(3, len(by_label)), height=.6+1.7*rows, squeeze=False)
+    for a in axes.flat[len(by_label):]: a.axis('off')
+    _confusion_figure(dict(zip(axes.flat, by_label.items())), normalize, size=8)
+    return fig
 
 # %% ../../nbs/evaluate/25_plots.ipynb #be75166a
 def _ranked(score, actual, weights):
-    "Weights found rightly and wrongly down to each different score, `[K, R]`, and these scores `[K]`, the highest first"
+    "Weights of true and false positives down to each different score, `[K, R]`, and these scores `[K]`, highest first"
     order = np.argsort(-score, kind='stable')
     score,weights = score[order],weights.T[order].astype(float)
     last = np.flatnonzero(np.diff(score, append=-np.inf))
-    found = (weights*actual[order, None]).cumsum(0)[last]
-    return found, weights.cumsum(0)[last]-found, score[last]
+    tp = (weights*actual[order, None]).cumsum(0)[last]
+    return tp, weights.cumsum(0)[last]-tp, score[last]
 
-def _line(kind, found, wrong):
-    "Places and heights of curves, each `[K+1, R]`"
-    start,recall = np.zeros((1, found.shape[1])),safe_ratio(found, found[-1])
-    if kind=='roc': return tuple(np.concatenate([start, a]) for a in (safe_ratio(wrong, wrong[-1]), recall))
-    return np.concatenate([start, recall]), np.concatenate([start+1, safe_ratio(found, found+wrong, 0.)])
+def _line(kind, tp, fp):
+    "x and y of curves, each `[K+1, R]`"
+    start,recall = np.zeros((1, tp.shape[1])),safe_ratio(tp, tp[-1])
+    if kind=='roc': return tuple(np.concatenate([start, a]) for a in (safe_ratio(fp, fp[-1]), recall))
+    return np.concatenate([start, recall]), np.concatenate([start+1, safe_ratio(tp, tp+fp, 0.)])
 
 def _thinned(x, y, most):
-    "Rows of a curve `[K]` that draw it: all of up to `most`; of more, half spread evenly over its width, half over its length"
+    "Rows of a curve `[K]` to draw: at most `most`, half of them spaced evenly over its width, half over its length"
     if most is None or len(x) <= most: return np.arange(len(x))
     length = np.r_[0, np.cumsum(np.abs(np.diff(x))+np.abs(np.diff(y)))]
     even = np.linspace(0, 1, most//2)
@@ -212,75 +240,104 @@ def _area(kind, x, y):
 
 # %% ../../nbs/evaluate/25_plots.ipynb #54e78f59
 def _heights(kind, x, y, places, side='right'):
-    "Height of one curve at `places`, where it jumps after the jump or before it; a step lasts up to its place"
+    "Height of one curve at `places`, where it jumps after the jump or before it; a step extends up to its place"
     if kind=='pr': return y[np.searchsorted(x, np.maximum(places, 1e-12)).clip(max=len(y)-1)]
     return np.interp(places, x, y) if side=='right' else np.interp(-places, -x[::-1], y[::-1])
 
 def _average(kind, lines):
-    "Mean of several curves, height by height, as exact as they are: jumps stay jumps"
+    "Exact mean of several curves, height by height: jumps stay jumps"
     if len(lines)==1: return lines[0]
     x = np.unique(np.concatenate([line[0] for line in lines]))
-    y = np.stack([np.mean([_heights(kind, *line[:2], x, side) for line in lines], 0) for side in ('left', 'right')], 1)
+    def mean_height(side): return np.mean([_heights(kind, *line[:2], x, side) for line in lines], 0)
+    y = np.stack([mean_height('left'), mean_height('right')], 1)
     x,y = (np.repeat(x, 2), y.ravel()) if kind=='roc' else (x, np.r_[1, y[1:,1]])
     return x, y, np.full(len(x), np.nan)
 
-_FINEST = 2000 # points of a curve in a replicate; a curve of more thresholds is followed at as many of them
+_FINEST = 2000 # points of a curve in a replicate; of a curve with more thresholds, that many are used
 
 def _marks(kind, score, actual):
-    "The scores, highest first, at which the curve of all replicates is followed"
-    found,wrong,thresholds = _ranked(score, actual, np.ones((1, len(score))))
-    x,y = _line(kind, found, wrong)
+    "The scores, highest first, at which the curves of all replicates are computed, and the area under the full curve"
+    tp,fp,thresholds = _ranked(score, actual, np.ones((1, len(score))))
+    x,y = _line(kind, tp, fp)
     return thresholds[np.maximum(_thinned(x[:,0], y[:,0], _FINEST), 1)-1], _area(kind, x, y)[0]
 
+# %% ../../nbs/evaluate/25_plots.ipynb #f0010002
 def _draws(kind, score, actual, group, draws, places):
     "Heights `[R, P]` and areas `[R]` of the curve in every replicate; NaN where it is undefined"
     marks,exact = _marks(kind, score, actual)
     marks,heights = np.unique(marks),np.empty((len(draws), len(places)), np.float32) # ascending
     step = len(marks)-np.searchsorted(marks, score, side='right') # the first mark, from above, that a score reaches
     step = np.minimum(step, len(marks)-1)
-    def by_group(which): return csr_array((np.ones(which.sum(), np.float32), (step[which], group[which])), shape=(len(marks), draws.shape[1]))
+    def by_group(which):
+        ones = np.ones(which.sum(), np.float32)
+        return csr_array((ones, (step[which], group[which])), shape=(len(marks), draws.shape[1]))
     positive,negative,areas = by_group(actual),by_group(~actual),[]
-    def line(weights): return _line(kind, *(np.asarray(part @ weights, dtype=float).cumsum(0) for part in (positive, negative)))
+    def line(weights):
+        tp,fp = (np.asarray(part @ weights, dtype=float).cumsum(0) for part in (positive, negative))
+        return _line(kind, tp, fp)
     for first in range(0, len(draws), 64):
         x,y = line(draws[first:first+64].T.astype(np.float32))
         areas.append(_area(kind, x, y))
-        for i,(a,b) in enumerate(zip(np.ascontiguousarray(x.T), np.ascontiguousarray(y.T))): heights[first+i] = _heights(kind, a, b, places)
+        of_replicates = zip(np.ascontiguousarray(x.T), np.ascontiguousarray(y.T))
+        for i,(a,b) in enumerate(of_replicates, first): heights[i] = _heights(kind, a, b, places)
     areas = np.concatenate(areas)
-    areas += exact - _area(kind, *line(np.ones((draws.shape[1], 1), np.float32)))[0] # what following fewer thresholds misses of the area
+    all_images = line(np.ones((draws.shape[1], 1), np.float32))
+    areas += exact - _area(kind, *all_images)[0] # the part of the area that fewer thresholds miss
     heights[np.isnan(areas)] = np.nan
     return heights,areas
 
 # %% ../../nbs/evaluate/25_plots.ipynb #c4fbba31
-_AXES = dict(roc=('false_positive_rate', 'true_positive_rate', 'auroc'), pr=('recall', 'precision', 'average_precision'))
+_AXES = dict(
+    roc=('false_positive_rate', 'true_positive_rate', 'auroc'), pr=('recall', 'precision', 'average_precision'))
 _PLACES = np.linspace(0, 1, 201) # where bands are computed
-VERTICES = 400 # of a curve that is drawn: more would not be seen
+VERTICES = 400 # of a curve that is drawn: more would not be visible
+
+class _Curve(NamedTuple):
+    "A curve of one training seed, and its replicates if there are any"
+    line:tuple    # x, y, thresholds, each `[K]`
+    area:float
+    heights:object=None # In every replicate, at `_PLACES`
+    areas:object=None   # In every replicate
 
 def _cells(probs, targets, classes, task):
-    "By curve, what it ranks, `[K]`: scores, whether each is of the class, the image of each. Unknown findings are left out"
+    "By curve, the pairs of image and class that it ranks, `[K]`: scores, labels, images. Unknown findings are left out"
     probs = check_probs(probs, classes, task)
     actual,known = check_targets(targets, len(probs), classes, task)
-    columns = {classes[1]: [1]} if task=='binary' else {c: [i] for i,c in enumerate(classes)} | {'micro': list(range(len(classes)))}
-    return {name: (probs[:,c][known[:,c]], actual[:,c][known[:,c]], np.nonzero(known[:,c])[0]) for name,c in columns.items()}
+    columns = {classes[1]: [1]}
+    if task!='binary': columns = {c: [i] for i,c in enumerate(classes)} | {'micro': list(range(len(classes)))}
+    def cells(c):
+        k = known[:,c]
+        return probs[:,c][k], actual[:,c][k], np.nonzero(k)[0]
+    return {name: cells(c) for name,c in columns.items()}
 
 def _why_undefined(kind, actual):
     "Why a class has no curve, or nothing"
     if not len(actual): return 'unknown'
-    return 'absent' if not actual.any() else 'alone' if kind=='roc' and actual.all() else ''
+    if not actual.any(): return 'absent'
+    return 'no negatives' if kind=='roc' and actual.all() else ''
+
+# %% ../../nbs/evaluate/25_plots.ipynb #f0010003
+def _one_curve(kind, score, actual, image, drawn_groups, most):
+    tp,fp,thresholds = _ranked(score, actual, np.ones((1, len(score))))
+    x,y = _line(kind, tp, fp)
+    rows = _thinned(x[:,0], y[:,0], most)
+    line,area = (x[rows,0], y[rows,0], np.r_[np.inf, thresholds][rows]),_area(kind, x, y)[0]
+    if drawn_groups is None: return _Curve(line, area)
+    draws,codes = drawn_groups
+    return _Curve(line, area, *_draws(kind, score, actual, codes[image], draws, _PLACES))
+
+def _macro_curve(kind, curves):
+    "Mean of the classes' curves; NaN in a replicate that lacks a class"
+    lines,areas,heights,drawn = zip(*curves)
+    line,area = _average(kind, lines),np.mean(areas)
+    return _Curve(line, area) if heights[0] is None else _Curve(line, area, np.mean(heights, 0), np.mean(drawn, 0))
 
 def _one_run(kind, cells, drawn_groups, most=None):
-    "Of one training seed, by curve: points (places, heights, thresholds), area, and heights and areas in every replicate"
-    result,(draws,codes) = {},drawn_groups or (None, None)
-    for name,(score,actual,image) in cells.items():
-        if _why_undefined(kind, actual): continue
-        found,wrong,thresholds = _ranked(score, actual, np.ones((1, len(score))))
-        x,y = _line(kind, found, wrong)
-        rows = _thinned(x[:,0], y[:,0], most)
-        line = x[rows,0],y[rows,0],np.r_[np.inf, thresholds][rows]
-        result[name] = line, _area(kind, x, y)[0], *(_draws(kind, score, actual, codes[image], draws, _PLACES) if draws is not None else (None, None))
-    own = [v for name,v in result.items() if name!='micro']
-    if len(cells) > 1 and own:
-        lines,areas,heights,drawn = zip(*own)
-        result['macro'] = _average(kind, lines), np.mean(areas), *((np.mean(heights, 0), np.mean(drawn, 0)) if draws is not None else (None, None)) # NaN in a replicate that lacks a class
+    "Curves of one training seed by name"
+    defined = {name: cell for name,cell in cells.items() if not _why_undefined(kind, cell[1])}
+    result = {name: _one_curve(kind, *cell, drawn_groups, most) for name,cell in defined.items()}
+    of_classes = [curve for name,curve in result.items() if name!='micro']
+    if len(cells) > 1 and of_classes: result['macro'] = _macro_curve(kind, of_classes)
     return result
 
 # %% ../../nbs/evaluate/25_plots.ipynb #3deaf44a
@@ -289,30 +346,39 @@ def _band(draws, shares, level):
     if draws[0] is None: return np.nan,np.nan
     mean = sum(share.reshape(-1, *[1]*(d.ndim-1))*d for share,d in zip(shares.T, draws))
     mean = mean[~np.isnan(mean.reshape(len(mean), -1)[:,0])]
-    return np.quantile(mean, [(1-level)/2, (1+level)/2], axis=0) if len(mean) else (np.nan, np.nan)
+    return np.quantile(mean, percentile_pair(level), axis=0) if len(mean) else (np.nan, np.nan)
 
-def _note(name, cells, kind):
+def _missing(name, cells, kind):
+    "{class: why it is missing} of a curve"
+    own = [c for c in cells if c!='micro'] if name=='macro' else [] if name=='micro' else [name]
+    reasons = {c: _why_undefined(kind, cells[c][1]) for c in own}
+    return {c: why for c,why in reasons.items() if why}
+
+def _note(name, missing):
     "Which classes are missing from a curve, and why"
-    own = {c: _why_undefined(kind, cells[c][1]) for c in (cells if name=='macro' else [name]) if c!='micro'}
-    missing = ', '.join(f'{c} ({why})' for c,why in own.items() if why)
-    return missing and ('left out: ' if name=='macro' else 'undefined: ') + missing
+    words = ', '.join(f'{c} ({why})' for c,why in missing.items())
+    return words and ('left out: ' if name=='macro' else 'undefined: ') + words
 
 def _one_model(kind, name, runs, cells, level, shares, vertices=None):
     "Rows of `points` and `areas` for one model, from `_one_run` of each of its training seeds"
     (x_name,y_name,_),points,areas = _AXES[kind],[],[]
     for curve in [*cells, *(['macro'] if len(cells) > 1 else [])]:
         actual = cells['micro' if curve=='macro' else curve][1]
-        row = dict(model=name, curve=curve, value=np.nan, low=np.nan, high=np.nan, positives=int(actual.sum()), ranked=len(actual), note=_note(curve, cells, kind))
+        row = dict(model=name, curve=curve, value=np.nan, low=np.nan, high=np.nan, positives=int(actual.sum()),
+                   ranked=len(actual), note=_note(curve, _missing(curve, cells, kind)))
         if curve in runs[0]:
             lines,values,heights,drawn = zip(*[run[curve] for run in runs])
             x,y,threshold = _average(kind, lines)
             x,y,threshold = (v[_thinned(x, y, vertices)] for v in (x, y, threshold))
-            low,high = (np.interp(x, _PLACES, edge) if np.ndim(edge) else edge for edge in _band(heights, shares, level))
-            points.append(pd.DataFrame({'model': name, 'curve': curve, x_name: x, y_name: y, 'low': low, 'high': high, 'threshold': threshold}))
+            band = _band(heights, shares, level)
+            low,high = (np.interp(x, _PLACES, edge) if np.ndim(edge) else edge for edge in band)
+            columns = {x_name: x, y_name: y, 'low': low, 'high': high, 'threshold': threshold}
+            points.append(pd.DataFrame({'model': name, 'curve': curve, **columns}))
             row.update(zip(('value', 'low', 'high'), (np.mean(values), *_band(drawn, shares, level))))
         areas.append(row)
     return points,areas
 
+# %% ../../nbs/evaluate/25_plots.ipynb #152205d7
 def _named(probs, targets, classes, task):
     "Training seeds of each model, by name"
     if not isinstance(probs, dict): return {'model': check_runs(probs, targets, classes, task)}
@@ -320,94 +386,132 @@ def _named(probs, targets, classes, task):
     if not models: raise ValueError('probs must contain at least one model, got {}')
     return models
 
-# %% ../../nbs/evaluate/25_plots.ipynb #152205d7
 def _curves(kind, probs, targets, classes, groups, task, n_boot, level, seed, vertices=None):
     "Points and areas of every curve of every model"
     models,classes = _named(probs, targets, classes, task),check_task_classes(classes, task)
     groups = np.arange(len(targets)) if groups is None else groups
     if {'micro', 'macro'} & set(classes): raise ValueError(f'classes must not be called micro or macro, got {classes}')
-    check_groups(groups, targets), check_level(level), check_integer(n_boot, 'n_boot', 0)
+    check_groups(groups, targets)
+    check_level(level)
+    check_integer(n_boot, 'n_boot', 0)
     if vertices is not None: check_integer(vertices, 'vertices', 2)
-    drawn_groups,points,areas = group_draws(groups, n_boot, seed) if n_boot else None,[],[]
+    drawn_groups,most = group_draws(groups, n_boot, seed) if n_boot else None,10*vertices if vertices else None
+    points,areas = [],[]
     for name,runs in models.items():
-        n = len(runs)
-        shares = np.random.default_rng([seed, 1]).multinomial(n, np.full(n, 1/n), size=n_boot)/n # as `evaluate` draws them
-        def run(p): return _one_run(kind, _cells(p, targets, classes, task), drawn_groups, 10*vertices if vertices else None)
-        some,more = _one_model(kind, name, list(map(run, runs)), _cells(runs[0], targets, classes, task), level, shares, vertices)
+        cells = [_cells(p, targets, classes, task) for p in runs]
+        curves = [_one_run(kind, of_run, drawn_groups, most) for of_run in cells]
+        shares = seed_shares(len(runs), n_boot, seed)
+        some,more = _one_model(kind, name, curves, cells[0], level, shares, vertices)
         points,areas = points+some,areas+more
     if not points: raise ValueError('no curve is defined: ' + areas[0]['note'])
     points,areas = pd.concat(points, ignore_index=True),pd.DataFrame(areas)
     n_groups = len({g.item() if hasattr(g, 'item') else g for g in groups})
-    areas.attrs = points.attrs = dict(metric=_AXES[kind][2], images=len(targets), groups=n_groups, n_boot=n_boot, level=level, seed=seed)
+    attrs = dict(metric=_AXES[kind][2], images=len(targets), groups=n_groups, n_boot=n_boot, level=level, seed=seed)
+    areas.attrs,points.attrs = attrs,dict(attrs)
     return points,areas
 
 # %% ../../nbs/evaluate/25_plots.ipynb #ab00254b
 def roc_curves(
-    probs,                 # Probabilities as for `kdmed.evaluate.scores`; a list of them, one for each training seed; or a dict of either by model
+    probs,                 # As for `scores`; a list of arrays, one for each training seed; or a dict of either by model
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     classes,               # Names, in the order of the columns; the second one is a binary task's positive class
-    groups=None,           # Patient, lesion or tile of each image, `[N]`; every image on its own, if not given
+    groups=None,           # Patient, lesion or tile of each image, `[N]`; default: every image is its own group
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
     n_boot:int=1000,       # Bootstrap replicates; 0 for no bands
     level:float=.95,       # Share of the replicates within the bands
     seed:int=0,            # Of the draws; with the same seed as in `evaluate` they are the same
-    vertices:int=None,     # Most points of a curve; all thresholds if left out
-)->tuple: # Two DataFrames. Points: model, curve, false_positive_rate, true_positive_rate, low, high, threshold. Areas: model, curve, value, low, high, positives among all that are ranked, note
-    "ROC curves one-vs-rest, micro and macro, with pointwise bands, and the areas under them"
+    vertices:int=None,     # Most points of a curve; default: all thresholds
+)->tuple: # Two DataFrames, points and areas
+    """ROC curves one-vs-rest, micro and macro, with pointwise bands, and the areas under them.
+
+    Points have model, curve, false_positive_rate, true_positive_rate, low, high, threshold; areas have model, curve,
+    value, low, high, positives among all that are ranked, and note.
+    """
     return _curves('roc', probs, targets, classes, groups, task, n_boot, level, seed, vertices)
 
 def pr_curves(
     probs,                 # As for `roc_curves`
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     classes,               # Names, in the order of the columns; the second one is a binary task's positive class
-    groups=None,           # Patient, lesion or tile of each image, `[N]`; every image on its own, if not given
+    groups=None,           # Patient, lesion or tile of each image, `[N]`; default: every image is its own group
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
     n_boot:int=1000,       # Bootstrap replicates; 0 for no bands
     level:float=.95,       # Share of the replicates within the bands
     seed:int=0,            # Of the draws; with the same seed as in `evaluate` they are the same
-    vertices:int=None,     # Most points of a curve; all thresholds if left out
+    vertices:int=None,     # Most points of a curve; default: all thresholds
 )->tuple: # Two DataFrames, as `roc_curves`; the places are recall, the heights precision, the areas average precision
     "Precision against recall one-vs-rest, micro and macro, with pointwise bands, and average precision"
     return _curves('pr', probs, targets, classes, groups, task, n_boot, level, seed, vertices)
 
 # %% ../../nbs/evaluate/25_plots.ipynb #f5d3a830
+def _panel_title(curve, positives, ranked, width):
+    return curve if curve in ('micro', 'macro') else fold_text(f'{curve}, {positives} of {ranked} images', width)
+
+def _area_label(model, value='0.00', low=None, high=None, width=30):
+    "A model and its area in the legend; the interval is not broken over lines"
+    interval = '' if low is None else f' ({low:.2f}\xa0to\xa0{high:.2f})'
+    value = value if isinstance(value, str) else f'{value:.2f}'
+    return fold_text(f'{model} {value}{interval}', width)
+
 def _panel(ax, kind, points, areas, curve, width=36):
     "One curve of every model, with bands, and areas in the legend"
-    x_name,y_name,_ = _AXES[kind]
+    (x_name,y_name,_),banded = _AXES[kind],areas.attrs['n_boot'] > 0
     rows = areas[areas.curve==curve]
     for row in rows.itertuples():
         p,style = points[(points.model==row.model) & (points.curve==curve)],model_style(row.model)
         style.pop('marker')
-        interval = f' ({row.low:.2f}\xa0to\xa0{row.high:.2f})' if areas.attrs['n_boot'] else ''
-        if areas.attrs['n_boot']: ax.fill_between(p[x_name], p.low, p.high, color=style['color'], alpha=.15, lw=0)
-        ax.plot(p[x_name], p[y_name], **style, lw=1.3, label=fold_text(f'{row.model} {row.value:.2f}{interval}', width-6).replace('\xa0', ' '), drawstyle='default' if kind=='roc' else 'steps-pre')
+        interval = (row.low, row.high) if banded else (None, None)
+        label = _area_label(row.model, row.value, *interval, width=width-6).replace('\xa0', ' ')
+        if banded: ax.fill_between(p[x_name], p.low, p.high, color=style['color'], alpha=.15, lw=0)
+        steps = 'default' if kind=='roc' else 'steps-pre'
+        ax.plot(p[x_name], p[y_name], **style, lw=1.3, label=label, drawstyle=steps)
     positives,ranked = rows.positives.iloc[0],rows.ranked.iloc[0]
-    if kind=='roc' or curve!='macro': ax.plot([0, 1], [0, 1] if kind=='roc' else [positives/ranked]*2, color='k', lw=.7, ls=':') # chance
-    ax.set_title(curve if curve in ('micro', 'macro') else fold_text(f'{curve}, {positives} of {ranked} images', width-6), loc='left', fontsize=8)
+    chance = [0, 1] if kind=='roc' else [positives/ranked]*2
+    if kind=='roc' or curve!='macro': ax.plot([0, 1], chance, color='k', lw=.7, ls=':')
+    ax.set_title(_panel_title(curve, positives, ranked, width-6), loc='left', fontsize=8)
     ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02))
     ax.set_xlabel(x_name.replace('_', ' '), fontsize=8)
     ax.tick_params(labelsize=7)
-    title = 'AUROC' if kind=='roc' else 'average precision'
-    below = ax.transAxes + ScaledTranslation(0, -28/72, ax.figure.dpi_scale_trans)
-    ax.legend(loc='upper left', bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, title=title, fontsize=6, title_fontsize=6, frameon=False, handlelength=2.6, alignment='left') # under the axis: no curve is hidden
+    below = ax.transAxes + ScaledTranslation(0, -28/72, ax.figure.dpi_scale_trans) # under the axis: no curve is hidden
+    ax.legend(loc='upper left', bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, frameon=False,
+              title='AUROC' if kind=='roc' else 'average precision', fontsize=6, title_fontsize=6, handlelength=2.6,
+              alignment='left')
 
-def _plot_curves(kind, points, areas, curves, ax):
-    "Panels for `curves`; the axes of a single one, else the Figure"
+# %% ../../nbs/evaluate/25_plots.ipynb #f0010004
+def _chosen_curves(areas, curves, ax):
+    "Names of the curves to draw: `curves`, or all that are defined"
     defined = list(dict.fromkeys(areas.curve[areas.value.notna()]))
     for c in curves or (): check_in(c, areas.curve.unique(), 'curve')
-    if bad := [c for c in curves or () if c not in defined]: raise ValueError('curve ' + areas.set_index('curve').note[bad[0]])
-    names,a = list(curves or defined),areas.attrs
-    if ax is not None and len(names) > 1: raise ValueError(f'ax takes one curve, got {names}: choose with curves')
+    undefined = [c for c in curves or () if c not in defined]
+    if undefined: raise ValueError('curve ' + areas.set_index('curve').note[undefined[0]])
+    names = list(curves or defined)
+    if ax is not None and len(names) > 1: raise ValueError(f'ax takes one curve, got {names}: choose one with curves')
+    return names
+
+def _curves_title(areas):
+    "Numbers of images and groups, what the bands are, and which classes have no curve"
+    a,undefined = areas.attrs,areas.value.isna() & ~areas.curve.isin(['micro', 'macro'])
+    parts = [f"n = {a['images']} images of {a['groups']} groups"]
+    if a['n_boot']: parts.append(f"{a['level']:.0%} bands, pointwise")
+    return fold_text('; '.join([*parts, *areas.note[undefined].unique()]), 95)
+
+def _curve_axes(names, areas, width):
+    "A figure with a panel for each curve, with space for its title and for its legend below"
     rows,columns = ceil(len(names)/3),min(3, len(names))
-    width = 108//columns
-    below = .11*sum(fold_text(f'{m} 0.00 (0.00\xa0to\xa00.00)', width-6).count('\n')+1 for m in areas.model.unique())
-    above = .13*max(fold_text(f'{n}, 100 of 1000 images', width-6).count('\n') for n in names)
-    fig,axes = (ax.figure, np.array([[ax]])) if ax is not None else figure(rows, columns, height=.5+(2.2+above+below)*rows, squeeze=False)
+    labels = [_area_label(model, low=0, high=0, width=width-6) for model in areas.model.unique()]
+    titles = [fold_text(f'{n}, 100 of 1000 images', width-6) for n in names]
+    below,above = .11*sum(label.count('\n')+1 for label in labels),.13*max(title.count('\n') for title in titles)
+    return figure(rows, columns, height=.5+(2.2+above+below)*rows, squeeze=False)
+
+def _plot_curves(kind, points, areas, curves, ax):
+    "Panels for `curves`; returns the axes of a single one, else the Figure"
+    names = _chosen_curves(areas, curves, ax)
+    width = 108//min(3, len(names))
+    fig,axes = _curve_axes(names, areas, width) if ax is None else (ax.figure, np.array([[ax]]))
     for panel,name in zip(axes.flat, names): _panel(panel, kind, points, areas, name, width)
     for panel in axes.flat[len(names):]: panel.axis('off')
     for line in axes: line[0].set_ylabel(_AXES[kind][1].replace('_', ' '), fontsize=8)
-    missing = [note for note in areas.note.unique() if note.startswith('undefined')]
-    if ax is None: fig.suptitle(fold_text('; '.join([f"n = {a['images']} images of {a['groups']} groups", *([f"{a['level']:.0%} bands, pointwise"] if a['n_boot'] else []), *missing]), 95), fontsize=9)
+    if ax is None: fig.suptitle(_curves_title(areas), fontsize=9)
     return axes[0,0] if len(names)==1 else fig
 
 # %% ../../nbs/evaluate/25_plots.ipynb #7ef92893
@@ -415,68 +519,83 @@ def plot_roc(
     probs,                 # As for `roc_curves`: several models are a dict by name
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     classes,               # Names, in the order of the columns; the second one is a binary task's positive class
-    groups=None,           # Patient, lesion or tile of each image, `[N]`; every image on its own, if not given
+    groups=None,           # Patient, lesion or tile of each image, `[N]`; default: every image is its own group
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    curves=None,           # Names of classes, `micro`, `macro`; all that are defined, if not given
-    ax=None,               # Axes to draw a single curve on; new ones if left out
+    curves=None,           # Names of classes, `micro`, `macro`; default: all that are defined
+    ax=None,               # Axes to draw a single curve on; default: new ones
     n_boot:int=1000,       # Bootstrap replicates; 0 for no bands
     level:float=.95,       # Share of the replicates within the bands
     seed:int=0,            # Of the draws
 ): # Figure; the axes, if there is but one curve
     "ROC curves of several models, a panel for each class, with AUROC and its interval"
-    return _plot_curves('roc', *roc_curves(probs, targets, classes, groups, task, n_boot, level, seed, VERTICES), curves, ax)
+    points,areas = roc_curves(probs, targets, classes, groups, task, n_boot, level, seed, VERTICES)
+    return _plot_curves('roc', points, areas, curves, ax)
 
 def plot_pr(
     probs,                 # As for `roc_curves`: several models are a dict by name
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     classes,               # Names, in the order of the columns; the second one is a binary task's positive class
-    groups=None,           # Patient, lesion or tile of each image, `[N]`; every image on its own, if not given
+    groups=None,           # Patient, lesion or tile of each image, `[N]`; default: every image is its own group
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    curves=None,           # Names of classes, `micro`, `macro`; all that are defined, if not given
-    ax=None,               # Axes to draw a single curve on; new ones if left out
+    curves=None,           # Names of classes, `micro`, `macro`; default: all that are defined
+    ax=None,               # Axes to draw a single curve on; default: new ones
     n_boot:int=1000,       # Bootstrap replicates; 0 for no bands
     level:float=.95,       # Share of the replicates within the bands
     seed:int=0,            # Of the draws
 ): # Figure; the axes, if there is but one curve
     "Precision against recall of several models, a panel for each class, with average precision and its interval"
-    return _plot_curves('pr', *pr_curves(probs, targets, classes, groups, task, n_boot, level, seed, VERTICES), curves, ax)
+    points,areas = pr_curves(probs, targets, classes, groups, task, n_boot, level, seed, VERTICES)
+    return _plot_curves('pr', points, areas, curves, ax)
 
 # %% ../../nbs/evaluate/25_plots.ipynb #ffbf3294
-def _said(model, dl):
-    "Probabilities `[N, C]`, what is true and what is known `[N, C]`, classes and task of the images of a loader"
+def _checked_predictions(model, dl):
+    "Probabilities, what is true and what is known, each `[N, C]`, classes and task of the images of a loader"
     check_loader(dl)
-    classes,task = check_task_classes(dl.table.attrs['classes'], dl.table.attrs['task']),dl.table.attrs['task']
-    probs = check_probs(predict(model, dl)[0] if isinstance(model, (nn.Module, Learner)) else model, classes, task)
+    task = dl.table.attrs['task']
+    classes = check_task_classes(dl.table.attrs['classes'], task)
+    probs = predict(model, dl)[0] if isinstance(model, (nn.Module, Learner)) else model
+    probs = check_probs(probs, classes, task)
     targets = torch.stack([y.as_subclass(Tensor) for y in dl.dataset.tls[1]]).numpy()
     return probs, *check_targets(targets, len(probs), classes, task), classes, task
 
 def _pictures(dl, rows):
-    "Images of a loader by number, uint8 [n, 3, size, size]; where nothing is kept in memory, only these are read"
+    "Images of a loader by number, uint8 [n, 3, size, size]; read from their files if they are not in memory"
     if dl.stock: return decode_images([dl.images()[i] for i in rows], dl.size, dl.preprocess)
     return dl.decoded()[0][np.asarray(rows)]
 
-def _caption(p, actual, known, classes, task):
-    "What is said of an image and what is true, in lines, and whether all of it is right"
-    if task!='multilabel':
-        said,true = p.argmax(),actual.argmax()
-        return [f'{classes[said]} {p[said]:.2f}', *([f'is {classes[true]}'] if said!=true else [])],said==true
-    said = p > .5
-    wrong = known & (said!=actual)
-    words = [f"{'no ' if not s else ''}{c} {q if s else 1-q:.2f}" + (', wrong' if w else '' if k else ', unknown')
-             for c,q,s,w,k in zip(classes, p, said, wrong, known) if s or w]
-    return words or ['no finding'],not wrong.any()
+def _finding_words(name, p, predicted, actual, known):
+    "A predicted finding, or a wrong one, with its probability"
+    suffix = ', unknown' if not known else ', wrong' if predicted!=actual else ''
+    return f'{name} {p:.2f}{suffix}' if predicted else f'no {name} {1-p:.2f}{suffix}'
 
+def _caption(p, actual, known, classes, task):
+    "Prediction and truth of an image, in lines, and whether all of it is right"
+    if task!='multilabel':
+        top,true = p.argmax(),actual.argmax()
+        return [f'{classes[top]} {p[top]:.2f}', *([f'is {classes[true]}'] if top!=true else [])],top==true
+    predicted = p > .5
+    wrong = known & (predicted!=actual)
+    words = [_finding_words(*row) for row in zip(classes, p, predicted, actual, known)]
+    return [word for word,keep in zip(words, predicted | wrong) if keep] or ['no finding'],not wrong.any()
+
+# %% ../../nbs/evaluate/25_plots.ipynb #f0010006
 def _tiles(images, captions, right, title, columns):
-    "Images with captions; what is wrong has a cross and a frame"
+    "Images with captions; wrong ones have a cross and a frame"
     columns = min(columns, len(images))
-    texts = [[t for line in (('✓ ' if ok else '✗ ')+lines[0], *lines[1:]) for t in textwrap.wrap(line, 120//columns)] for lines,ok in zip(captions, right)]
+    def folded(lines, ok):
+        marked = ('✓ ' if ok else '✗ ')+lines[0],*lines[1:]
+        return [part for line in marked for part in textwrap.wrap(line, 120//columns)]
+    texts = [folded(lines, ok) for lines,ok in zip(captions, right)]
     rows,side,below = ceil(len(images)/columns),6.3/columns,.05+.1*max(map(len, texts))
-    fig,axes = figure(2*rows, columns, height=.3+rows*(side+below), squeeze=False, gridspec_kw=dict(height_ratios=[side, below]*rows))
+    heights = dict(height_ratios=[side, below]*rows)
+    fig,axes = figure(2*rows, columns, height=.3+rows*(side+below), squeeze=False, gridspec_kw=heights)
     fig.get_layout_engine().set(w_pad=.03, h_pad=.01, wspace=0, hspace=0)
     for ax in axes.flat: ax.axis('off')
     for ax,image,text,ok in zip(axes[::2].flat, images, texts, right):
-        ax.imshow(image.transpose(1, 2, 0), interpolation='nearest' if image.shape[-1] < side*fig.dpi else 'antialiased')
-        if not ok: ax.add_patch(plt.Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, ec='#D55E00', lw=4))
+        enlarged = image.shape[-1] < side*fig.dpi
+        ax.imshow(image.transpose(1, 2, 0), interpolation='nearest' if enlarged else 'antialiased')
+        frame = plt.Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, ec='#D55E00', lw=4)
+        if not ok: ax.add_patch(frame)
         ax.text(0, -.05, '\n'.join(text), transform=ax.transAxes, va='top', fontsize=6).set_in_layout(False)
     fig.suptitle(title, fontsize=9)
     return fig
@@ -486,12 +605,12 @@ def show_predictions(
     model,          # Module, Learner, or probabilities [N, C] of the loader's images, in its order
     dl,             # A loader of `image_dls` that does not shuffle, such as `dls.test`
     n:int=16,       # Images
-    seed:int=0,     # Which ones
+    seed:int=0,     # Of the draw of images
     columns:int=8,  # Images in a row
 ): # Figure
-    "Images drawn at random, with what the model says, how sure it is, and what is true"
+    "Images drawn at random, with the prediction, its probability, and the true label"
     if n < 1 or columns < 1: raise ValueError(f'n and columns must be 1 or more, got n={n}, columns={columns}')
-    probs,actual,known,classes,task = _said(model, dl)
+    probs,actual,known,classes,task = _checked_predictions(model, dl)
     rows = np.random.default_rng(seed).permutation(len(probs))[:n]
     captions,right = zip(*[_caption(probs[i], actual[i], known[i], classes, task) for i in rows])
     split = dl.table.split.iloc[0]
@@ -502,26 +621,32 @@ def show_predictions(
 def find_mistakes(
     model,  # Module, Learner, or probabilities [N, C] of the loader's images, in its order
     dl,     # A loader of `image_dls` that does not shuffle, such as `dls.test`
-)->pd.DataFrame: # A row for each mistake, the surest first: `image` (row of `dl.table`), `group`, `said`, `true`, `confidence` (probability of what was said)
-    "Mistakes of a model; of several findings, each that is decided wrong"
-    probs,actual,known,classes,task = _said(model, dl)
+)->pd.DataFrame: # Columns `image` (row of `dl.table`), `group`, `said` (prediction), `true`, `confidence` (in it)
+    "Mistakes of a model, the most confident first; in a multilabel task a row for each wrong finding"
+    probs,actual,known,classes,task = _checked_predictions(model, dl)
+    names = np.array(classes, dtype=object)
     if task=='multilabel':
         images,labels = np.nonzero(known & ((probs > .5)!=actual))
-        p,names = probs[images, labels],np.array(classes, dtype=object)[labels]
-        said,true,sure = np.where(p > .5, names, 'no '+names),np.where(p > .5, 'no '+names, names),np.maximum(p, 1-p)
+        p,present = probs[images, labels],names[labels]
+        absent = 'no '+present
+        predicted,true = np.where(p > .5, present, absent),np.where(p > .5, absent, present)
+        confidence = np.maximum(p, 1-p)
     else:
-        images,names = np.flatnonzero(probs.argmax(1)!=actual.argmax(1)),np.array(classes, dtype=object)
-        said,true,sure = names[probs.argmax(1)[images]],names[actual.argmax(1)[images]],probs.max(1)[images]
-    frame = pd.DataFrame(dict(image=images, group=dl.table.group.to_numpy()[images], said=said, true=true, confidence=sure))
+        top,of_true = probs.argmax(1),actual.argmax(1)
+        images = np.flatnonzero(top!=of_true)
+        predicted,true,confidence = names[top[images]],names[of_true[images]],probs.max(1)[images]
+    group = dl.table.group.to_numpy()[images]
+    frame = pd.DataFrame(dict(image=images, group=group, said=predicted, true=true, confidence=confidence))
     return frame.sort_values('confidence', ascending=False, kind='stable', ignore_index=True)
 
+# %% ../../nbs/evaluate/25_plots.ipynb #fa976661
 def show_mistakes(
     model,          # Module, Learner, or probabilities [N, C] of the loader's images, in its order
     dl,             # A loader of `image_dls` that does not shuffle, such as `dls.test`
     n:int=8,        # Mistakes
     columns:int=8,  # Images in a row
 ): # Figure
-    "The surest mistakes: what was said, what is true, whose image it is"
+    "The most confident mistakes: the prediction, the true label, and the image's group"
     if n < 1 or columns < 1: raise ValueError(f'n and columns must be 1 or more, got n={n}, columns={columns}')
     found,table = find_mistakes(model, dl),dl.table
     about = f'among {len(table)} {table.split.iloc[0]} images of {table.group.nunique()} groups'
@@ -532,7 +657,8 @@ def show_mistakes(
         return fig
     top = found.head(n)
     captions = [[f'{row.said} {row.confidence:.2f}', f'is {row.true}', str(row.group)] for row in top.itertuples()]
-    return _tiles(_pictures(dl, top.image), captions, [False]*len(top), f'the {len(top)} surest of {len(found)} mistakes {about}', columns)
+    title = f'the {len(top)} most confident of {len(found)} mistakes {about}'
+    return _tiles(_pictures(dl, top.image), captions, [False]*len(top), title, columns)
 
 # %% ../../nbs/evaluate/25_plots.ipynb #d68a735e
 def _soft_labels(logits, task, temperatures):
@@ -540,74 +666,105 @@ def _soft_labels(logits, task, temperatures):
     z = np.stack([logits/t for t in temperatures])
     p = softmax(z, axis=1) if task=='multiclass' else softmax(np.stack([0*z, z]), axis=0)[1]
     if task=='binary': p = np.concatenate([1-p, p], 1)
-    def bits(q): return -(q*np.log(np.where(q > 0, q, 1))).sum(1)
-    return p, bits(p)+bits(1-p) if task=='multilabel' else bits(p)
+    def entropy(q): return -(q*np.log(np.where(q > 0, q, 1))).sum(1)
+    return p, entropy(p)+entropy(1-p) if task=='multilabel' else entropy(p)
 
+def _check_soft_labels(logits, classes, temperatures, task):
+    "Logits of one image as float64, classes and temperatures"
+    classes,temperatures = check_task_classes(classes, task),[float(t) for t in temperatures]
+    if isinstance(logits, Tensor): logits = logits.detach().cpu().float()
+    logits,n = np.asarray(logits, dtype=float).reshape(-1),1 if task=='binary' else len(classes)
+    if logits.shape!=(n,):
+        expected = f'{n} numbers, of one image, for the {task} classes {classes}'
+        raise ValueError(f'logits must be {expected}, got {len(logits)}')
+    if not np.isfinite(logits).all(): raise ValueError(f'logits must be finite, got {logits}')
+    if not temperatures or not all(0 < t < np.inf for t in temperatures):
+        raise ValueError(f'temperatures must be positive, got {temperatures}')
+    return logits,classes,temperatures
+
+# %% ../../nbs/evaluate/25_plots.ipynb #f0010007
 def plot_soft_labels(
     logits,                # Of one image, [C]; one logit for a binary task
     classes,               # Names, in the order of the logits
     temperatures=(1, 2, 4, 8), # Positive; each a bar for each class
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    ax=None,               # Axes to draw on; new ones if left out
+    ax=None,               # Axes to draw on; default: new ones
 ): # The axes
     "Soft labels of an image at several temperatures, and their entropies"
-    classes,temperatures = check_task_classes(classes, task),[float(t) for t in temperatures]
-    logits = np.asarray(logits.detach().cpu().float() if isinstance(logits, Tensor) else logits, dtype=float).reshape(-1)
-    n = 1 if task=='binary' else len(classes)
-    if logits.shape!=(n,): raise ValueError(f'logits must be {n} numbers, of one image, for the {task} classes {classes}, got {len(logits)}')
-    if not np.isfinite(logits).all(): raise ValueError(f'logits must be finite, got {logits}')
-    if not temperatures or not all(0 < t < np.inf for t in temperatures): raise ValueError(f'temperatures must be positive, got {temperatures}')
+    logits,classes,temperatures = _check_soft_labels(logits, classes, temperatures, task)
     probs,entropies = _soft_labels(logits, task, temperatures)
     if ax is None: _,ax = figure(height=2.4)
-    shades,width,hatches = plt.get_cmap('viridis')(np.linspace(.1, .95, len(temperatures))),.84/len(temperatures),['', '///', '...', 'xxx', '\\\\\\']
+    n,width,hatches = len(temperatures),.84/len(temperatures),['', '///', '...', 'xxx', '\\\\\\']
+    shades = plt.get_cmap('viridis')(np.linspace(.1, .95, n))
     for i,(t,p,h) in enumerate(zip(temperatures, probs, entropies)):
-        place = np.arange(len(classes)) + width*(i - (len(temperatures)-1)/2)
-        ax.bar(place, p, width*.92, color=shades[i], hatch=hatches[i % 5], ec='w' if i < len(temperatures)/2 else '.3', lw=0, label=f'τ = {t:g}, {h:.2f} nats')
+        place = np.arange(len(classes)) + width*(i - (n-1)/2)
+        ax.bar(place, p, width*.92, color=shades[i], hatch=hatches[i % 5], ec='w' if i < n/2 else '.3', lw=0,
+               label=f'τ = {t:g}, {h:.2f} nats')
     ax.set(ylim=(0, 1.02), ylabel='probability')
     tilted = len(''.join(classes)) > 55
     ax.set_xticks(range(len(classes)), classes, rotation=30 if tilted else 0, ha='right' if tilted else 'center')
-    ax.legend(frameon=False, fontsize=8, title=f"entropy at most {len(classes)*np.log(2) if task=='multilabel' else np.log(len(classes)):.2f}", title_fontsize=8)
+    highest = len(classes)*np.log(2) if task=='multilabel' else np.log(len(classes))
+    ax.legend(frameon=False, fontsize=8, title=f'entropy at most {highest:.2f}', title_fontsize=8)
     return ax
 
 # %% ../../nbs/evaluate/25_plots.ipynb #d83e74d0
 def tradeoff_table(
-    scores:dict, # Model: frame of `kdmed.evaluate.evaluate`, such as `Comparison.scores`
+    scores:dict, # Model: table of `kdmed.evaluate.evaluate`, such as `Comparison.scores`
     costs:dict,  # Model: dict of costs, such as `parameters`, `macs` and `latency_ms`; `Comparison.costs`
-    metric:str='balanced_accuracy', # A row of the frames
+    metric:str='balanced_accuracy', # A row of the tables
 )->pd.DataFrame: # A row for each model: the metric, its interval in `low` and `high`, and the costs
     "A metric and the costs of several models, for `plot_tradeoff`"
+    rows = {}
     for name,frame in scores.items():
         check_in(metric, frame.index, 'metric')
         check_in(name, costs, 'model in costs')
-    rows = {name: {metric: f.value[metric], 'low': f.low[metric], 'high': f.high[metric], **costs[name]} for name,f in scores.items()}
+        row = frame.loc[metric]
+        rows[name] = {metric: row.value, 'low': row.low, 'high': row.high, **costs[name]}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('model')
 
 # %% ../../nbs/evaluate/25_plots.ipynb #530e68ad
-_COSTS = dict(macs=(1e6, 'multiply–accumulates of an image (million)'), parameters=(1e6, 'parameters (million)'), latency_ms=(1, 'latency of an image (ms)'))
-_SPOTS = [(r*x, r*y) for r in (7, 15, 26) for x,y in ((1, 0), (-1, 0), (0, 1), (0, -1), (.8, .8), (-.8, .8), (.8, -.8), (-.8, -.8))]
+_COSTS = dict(
+    macs=(1e6, 'multiply–accumulates of an image (million)'), parameters=(1e6, 'parameters (million)'),
+    latency_ms=(1, 'latency of an image (ms)'))
+_DIRECTIONS = (1, 0),(-1, 0),(0, 1),(0, -1),(.8, .8),(-.8, .8),(.8, -.8),(-.8, -.8)
+_SPOTS = [(r*x, r*y) for r in (7, 15, 26) for x,y in _DIRECTIONS] # places of a label, in points from its point
 
 def _overlap(a, b): return max(0, min(a.x1, b.x1)-max(a.x0, b.x0)) * max(0, min(a.y1, b.y1)-max(a.y0, b.y0))
 
-def _spot_box(point, dx, dy, width, height):
-    "Where a label of some size stands, beside a point by (dx, dy), all in pixels"
-    x,y = (p+d - (0 if d > 1 else size if d < -1 else size/2) for p,d,size in zip(point, (dx, dy), (width, height)))
-    return Bbox.from_bounds(x, y, width, height)
+def _side(offset, before, after):
+    "On which side of its point a label is anchored"
+    if abs(offset) < 1: return 'center'
+    return after if offset > 0 else before
 
+def _spot_box(point, dx, dy, width, height):
+    "The box of a label of some size, beside a point by (dx, dy), all in pixels"
+    def start(p, d, size): return p+d - (0 if d > 1 else size if d < -1 else size/2)
+    return Bbox.from_bounds(start(point[0], dx, width), start(point[1], dy, height), width, height)
+
+def _text_size(ax, text, size):
+    "Width and height of a text in pixels"
+    drawn = ax.text(0, 0, text, fontsize=size)
+    extent = drawn.get_window_extent()
+    drawn.remove()
+    return extent.width,extent.height
+
+# %% ../../nbs/evaluate/25_plots.ipynb #f0010008
 def _label_points(ax, labels, places, drawn=(), size=8):
-    "Write a label beside each of `places` (data), off other labels and the points in `drawn` (data); the boxes of the labels, in pixels"
-    ax.figure.draw_without_rendering() # from here on the axes stay where they are
-    points,frame,unit,boxes = ax.transData.transform([*places, *drawn]),ax.get_window_extent(),ax.figure.dpi/72,[]
-    taken = [Bbox([p-3*unit, p+3*unit]) for p in points]
+    "Write a label beside each of `places` (data), off others and the points `drawn` (data); returns boxes in pixels"
+    ax.figure.draw_without_rendering() # from here on the axes do not move
+    points,frame,unit = ax.transData.transform([*places, *drawn]),ax.get_window_extent(),ax.figure.dpi/72
+    boxes,taken = [],[Bbox([p-3*unit, p+3*unit]) for p in points]
     for label,place,point in zip(labels, places, points):
-        text = ax.text(0, 0, label, fontsize=size)
-        extent = text.get_window_extent()
-        text.remove()
-        def box(spot): return _spot_box(point, spot[0]*unit, spot[1]*unit, extent.width, extent.height)
-        def cost(spot): return sum(_overlap(box(spot), b) for b in taken) + 2*(extent.width*extent.height-_overlap(box(spot), frame))
+        width,height = _text_size(ax, label, size)
+        def box(spot): return _spot_box(point, spot[0]*unit, spot[1]*unit, width, height)
+        def cost(spot):
+            b = box(spot)
+            outside = width*height-_overlap(b, frame)
+            return sum(_overlap(b, other) for other in taken) + 2*outside
         dx,dy = min(_SPOTS, key=cost)
-        line = dict(arrowprops=dict(arrowstyle='-', lw=.5, color='.5', shrinkA=0, shrinkB=3)) if np.hypot(dx, dy) > 14 else {}
-        ha,va = ('center' if abs(dx) < 1 else 'left' if dx > 0 else 'right'),('center' if abs(dy) < 1 else 'bottom' if dy > 0 else 'top')
-        ax.annotate(label, place, (dx, dy), textcoords='offset points', ha=ha, va=va, fontsize=size, **line).set_in_layout(False)
+        line = dict(arrowstyle='-', lw=.5, color='.5', shrinkA=0, shrinkB=3) if np.hypot(dx, dy) > 14 else None
+        ax.annotate(label, place, (dx, dy), textcoords='offset points', ha=_side(dx, 'right', 'left'),
+                    va=_side(dy, 'top', 'bottom'), fontsize=size, arrowprops=line).set_in_layout(False)
         boxes.append(box((dx, dy)))
         taken.append(boxes[-1])
     return boxes
@@ -615,11 +772,16 @@ def _label_points(ax, labels, places, drawn=(), size=8):
 # %% ../../nbs/evaluate/25_plots.ipynb #e1c9a16b
 def _check_tradeoff(table, cost, metric, exits):
     "Raise an error unless models can be drawn"
-    if not isinstance(table, pd.DataFrame) or not len(table): raise ValueError(f'table must be a DataFrame with a row for each model, got {type(table).__name__} of {len(table)} rows')
+    if not isinstance(table, pd.DataFrame) or not len(table):
+        got = f'{type(table).__name__} of {len(table)} rows'
+        raise ValueError(f'table must be a DataFrame with a row for each model, got {got}')
     for column,name in ((metric, 'metric'), (cost, 'cost')): check_in(column, table.columns, name)
-    if not (table[cost] > 0).all(): raise ValueError(f'{cost} must be positive for a logarithmic axis, got {table[cost].to_dict()}')
-    if ('low' in table)!=('high' in table): raise ValueError(f'table must have both low and high, or neither, got {list(table.columns)}')
-    if table[metric].isna().any(): raise ValueError(f'{metric} is undefined for {list(table.index[table[metric].isna()])}: leave them out')
+    if not (table[cost] > 0).all():
+        raise ValueError(f'{cost} must be positive for a logarithmic axis, got {table[cost].to_dict()}')
+    if ('low' in table)!=('high' in table):
+        raise ValueError(f'table must have both low and high, or neither, got {list(table.columns)}')
+    undefined = list(table.index[table[metric].isna()])
+    if undefined: raise ValueError(f'{metric} is undefined for {undefined}: leave them out')
     if exits and cost!='macs': raise ValueError(f'exit curves are over macs, not over {cost!r}')
     for curve in exits.values(): check_in(metric, curve.columns, 'metric of an exit curve')
 
@@ -632,32 +794,43 @@ def _cost_axis(ax, cost):
     ax.set_xlabel(_COSTS.get(cost, (1, cost.replace('_', ' ')))[1])
 
 def _draw_exits(ax, exits, metric, scale):
-    "Exit curves; names and places of their rings, and the places of all their points"
+    "Draw exit curves; returns names and places of their rings, and the places of all their points"
     rings,drawn = [],[]
     for name,curve in exits.items():
-        early,fixed,style = curve[curve.rule=='threshold'].sort_values('macs'),curve[curve.rule!='threshold'],model_style(name)
-        ax.plot(early.macs/scale, early[metric], **{**style, 'marker': '.'}, lw=1.3, label=f'{name}: images leave when sure')
+        early,fixed = curve[curve.rule=='threshold'].sort_values('macs'),curve[curve.rule!='threshold']
+        style = model_style(name) | dict(marker='.')
+        ax.plot(early.macs/scale, early[metric], **style, lw=1.3, label=f'{name}: early exit above a confidence')
         ax.plot(fixed.macs/scale, fixed[metric], 'o', mfc='w', mec=style['color'], ms=5)
-        rings += [(r.rule if len(exits)==1 else f'{name}, {r.rule}', (r.macs/scale, getattr(r, metric))) for r in fixed.itertuples()]
+        for r in fixed.itertuples():
+            label = r.rule if len(exits)==1 else f'{name}, {r.rule}'
+            rings.append((label, (r.macs/scale, getattr(r, metric))))
         drawn += list(zip(curve.macs/scale, curve[metric]))
     return rings,drawn
 
 # %% ../../nbs/evaluate/25_plots.ipynb #ef5d72b3
+def _interval_points(table, cost, scale):
+    "Points along the intervals of models, which labels should not cover"
+    if 'low' not in table: return []
+    points = [(row[cost]/scale, y) for _,row in table.iterrows() for y in np.linspace(row.low, row.high, 20)]
+    return [(x, y) for x,y in points if not np.isnan(y)]
+
 def plot_tradeoff(
-    table:pd.DataFrame,  # A row for each model: the metric, perhaps `low` and `high`, and costs; as from `tradeoff_table`
+    table:pd.DataFrame,  # A row for each model: the metric, perhaps `low` and `high`, and costs; see `tradeoff_table`
     cost:str='macs',     # Column for the horizontal axis: `macs`, `parameters`, `latency_ms` or any other; positive
     metric:str='balanced_accuracy', # Column for the vertical axis
-    exits:dict=None,     # Model: frame of `kdmed.models.exit_curve`, drawn as a line over thresholds, with rings where all leave at one exit
-    ax=None,             # Axes to draw on; new ones if left out
+    # Model: table of `kdmed.models.exit_curve`, a line over thresholds, with rings where all images leave at one exit
+    exits:dict=None,
+    ax=None,             # Axes to draw on; default: new ones
 ): # The axes
-    "A metric against what a model costs, models as labeled points, early exits as curves"
+    "A metric against the cost of models, models as labeled points, early exits as curves"
     exits = exits or {}
     _check_tradeoff(table, cost, metric, exits)
     if ax is None: _,ax = figure(height=3.2)
     scale = _COSTS.get(cost, (1, ''))[0]
     for i,(name,row) in enumerate(table.iterrows()):
-        x,style,after = row[cost]/scale,model_style(name),(table[cost][i+1:]==row[cost]).sum() # of equal cost: the first drawn is the widest
-        if 'low' in row: ax.vlines(x, row.low, row.high, color=style['color'], lw=1.5+2.5*after)
+        x,style = row[cost]/scale,model_style(name)
+        later = (table[cost][i+1:]==row[cost]).sum() # intervals of equal cost: the first drawn is the widest line
+        if 'low' in row: ax.vlines(x, row.low, row.high, color=style['color'], lw=1.5+2.5*later)
         ax.plot(x, row[metric], ls='', marker=style['marker'], color=style['color'], ms=7, mec='k', mew=.5)
     rings,drawn = _draw_exits(ax, exits, metric, scale)
     _cost_axis(ax, cost)
@@ -665,65 +838,77 @@ def plot_tradeoff(
     ax.set_ylabel(metric.replace('_', ' ') + (', with interval' if 'low' in table else ''))
     if exits: ax.legend(frameon=False, fontsize=8, loc='lower right')
     labels = [*((name, (row[cost]/scale, row[metric])) for name,row in table.iterrows()), *rings]
-    bars = [(row[cost]/scale, y) for _,row in table.iterrows() if 'low' in row for y in np.linspace(row.low, row.high, 20) if y==y]
-    _label_points(ax, *zip(*labels), drawn+bars)
+    _label_points(ax, *zip(*labels), drawn + _interval_points(table, cost, scale))
     return ax
 
 # %% ../../nbs/evaluate/25_plots.ipynb #4fe9d1a5
 def embed(
     model,          # Module or fitted Learner
     dl,             # A loader of `image_dls` that does not shuffle, such as `dls.test`
-    layer:str=None, # Whose output, as in `named_modules`; the end of the last stage if left out
+    layer:str=None, # Whose output, as in `named_modules`; default: the end of the last stage
 )->np.ndarray: # float32 [N, D], in the order of the loader
-    "Features of a layer, averaged over the places of an image"
+    "Features of a layer, averaged over the positions of an image"
     check_loader(dl)
-    module,ready = unwrap(module_of(model)),prepared_for(model, dl)
+    module,prepared = unwrap(module_of(model)),prepared_for(model, dl)
     layer,device,parts = layer or stage_names(module)[-1],next(module.parameters()).device,[]
-    with capture_activations(module, [layer], clone=False) as seen, evaluating(module):
+    with capture_activations(module, [layer], clone=False) as captured, evaluating(module):
         for batch in dl:
-            ready(batch[0].to(device))
-            parts.append(pooled_features(seen[layer].as_subclass(Tensor), module).float().cpu())
+            prepared(batch[0].to(device))
+            parts.append(pooled_features(captured[layer].as_subclass(Tensor), module).float().cpu())
     return torch.cat(parts).numpy()
 
 def _check_features(features, name='features'):
     "Features as float64 [N, D]"
-    features = np.asarray(features.detach().cpu().float() if isinstance(features, Tensor) else features, dtype=float)
+    if isinstance(features, Tensor): features = features.detach().cpu().float()
+    features = np.asarray(features, dtype=float)
     if features.ndim!=2 or min(features.shape) < 1: raise ValueError(f'{name} must be [N, D], got {features.shape}')
-    if not np.isfinite(features).all(): raise ValueError(f'{name} must be finite, got {(~np.isfinite(features)).sum()} values that are not')
+    bad = (~np.isfinite(features)).sum()
+    if bad: raise ValueError(f'{name} must be finite, got {bad} values that are not')
     return features
 
 def linear_cka(
     x,  # Features of one model [N, D]
     y,  # Of another, for the same images in the same order [N, E]
 )->float: # In [0, 1]; NaN where all features of a model are the same
-    "How alike two models see the same images: centered kernel alignment with linear kernels"
+    "Similarity of two models' features of the same images: centered kernel alignment with linear kernels"
     x,y = _check_features(x, 'x'),_check_features(y, 'y')
     if len(x)!=len(y): raise ValueError(f'x and y must be features of the same images, got {len(x)} and {len(y)}')
     x,y = x-x.mean(0),y-y.mean(0)
-    def product(a, b): return ((a.T@b)**2).sum() if a.shape[1]*b.shape[1] <= len(a)**2 else ((a@a.T)*(b@b.T)).sum()
+    def product(a, b):
+        if a.shape[1]*b.shape[1] <= len(a)**2: return ((a.T@b)**2).sum()
+        return ((a@a.T)*(b@b.T)).sum()
     size = np.sqrt(product(x, x)*product(y, y))
     return float(product(x, y)/size) if size > 0 else float('nan')
 
 # %% ../../nbs/evaluate/25_plots.ipynb #de5338af
-def _others(groups, rows):
+def _other_group(groups, rows):
     "Which images are of another group than those in `rows`, `[len(rows), N]`"
     return groups[rows,None]!=groups[None]
+
+def _check_neighbors(features, targets, groups, k):
+    "Features, targets and groups as arrays of equal length"
+    features,targets = _check_features(features),np.asarray(targets).reshape(-1)
+    groups = np.arange(len(targets)) if groups is None else pd.factorize(np.asarray(groups))[0]
+    n = len(features),len(targets),len(groups)
+    if len(set(n)) > 1:
+        got = f'{n[0]}, {n[1]} and {n[2]} images'
+        raise ValueError(f'features, targets and groups must have the same length, got {got}')
+    fewest = len(groups)-np.bincount(groups).max()
+    if not 1 <= k <= fewest:
+        raise ValueError(f'k must be in [1, {fewest}], the number of images of other groups, got {k}')
+    return features,targets,groups
 
 def neighbor_agreement(
     features,    # [N, D]
     targets,     # Class indices [N]
-    groups=None, # Patient, lesion or tile of each image, `[N]`: its own group's images are no neighbors; every image on its own, if not given
+    groups=None, # Patient, lesion or tile of each image, `[N]`, whose images are not its neighbors; default: none
     k:int=5,     # Neighbors of an image
-)->tuple: # Share of neighbors that are of the same class, and what it would be for neighbors chosen at random
+)->tuple: # Share of neighbors that are of the same class, and the share expected for neighbors chosen at random
     "How well an image's nearest neighbors agree with it in class"
-    features,targets = _check_features(features),np.asarray(targets).reshape(-1)
-    groups = np.arange(len(targets)) if groups is None else pd.factorize(np.asarray(groups))[0]
-    if not len(features)==len(targets)==len(groups): raise ValueError(f'features, targets and groups must be as long, got {len(features)}, {len(targets)} and {len(groups)} images')
-    fewest = len(groups)-np.bincount(groups).max()
-    if not 1 <= k <= fewest: raise ValueError(f'k must be in [1, {fewest}], so many images are of another group, got {k}')
+    features,targets,groups = _check_neighbors(features, targets, groups, k)
     share,chance,squares = [],[],(features**2).sum(1)
     for rows in np.array_split(np.arange(len(features)), ceil(len(features)/1000)):
-        other,same = _others(groups, rows),targets[rows,None]==targets[None]
+        other,same = _other_group(groups, rows),targets[rows,None]==targets[None]
         distance = np.where(other, squares[None]-2*features[rows]@features.T, np.inf)
         nearest = np.argpartition(distance, k-1, axis=1)[:,:k]
         share.append(np.take_along_axis(same, nearest, 1).mean(1))
@@ -732,18 +917,22 @@ def neighbor_agreement(
 
 # %% ../../nbs/evaluate/25_plots.ipynb #095a3590
 def _check_maps(features, targets, classes, groups, k):
-    "Targets and groups as arrays of whole numbers, when they suit the features"
+    "Targets and groups as arrays of whole numbers, checked against the features"
     targets = np.asarray(targets)
-    if not features: raise ValueError('features must hold those of a model at least, got {}')
-    if targets.ndim > 1 and targets.shape[1:]!=(1,): 
-        raise ValueError(f'targets must be one class index for each image, got {targets.shape}; of several findings choose one, with classes such as no and yes')
+    if not features: raise ValueError('features must contain at least one model, got {}')
+    if targets.ndim > 1 and targets.shape[1:]!=(1,):
+        hint = 'in a multilabel task choose one finding, with classes such as no and yes'
+        raise ValueError(f'targets must be one class index for each image, got {targets.shape}; {hint}')
     targets = targets.reshape(-1)
-    if bad := {name: len(f) for name,f in features.items() if len(f)!=len(targets)}: raise ValueError(f'features and targets must be as long, got {bad} and {len(targets)} images')
+    n,other = len(targets),{name: len(f) for name,f in features.items() if len(f)!=len(targets)}
+    if other: raise ValueError(f'features and targets must have the same length, got {other} and {n} images')
     bad = targets[~np.isin(targets, range(len(classes)))]
-    if len(bad): raise ValueError(f'targets must be whole numbers from 0 to {len(classes)-1} for classes {classes}, got {bad[0]}')
-    if groups is not None and len(groups)!=len(targets): raise ValueError(f'groups and targets must be as long, got {len(groups)} and {len(targets)} images')
-    if not 1 <= k < len(targets)/2: raise ValueError(f'k must be at least 1 and less than half the {len(targets)} images, got {k}')
-    return targets.astype(int), np.arange(len(targets)) if groups is None else pd.factorize(np.asarray(groups))[0]
+    if len(bad):
+        expected = f'whole numbers from 0 to {len(classes)-1} for classes {classes}'
+        raise ValueError(f'targets must be {expected}, got {bad[0]}')
+    groups = check_groups(groups, targets)
+    if not 1 <= k < n/2: raise ValueError(f'k must be at least 1 and less than half the {n} images, got {k}')
+    return targets.astype(int), pd.factorize(np.asarray(groups))[0]
 
 # %% ../../nbs/evaluate/25_plots.ipynb #0683d827
 def _map(features, method, seed):
@@ -762,33 +951,50 @@ def _draw_map(ax, places, targets, classes):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(True)
 
+class _MapQuality(NamedTuple):
+    "How much of a map is in the features"
+    trustworthiness:float
+    agreement:float # Of neighbors in the features
+    in_map:float    # Of neighbors in the map
+    chance:float    # Agreement expected by chance
+
+    def __str__(self):
+        agreement = f'agreement {self.agreement:.2f}, in the map {self.in_map:.2f}, by chance {self.chance:.2f}'
+        return f'trustworthiness {self.trustworthiness:.2f}\n{agreement}'
+
+def _map_quality(features, places, targets, groups, k):
+    (high,chance),(low,_) = (neighbor_agreement(x, targets, groups, k) for x in (features, places))
+    return _MapQuality(trustworthiness(features, places, n_neighbors=k), high, low, chance)
+
 # %% ../../nbs/evaluate/25_plots.ipynb #383149f3
 def plot_embedding(
-    features:dict,       # Model: features [N, D] of the same images in the same order, as from `embed`; the first is what others are compared with
+    features:dict,       # Model: features [N, D] of the same images, as from `embed`; CKA is with the first
     targets,             # Class indices [N]
     classes,             # Names
-    groups=None,         # Patient, lesion or tile of each image, `[N]`: its own group's images are no neighbors
+    groups=None,         # Patient, lesion or tile of each image, `[N]`: its own images are no neighbors; default: none
     method:str='tsne',   # t-SNE of up to 50 principal components, or `pca` alone
-    k:int=5,             # Neighbors that trustworthiness and agreement look at
+    k:int=5,             # Neighbors for trustworthiness and agreement
     max_images:int=1000, # More images than that are sampled
     seed:int=0,          # Of sampling and t-SNE
 ): # Figure
-    "Maps of several models' features side by side, with numbers that say how much of them is real"
+    "Maps of several models' features side by side, with numbers that say how far they can be trusted"
     check_in(method, ('tsne', 'pca'), 'method')
-    features,classes = {name: _check_features(f, f'features of {name!r}') for name,f in features.items()},list(classes)
+    features = {name: _check_features(f, f'features of {name!r}') for name,f in features.items()}
+    classes = list(classes)
     targets,groups = _check_maps(features, targets, classes, groups, k)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(targets))[:max_images])
     fig,axes = figure(1, len(features), height=1+6.2/max(2, len(features)), squeeze=False)
+    first = next(iter(features))
     for ax,(name,f) in zip(axes[0], features.items()):
         f,of,y = f[chosen],groups[chosen],targets[chosen]
         places = _map(f, method, seed)
         _draw_map(ax, places, y, classes)
-        (high,chance),(low,_) = (neighbor_agreement(x, y, of, k) for x in (f, places))
-        first = next(iter(features.values()))[chosen]
-        alike = '' if name==next(iter(features)) else f'\nlinear CKA with {next(iter(features))} {linear_cka(first, f):.2f}'
+        below = str(_map_quality(f, places, y, of, k))
+        if name!=first: below += f'\nlinear CKA with {first} {linear_cka(features[first][chosen], f):.2f}'
         ax.set_title(f'{name}, {f.shape[1]} features', loc='left', fontsize=8)
-        ax.set_xlabel(f'trustworthiness {trustworthiness(f, places, n_neighbors=k):.2f}\nagreement {high:.2f}, in the map {low:.2f}, by chance {chance:.2f}{alike}', fontsize=7, loc='left')
+        ax.set_xlabel(below, fontsize=7, loc='left')
     how = 't-SNE' if method=='tsne' else 'principal components'
-    fig.suptitle(f'{how}, n = {len(chosen)} images' + (f' of {len(targets)}' if len(chosen) < len(targets) else ''), fontsize=9)
+    sampled = f' of {len(targets)}' if len(chosen) < len(targets) else ''
+    fig.suptitle(f'{how}, n = {len(chosen)} images{sampled}', fontsize=9)
     fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False, fontsize=8)
     return fig

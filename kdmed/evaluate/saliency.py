@@ -1,4 +1,4 @@
-"""Which places of an image a model's answer rests on: Grad-CAM, Score-CAM, LIME and attention rollout, for teachers and students of any kind
+"""Which places of an image determine a model's prediction: Grad-CAM, Score-CAM, LIME and attention rollout, for teachers and students of any kind
 
 Docs: https://kdmed.github.io/kdmed/evaluate/saliency.html.md"""
 
@@ -32,36 +32,53 @@ class ClassScores(nn.Module):
     "A model's scores, with a column for each class whatever the task"
     def __init__(self, model, task, highest=-1):
         super().__init__()
-        self.model,self.task,self.highest,self.watched,self.n,self.calls = model,task,highest,None,0,0
-        self.place = nn.Parameter(torch.zeros((), device=next(model.parameters(), torch.zeros(1)).device), requires_grad=False) # a model may have no parameters
+        self.model,self.task = model,task
+        self.highest = highest # largest class index that is to be explained
+        self.watched = None    # name of the layer whose gradient is taken
+        self.n,self.calls = 0,0 # images of the current pass, and how often the layer ran in it
+        device = next(model.parameters(), torch.zeros(1)).device # a model may have no parameters
+        self.place = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
 
     def forward(self, x):
         self.n,self.calls = len(x),0
-        try: z = _check_logits(self.model(x), len(x))
-        except AssertionError as e: raise ValueError(f'model cannot take images of {tuple(x.shape[1:])}: load them at its size; it says: {e}') from e # as timm refuses another size
-        z = z.reshape(len(z), -1)
+        z = self._logits(x)
         self.exclusive = z.shape[1]>1 and self.task!='multilabel' # else each logit is a yes or no of its own
-        z = torch.cat([-z, z], 1) if z.shape[1]==1 and self.task!='multilabel' else z
-        if self.watched and not self.calls: raise ValueError(f'layer {self.watched!r} does not run when the model answers: name another one')
-        if self.watched and torch.is_grad_enabled() and not z.requires_grad: raise _no_gradient(self.watched)
+        if z.shape[1]==1 and self.task!='multilabel': z = torch.cat([-z, z], 1)
+        if self.watched: self._check_watched(z)
         if self.highest>=z.shape[1]: raise ValueError(f'targets must be in [0, {z.shape[1]}), got {self.highest}')
         return z
 
-# %% ../../nbs/evaluate/30_saliency.ipynb #95f54a6c
+    def _logits(self, x):
+        try: z = _check_logits(self.model(x), len(x))
+        except AssertionError as e: # timm's for another size
+            raise ValueError(f'model cannot take images of {tuple(x.shape[1:])}: load them at its size; '
+                             f'it raised: {e}') from e
+        return z.reshape(len(z), -1)
+
+    def _check_watched(self, z):
+        if not self.calls:
+            raise ValueError(f'layer {self.watched!r} does not run in a forward pass of the model: name another one')
+        if torch.is_grad_enabled() and not z.requires_grad: raise _no_gradient(self.watched)
+
+# %% ../../nbs/evaluate/30_saliency.ipynb #22b797fb
 def _check_logits(z, n):
-    "Logits [B, C], when they are that and finite"
+    "Logits [B, C], if they have that shape and are finite"
     if not isinstance(z, Tensor) or z.ndim not in (1, 2) or len(z)!=n:
-        raise TypeError(f'model must turn images into logits [B, C], got {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}')
-    if not z.isfinite().all(): raise ValueError(f'model gives {(~z.isfinite()).sum()} logits of {z.numel()} that are not finite')
+        got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(f'model must turn images into logits [B, C], got {got}')
+    bad = (~z.isfinite()).sum()
+    if bad: raise ValueError(f'model gives {bad} logits of {z.numel()} that are not finite')
     return z
 
+# %% ../../nbs/evaluate/30_saliency.ipynb #95f54a6c
 def explained_model(
     model,    # Module or Learner
-    task:str, # The task, or None where the model tells
+    task:str, # The task, or None to take that of the model
 )->tuple:
-    "What is to be explained: the Module without its wrappings, names of its classes, its task"
+    "What is to be explained: the Module without its wrappers, names of its classes, its task"
     dls,module = (model.dls,model.model) if isinstance(model, Learner) else (None,model)
-    if not isinstance(module, nn.Module): raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
+    if not isinstance(module, nn.Module):
+        raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
     module = unwrap(module)
     spec = getattr(module, 'spec', {})
     named = [] if isinstance(spec.get('classes', 0), int) else list(spec['classes'])
@@ -71,12 +88,15 @@ def explained_model(
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #9f3b2855
 def _check_images(images, module):
-    "Images where the model is and in its precision"
+    "Images on the device of the model and in its precision"
     images = torch.as_tensor(images)
     if images.ndim!=4 or not images.is_floating_point() or not len(images):
-        raise ValueError(f'images must be a normalized batch of floats [B, C, H, W], as a loader gives it, got {images.dtype} {tuple(images.shape)}')
-    if images.shape[1] not in (1, 3, 4) and images.shape[3] in (1, 3, 4): raise ValueError(f'images must be [B, C, H, W], channels before places, got {tuple(images.shape)}')
-    if not images.isfinite().all(): raise ValueError(f'images must be finite, got {(~images.isfinite()).sum()} values of {images.numel()} that are not')
+        raise ValueError('images must be a normalized batch of floats [B, C, H, W], as a loader gives it, '
+                         f'got {images.dtype} {tuple(images.shape)}')
+    if images.shape[1] not in (1, 3, 4) and images.shape[3] in (1, 3, 4):
+        raise ValueError(f'images must be [B, C, H, W], channels before places, got {tuple(images.shape)}')
+    bad = (~images.isfinite()).sum()
+    if bad: raise ValueError(f'images must be finite, got {bad} values of {images.numel()} that are not')
     p = next((p for p in module.parameters() if p.is_floating_point()), images)
     return images.as_subclass(Tensor).detach().to(p.device, p.dtype)
 
@@ -85,51 +105,63 @@ def images_for(
     images,     # Batch of floats [B, C, H, W]
     stats=None, # Means and deviations the images are normalized with; default: those of the model
 )->Tensor: # [B, C', H, W], on the device of the model, in its precision, normalization and channels
-    "Images as a model was trained on them"
+    "Images in the form that a model was trained on"
     module = unwrap(model.model if isinstance(model, Learner) else model)
     x = _check_images(images, module)
     channels = needed_channels(module, x)
     if stats is None and channels is None: return x
-    if stats is None: raise ValueError(f'the model takes images of {channels} channels, these have {x.shape[1]}: say what they are normalized with, stats=')
+    if stats is None:
+        raise ValueError(f'the model takes images of {channels} channels, these have {x.shape[1]}: pass stats, the '
+                         'means and deviations they are normalized with')
     return prepare_images(x, check_normalization(stats), normalization_of(model), channels)
 
+# %% ../../nbs/evaluate/30_saliency.ipynb #e21b0da9
 def target_indices(
     targets,  # Class indices or names, one for all or one of each image; None: the predicted ones
     n:int,    # Number of images
     classes,  # Class names, or None
 ): # List of integers, or None
-    "Class index of each of `n` images, or None: the predicted ones"
+    "Class index of each of `n` images, or None for the predicted ones"
     if targets is None: return None
     targets = targets.tolist() if hasattr(targets, 'tolist') else targets
     targets = [targets]*n if isinstance(targets, (int, str)) else list(targets)
-    if len(targets)!=n: raise ValueError(f'targets must be one class, or one for each of {n} images, got {len(targets)}')
-    for t in targets:
-        if isinstance(t, str): check_in(t, classes, 'target class') if classes else _no_names(t)
-        elif isinstance(t, (list, tuple)) or hasattr(t, 'shape') and t.shape: raise ValueError(f'targets must be one class for each image, got {len(t)}: of several findings, name one')
-        elif isinstance(t, bool) or not isinstance(t, int) or t<0: raise ValueError(f'targets must be class names or indices from 0, one for each image, got {t!r}')
-    return [classes.index(t) if isinstance(t, str) else t for t in targets]
+    if len(targets)!=n:
+        raise ValueError(f'targets must be one class, or one for each of {n} images, got {len(targets)}')
+    return [_target_index(t, classes) for t in targets]
 
-def _no_names(t): raise ValueError(f'target class {t!r} cannot be looked up: the model has no spec with class names; give its index')
+def _target_index(target, classes):
+    "The index of a class by name or index"
+    if isinstance(target, str):
+        if not classes:
+            raise ValueError(f'target class {target!r} cannot be looked up: the model has no spec with class names; '
+                             'give its index')
+        check_in(target, classes, 'target class')
+        return classes.index(target)
+    if isinstance(target, (list, tuple)) or hasattr(target, 'shape') and target.shape:
+        raise ValueError(f'targets must be one class for each image, got {len(target)}: of several findings, name one')
+    if isinstance(target, bool) or not isinstance(target, int) or target<0:
+        raise ValueError(f'targets must be class names or indices from 0, one for each image, got {target!r}')
+    return target
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #4c2bf761
 @contextmanager
 def observed(
     module:nn.Module, # Changed until the block ends
 ):
-    "Eval mode, parameters frozen, gradients allowed; all as before when the block ends"
-    kept = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+    "Eval mode, parameters frozen, gradients allowed; all is restored when the block ends"
+    before = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     with evaluating(module), torch.inference_mode(False), torch.enable_grad():
         try:
-            for p,_,_ in kept: p.requires_grad_(False)
+            for p,_,_ in before: p.requires_grad_(False)
             yield
         finally:
-            for p,wanted,grad in kept:
-                if wanted: p.requires_grad_(True)
+            for p,requires_grad,grad in before:
+                if requires_grad: p.requires_grad_(True)
                 p.grad = grad
 
 @dataclass
 class _Case:
-    "What a method is asked"
+    "What a method explains, and its options"
     scores:ClassScores
     images:Tensor
     targets:list
@@ -151,23 +183,25 @@ _FEWEST_ALTERED = 10 # images, for lime
 _MAPPERS = {} # {method: function from a case, the prefix of a member's layers and the member itself to maps [B, H, W]}
 
 def saliency_maps(
-    model,               # Module, compiled or in DDP, too, or Learner. As it was when the maps are made
-    images,              # Normalized batch [B, C, H, W], as a loader gives it; goes to the device of the model
-    targets=None,        # Class to explain: index or name, one for all images or one for each; the predicted class if left out
+    model,               # Module, compiled or in DDP, too, or Learner. Unchanged when the maps are made
+    images,              # Normalized batch [B, C, H, W], as a loader gives it; moved to the device of the model
+    targets=None,        # Class to explain: index or name, one for all images or for each; default: the predicted class
     method:str='grad-cam', # One of `SALIENCY_METHODS`
-    layer:str=None,      # For `grad-cam` and `score-cam`: its name as in `named_modules()`; that of `saliency_layers` if left out
-    member:int=None,     # Of a `FusedTeacher`: the backbone to look at; left out, the mean of all backbones' maps
-    task:str=None,       # `binary`, `multiclass` or `multilabel`; that of the Learner or of `model.spec` if left out
+    layer:str=None,      # For `grad-cam` and `score-cam`: its name as in `named_modules()`; default: `saliency_layers`
+    member:int=None,     # Of a `FusedTeacher`: the backbone to look at; default: the mean of all backbones' maps
+    task:str=None,       # `binary`, `multiclass` or `multilabel`; default: that of the Learner or of `model.spec`
     bs:int=32,           # Images in one pass; for `score-cam` and `lime`, altered images
-    samples:int=500,     # For `lime`: altered images for each image, 10 or more; several for each piece are wanted
-    superpixels='grid',  # For `lime`: `grid`, 8 × 8; `slic`, about 64 along edges; or whole numbers from 0, [H, W] or [B, H, W]
+    samples:int=500,     # For `lime`: altered images for each image, 10 or more; use several for each piece
+    superpixels='grid',  # For `lime`: `grid`, 8 × 8; `slic`, about 64 along edges; or integers from 0, ([B,] H, W)
     seed:int=0,          # For `lime`: of the altered images
-    stats=None,          # Means and deviations the images are normalized with, where they may not be the model's own: `find_normalization(dls)`
+    stats=None,          # Means and deviations of the images, as from `find_normalization(dls)`; default: the model's
 )->np.ndarray: # float32 [B, H, W] in [0, 1], at the size of the images; a constant map is 0
-    "Where a model looks: how much each place speaks for a class"
+    "Where a model looks: how much each place contributes to a class"
     check_in(method, SALIENCY_METHODS, 'method')
     if bs<1 or samples<1: raise ValueError(f'bs and samples must be positive, got bs={bs}, samples={samples}')
-    if method=='lime' and samples<_FEWEST_ALTERED: raise ValueError(f'samples must be {_FEWEST_ALTERED} or more for lime, got {samples}: fewer altered images cannot tell pieces apart')
+    if method=='lime' and samples<_FEWEST_ALTERED:
+        raise ValueError(f'samples must be {_FEWEST_ALTERED} or more for lime, got {samples}: fewer altered images '
+                         'cannot distinguish pieces')
     module,classes,task = explained_model(model, task)
     parts,x = _parts(module, method, layer, member),images_for(model, images, stats)
     targets = target_indices(targets, len(x), classes)
@@ -184,86 +218,117 @@ def _unit(maps):
 def saliency_layers(
     model,       # Module or Learner
     images=None, # A batch [B, C, H, W]; only for a model that does not list its stages
-)->list: # Names as in `named_modules()` of the model without its wrappings: one, or one for each backbone of a `FusedTeacher`
+)->list: # Names as in `named_modules()` of the unwrapped model: one, or one for each backbone of a `FusedTeacher`
     "The layers that CAM methods look at"
     module,_,_ = explained_model(model, None)
     return [prefix + _last_layer(owner, images) for prefix,owner in _members(module)]
 
 def _members(module):
     "The models in a model that have a map of their own, with the prefix of their layers' names"
-    return [(f'backbones.{i}.', b) for i,b in enumerate(module.backbones)] if isinstance(module, FusedTeacher) else [('', module)]
+    if not isinstance(module, FusedTeacher): return [('', module)]
+    return [(f'backbones.{i}.', b) for i,b in enumerate(module.backbones)]
 
 def _last_layer(owner, images):
-    "Name of the last layer with places that the answer depends on"
+    "Name of the last layer with places that the prediction depends on"
     inner,_ = staged_model(owner)
     if inner is None: return _traced_layer(owner, images)
     *before,last = stage_names(owner)
     block = get_layer(owner, last)
-    norm_first = hasattr(block, 'norm1') and 'Post' not in type(block).__name__ # in ResPostBlock and EvaBlockPostNorm it comes after the attention
-    return f'{last}.norm1' if norm_first else before[-1] if hasattr(inner, 'num_prefix_tokens') and before else last
+    norm_first = hasattr(block, 'norm1') and 'Post' not in type(block).__name__ # ResPostBlock, EvaBlockPostNorm
+    if norm_first: return f'{last}.norm1'
+    return before[-1] if hasattr(inner, 'num_prefix_tokens') and before else last
+
+# %% ../../nbs/evaluate/30_saliency.ipynb #07f1a7a4
+def _is_map(output):
+    "Whether a layer's output has more than one place, as a map [B, C, H, W] or as tokens [B, N, C]"
+    return isinstance(output, Tensor) and output.ndim in (3, 4) and output.shape[2:].numel()>1
 
 def _traced_layer(module, images):
     "Name of the last layer to give a map [B, C, H, W] with more than one place, found by running one image"
-    if images is None: raise ValueError(f'{type(module).__name__} does not list its stages: pass images to run, or name the layer')
-    seen,handles = [],[]
-    def note(name): return lambda m, i, o: seen.append((name, o.shape)) if isinstance(o, Tensor) and o.ndim in (3, 4) and o.shape[2:].numel()>1 else None
+    kind = type(module).__name__
+    if images is None: raise ValueError(f'{kind} does not list its stages: pass images to run, or name the layer')
+    outputs,handles = [],[] # (layer, shape), in the order in which they run
+    def record(name):
+        def hook(m, inputs, output):
+            if _is_map(output): outputs.append((name, output.shape))
+        return hook
     try:
         for name,m in module.named_modules():
-            if name: handles.append(m.register_forward_hook(note(name)))
+            if name: handles.append(m.register_forward_hook(record(name)))
         with evaluating(module): module(_check_images(images, module)[:1])
     finally:
         for handle in handles: handle.remove()
-    if not seen or len(seen[-1][1])==3: raise ValueError(f'{type(module).__name__} has no layer that ends in a map: name the layer')
-    return seen[-1][0]
+    if not outputs or len(outputs[-1][1])==3:
+        raise ValueError(f'{kind} has no layer that ends in a map: name the layer')
+    return outputs[-1][0]
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #cdcf1bb0
+def _check_member(member, n, method, layer):
+    "Raise an error for a member that does not exist or cannot be chosen"
+    if method=='lime' or layer is not None:
+        raise ValueError('member cannot be combined with lime, which explains the whole model, nor with a layer')
+    expected = f'the number of a backbone, in [0, {n})'
+    if isinstance(member, bool) or not isinstance(member, int):
+        raise TypeError(f'member must be {expected}, got {member!r}')
+    if not 0<=member<n: raise ValueError(f'member must be in [0, {n}), got {member}')
+
 def _parts(module, method, layer, member):
-    "The members to look at; raises an error for what does not go with the method"
+    "The members to look at; raises an error for arguments that do not go with the method"
     members = _members(module)
-    if layer is not None and method in ('lime', 'rollout'): raise ValueError(f'{method} looks at no single layer: leave layer out')
-    if member is not None and (method=='lime' or layer is not None): raise ValueError('member cannot be chosen for lime, which sees the whole model, nor beside a layer')
-    if member is not None and (isinstance(member, bool) or not isinstance(member, int)): raise TypeError(f'member must be the number of a backbone, in [0, {len(members)}), got {member!r}')
-    if member is not None and not 0<=member<len(members): raise ValueError(f'member must be in [0, {len(members)}), got {member}')
+    if layer is not None and method in ('lime', 'rollout'):
+        raise ValueError(f'{method} looks at no single layer: leave layer out')
+    if member is not None: _check_member(member, len(members), method, layer)
     if method=='lime': return [('', module)]
     if layer is None: return members if member is None else [members[member]]
     get_layer(module, layer)
     return [next(((p, owner) for p,owner in members if layer.startswith(p)), ('', module))]
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #418e0824
-def _start_here(scores, name):
-    "A hook that checks what a layer gives, and has gradients begin there: what follows gets a copy, which it may overwrite"
+def _start_gradient(scores, name):
+    "A hook that checks a layer's output and starts the gradient there; later layers get a copy, free to overwrite"
     def hook(module, inputs, output):
-        if not isinstance(output, Tensor): raise TypeError(f'model layer {name!r} gives a {type(output).__name__}, not a tensor; name a layer inside it')
-        if len(output)!=scores.n: raise ValueError(f'layer {name!r} mixes images: {scores.n} went in, {len(output)} came out')
+        if not isinstance(output, Tensor):
+            kind = type(output).__name__
+            raise TypeError(f'model layer {name!r} gives a {kind}, not a tensor; name a layer inside it')
+        if len(output)!=scores.n:
+            raise ValueError(f'layer {name!r} mixes images: {scores.n} went in, {len(output)} came out')
         scores.calls += 1
         if scores.calls>1: raise ValueError(f'layer {name!r} runs more than once in a pass: name another one')
         return output.detach().requires_grad_().clone()
     return hook
 
 def _places(t, owner, name):
-    "A layer's output as a map [B, C, H, W], when that has more than one place; a copy: later layers may overwrite it"
-    seen = feature_map(t, owner)
-    if seen.shape[2:].numel()>1: return seen.float().clone()
-    raise ValueError(f'layer {name!r} ends in one place, 1 × 1, and cannot tell where: name {_earlier(owner, name)}, show larger images, or make a CNN with output_stride=8')
+    "A layer's output as a map [B, C, H, W] with more than one place; a copy: later layers may overwrite it"
+    places = feature_map(t, owner)
+    if places.shape[2:].numel()>1: return places.float().clone()
+    raise ValueError(f'layer {name!r} ends in one place, 1 × 1, and cannot tell where: name {_earlier(owner, name)}, '
+                     'pass larger images, or make a CNN with output_stride=8')
 
 def _earlier(owner, name):
     "What to look at instead of a stage that ends in one place"
-    try: last,before = stage_names(owner)[-1],stage_names(owner)[-2:-1]
+    try: stages = stage_names(owner)
     except ValueError: return 'an earlier layer'
-    return f'an earlier one, as in layer={name.removesuffix(last)+before[0]!r}' if before and name.endswith(last) else 'an earlier layer'
+    last,before = stages[-1],stages[-2:-1]
+    if not before or not name.endswith(last): return 'an earlier layer'
+    return f'an earlier one, as in layer={name.removesuffix(last)+before[0]!r}'
 
-def _no_gradient(name): return ValueError(f'the class score has no gradient at any place of layer {name!r}: name an earlier one; after its last attention, a ViT may read its class token alone')
+def _no_gradient(name):
+    return ValueError(f'the class score has no gradient at any place of layer {name!r}: name an earlier one; '
+                      'after its last attention, a ViT may read its class token alone')
 
+# %% ../../nbs/evaluate/30_saliency.ipynb #9ea064d6
 def _run_cam(kind, case, layer, owner):
     "Maps of all images by one of grad-cam's classes, which leaves no hook behind"
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    maps = []
+    maps,name = [],case.scores.watched
     for i in range(0, len(case.images), case.bs):
-        chosen = None if case.targets is None else [ClassifierOutputTarget(t) for t in case.targets[i:i+case.bs]]
-        cam = kind(case.scores, [layer], reshape_transform=lambda t: _places(t, owner, case.scores.watched))
+        batch = slice(i, i+case.bs)
+        targets = None if case.targets is None else [ClassifierOutputTarget(t) for t in case.targets[batch]]
+        cam = kind(case.scores, [layer], reshape_transform=lambda t: _places(t, owner, name))
         try:
-            maps.append(cam(case.images[i:i+case.bs], chosen))
-            if cam.uses_gradients and not any(g.any() for g in cam.activations_and_grads.gradients): raise _no_gradient(case.scores.watched)
+            maps.append(cam(case.images[batch], targets))
+            gradients = cam.activations_and_grads.gradients
+            if cam.uses_gradients and not any(g.any() for g in gradients): raise _no_gradient(name)
         finally: cam.activations_and_grads.release()
     return np.concatenate(maps)
 
@@ -272,7 +337,7 @@ def _cam(kind, case, prefix, owner):
     "Maps by a class of grad-cam at one layer"
     name = case.layer or prefix + _last_layer(owner, case.images)
     layer,case.scores.watched = get_layer(case.scores.model, name),name
-    handle = layer.register_forward_hook(_start_here(case.scores, name), prepend=True)
+    handle = layer.register_forward_hook(_start_gradient(case.scores, name), prepend=True)
     try: return _run_cam(kind, case, layer, owner)
     finally: handle.remove()
 
@@ -285,18 +350,23 @@ def _grad_cam(case, prefix, owner):
 _MAPPERS['grad-cam'] = _grad_cam
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #309565d9
+def _masks_from(channels, size):
+    "Channels [N, 1, h, w], enlarged to the image and stretched to [0, 1]"
+    masks = F.interpolate(channels, size, mode='bilinear', align_corners=True)
+    low,high = masks.amin((2, 3), keepdim=True),masks.amax((2, 3), keepdim=True)
+    return (masks-low) / (high-low+1e-8)
+
 def _masked_scores(scores, images, activations, targets, bs):
-    "Class score [B, K] of each image seen through each channel of `activations` [B, K, h, w]"
+    "Class score [B, K] of each image masked by each channel of `activations` [B, K, h, w]"
     k,targets = activations.shape[1],torch.as_tensor(targets, device=images.device)
     alive = (activations.amax((2, 3))>activations.amin((2, 3))).flatten().nonzero()[:, 0]
     with torch.no_grad():
-        values = scores(torch.zeros_like(images[:1]))[0, targets].repeat_interleave(k) # what a constant channel shows
+        blank = scores(torch.zeros_like(images[:1]))[0, targets] # the scores under a constant channel
+        values = blank.repeat_interleave(k)
         for pairs in alive.split(bs) if len(alive) else ():
             image,channel = pairs//k,pairs%k
-            masks = F.interpolate(activations[image, channel][:, None], images.shape[-2:], mode='bilinear', align_corners=True)
-            low,high = masks.amin((2, 3), keepdim=True),masks.amax((2, 3), keepdim=True)
-            masks = (masks-low) / (high-low+1e-8)
-            values[pairs] = scores(images[image]*masks.to(images.dtype)).gather(1, targets[image][:, None])[:, 0]
+            masks = _masks_from(activations[image, channel][:, None], images.shape[-2:]).to(images.dtype)
+            values[pairs] = scores(images[image]*masks).gather(1, targets[image][:, None])[:, 0]
     return values.reshape(-1, k).float()
 
 def _score_cam(case, prefix, owner):
@@ -307,8 +377,8 @@ def _score_cam(case, prefix, owner):
         "Runs masked images of all images and channels together"
         def get_cam_weights(self, images, layer, targets, activations, grads):
             self.activations_and_grads.release() # or it would keep the activations of every masked image
-            seen = torch.as_tensor(activations, device=images.device)
-            return _masked_scores(case.scores, images, seen, [t.category for t in targets], case.bs).softmax(-1).cpu().numpy()
+            channels,classes = torch.as_tensor(activations, device=images.device),[t.category for t in targets]
+            return _masked_scores(case.scores, images, channels, classes, case.bs).softmax(-1).cpu().numpy()
     return _cam(BatchedScoreCAM, case, prefix, owner)
 
 _MAPPERS['score-cam'] = _score_cam
@@ -317,11 +387,7 @@ _MAPPERS['score-cam'] = _score_cam
 def _segments(superpixels, images):
     "Pieces of each image: whole numbers from 0, [B, H, W]"
     n,_,h,w = images.shape
-    if not isinstance(superpixels, str):
-        given = np.asarray(superpixels)
-        if given.shape not in ((h, w), (n, h, w)) or given.dtype.kind not in 'iu' or given.min()<0:
-            raise ValueError(f'superpixels must be grid, slic, or whole numbers from 0 in {(h, w)} or {(n, h, w)}, got {given.dtype} {given.shape}')
-        return np.stack([np.unique(s, return_inverse=True)[1].reshape(h, w) for s in np.broadcast_to(given, (n, h, w))])
+    if not isinstance(superpixels, str): return _given_segments(np.asarray(superpixels), n, h, w)
     check_in(superpixels, ('grid', 'slic'), 'superpixels')
     rows,columns = np.arange(h)*min(8, h)//h,np.arange(w)*min(8, w)//w
     if superpixels=='grid': return np.broadcast_to(rows[:, None]*min(8, w) + columns, (n, h, w))
@@ -331,9 +397,16 @@ def _segments(superpixels, images):
     pixels = (pixels-pixels.min((1, 2), keepdims=True)) / (np.ptp(pixels, (1, 2), keepdims=True)+1e-8)
     return np.stack([slic(p, n_segments=64, compactness=10, start_label=0, channel_axis=-1) for p in pixels])
 
+def _given_segments(given, n, h, w):
+    "A user's pieces, for one image or for each, numbered without gaps"
+    if given.shape not in ((h, w), (n, h, w)) or given.dtype.kind not in 'iu' or given.min()<0:
+        raise ValueError(f'superpixels must be grid, slic, or whole numbers from 0 in {(h, w)} or {(n, h, w)}, '
+                         f'got {given.dtype} {given.shape}')
+    return np.stack([np.unique(s, return_inverse=True)[1].reshape(h, w) for s in np.broadcast_to(given, (n, h, w))])
+
 # %% ../../nbs/evaluate/30_saliency.ipynb #00c09b9c
 def _nearness(image, altered, kept, **kwargs):
-    "Weight of an altered image: exp(-d²/.25²), d the cosine distance between the pieces that are left and all pieces"
+    "Weight of an altered image: exp(-d²/.25²), d the cosine distance between the visible pieces and all pieces"
     distance = 1 - kept.float().mean().sqrt()
     return torch.exp(-(distance/.25)**2)
 
@@ -343,42 +416,52 @@ def _lime(case, prefix, owner):
     except ImportError as e: raise missing_package('captum') from e
     from captum._utils.models.linear_model import SkLearnRidge
     generator,maps = torch.Generator().manual_seed(case.seed),[]
-    def hide(image, num_interp_features, **kwargs): return torch.randint(2, (1, num_interp_features), generator=generator).to(image.device)
+    def hide(image, num_interp_features, **kwargs):
+        return torch.randint(2, (1, num_interp_features), generator=generator).to(image.device)
     segments = _segments(case.superpixels, case.images)
     with torch.no_grad(), torch.random.fork_rng([]): # captum's loader draws a number it does not need
         targets = case.targets or [int(t) for x in case.images.split(case.bs) for t in case.scores(x).argmax(1)]
         for x,pieces,t in zip(case.images.split(1), segments, targets):
             lime = Lime(case.scores, SkLearnRidge(alpha=1.), _nearness, hide)
-            weights = lime.attribute(x, target=t, baselines=x.mean((2, 3), keepdim=True), feature_mask=torch.tensor(pieces, device=x.device)[None, None],
-                                     n_samples=case.samples, perturbations_per_eval=case.bs, return_input_shape=False)
+            mask,mean_color = torch.tensor(pieces, device=x.device)[None, None],x.mean((2, 3), keepdim=True)
+            weights = lime.attribute(x, target=t, baselines=mean_color, feature_mask=mask, n_samples=case.samples,
+                                     perturbations_per_eval=case.bs, return_input_shape=False)
             maps.append(weights[0].clamp(min=0).cpu().numpy()[pieces])
     return _unit(np.stack(maps).astype(np.float32))
 
 _MAPPERS['lime'] = _lime
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #1caf70e5
+def _is_attention(m): return hasattr(m, 'fused_attn') and isinstance(getattr(m, 'attn_drop', None), nn.Module)
+
 def _attention_layers(owner):
     "The attention layer of each block of a ViT, first block first"
     try: names = stage_names(owner)
     except ValueError: names = []
-    found = [[m for m in get_layer(owner, n).modules() if hasattr(m, 'fused_attn') and isinstance(getattr(m, 'attn_drop', None), nn.Module)] for n in names]
-    if not found or any(len(f)!=1 for f in found):
-        raise ValueError(f'rollout needs a ViT with one attention over all tokens in each block, and {type(owner).__name__} is none; use grad-cam')
-    return [f[0] for f in found]
+    layers = [[m for m in get_layer(owner, n).modules() if _is_attention(m)] for n in names]
+    if not layers or any(len(f)!=1 for f in layers):
+        raise ValueError('rollout needs a ViT with one attention over all tokens in each block, and '
+                         f'{type(owner).__name__} is none; use grad-cam')
+    return [f[0] for f in layers]
 
 @contextmanager
 def _attentions(layers):
-    "Lists that a forward pass fills: the attention of each layer, [B, N, N], mean over heads, and the shape of the tokens it mixes"
-    fused,seen,shapes = [m.fused_attn for m in layers],[],[]
-    handles = [m.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().mean(1))) for m in layers]
-    handles += [m.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[:-1]))) for m in layers]
+    """Two lists that a forward pass fills, with an entry for each layer.
+
+    The attention [B, N, N], mean over heads, and the shape of the tokens it mixes"""
+    fused,matrices,shapes = [m.fused_attn for m in layers],[],[]
+    def record_matrix(_, inputs): matrices.append(inputs[0].float().mean(1))
+    def record_shape(_, inputs): shapes.append(tuple(inputs[0].shape[:-1]))
+    handles = [m.attn_drop.register_forward_pre_hook(record_matrix) for m in layers]
+    handles += [m.register_forward_pre_hook(record_shape) for m in layers]
     try:
         for m in layers: m.fused_attn = False
-        yield seen,shapes
+        yield matrices,shapes
     finally:
-        for m,was in zip(layers, fused): m.fused_attn = was
+        for m,before in zip(layers, fused): m.fused_attn = before
         for handle in handles: handle.remove()
 
+# %% ../../nbs/evaluate/30_saliency.ipynb #e589c0a4
 def _readers(owner, n, device):
     "How much the head reads of each of `n` tokens, [1, N]; sums to 1"
     vit,(inner,_) = owner,staged_model(owner)
@@ -392,87 +475,116 @@ def _readers(owner, n, device):
     return (reads+token)/2
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #dcef4354
+def _check_attentions(attentions, shapes, images, owner):
+    "Raise an error unless each block attends between all tokens of an image"
+    n = shapes[0][-1]
+    all_tokens = set(shapes)=={(images, n)} and {tuple(a.shape) for a in attentions}=={(images, n, n)}
+    if not all_tokens or len(attentions)!=len(shapes):
+        raise ValueError('rollout needs attention between all tokens in each block, which '
+                         f'{type(owner).__name__} does not have; use grad-cam')
+
 def _rollout(case, prefix, owner):
     "Attention rollout maps"
     layers,maps = _attention_layers(owner),[]
     with torch.no_grad():
         for x in case.images.split(case.bs):
             with _attentions(layers) as (attentions,shapes): case.scores(x)
-            n = shapes[0][-1]
-            if {*shapes}!={(len(x), n)} or [tuple(a.shape) for a in attentions]!=[(len(x), n, n)]*len(layers):
-                raise ValueError(f'rollout needs attention between all tokens in each block, which {type(owner).__name__} does not have; use grad-cam')
-            reads = _readers(owner, n, x.device).expand(len(x), -1)[:, None]
+            _check_attentions(attentions, shapes, len(x), owner)
+            reads = _readers(owner, shapes[0][-1], x.device).expand(len(x), -1)[:, None]
             for a in reversed(attentions): reads = (reads@a + reads)/2
             maps.append(feature_map(reads.transpose(1, 2), owner))
-    size = case.images.shape[-2:]
-    return _unit(F.interpolate(torch.cat(maps), size, mode='bilinear', align_corners=False)[:, 0].cpu().numpy())
+    maps = F.interpolate(torch.cat(maps), case.images.shape[-2:], mode='bilinear', align_corners=False)
+    return _unit(maps[:, 0].cpu().numpy())
 
 _MAPPERS['rollout'] = _rollout
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #9640e0e1
+def _as_bytes(image):
+    "Floats in [0, 1] as uint8"
+    if not (image.min()>=0 and image.max()<=1):
+        raise ValueError(f'image must be uint8, or in [0, 1], got {image.min():.3g} to {image.max():.3g}; is it '
+                         'normalized? `dls.test.decoded()` gives images as they were')
+    return (255*image).round().astype(np.uint8)
+
 def _rgb(image):
     "One image as uint8 [H, W, 3]"
     image = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
-    if image.ndim==3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3): image = image.transpose(1, 2, 0)
+    channels_first = image.ndim==3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3)
+    if channels_first: image = image.transpose(1, 2, 0)
     if image.ndim==2: image = image[..., None]
-    if image.ndim!=3 or image.shape[2] not in (1, 3): raise ValueError(f'image must be [H, W], [H, W, 3] or [3, H, W], got {image.shape}')
-    if image.dtype.kind=='f':
-        if not (image.min()>=0 and image.max()<=1): raise ValueError(f'image must be uint8, or in [0, 1], got {image.min():.3g} to {image.max():.3g}; is it normalized? `dls.test.decoded()` gives images as they were')
-        image = (255*image).round().astype(np.uint8)
+    if image.ndim!=3 or image.shape[2] not in (1, 3):
+        raise ValueError(f'image must be [H, W], [H, W, 3] or [3, H, W], got {image.shape}')
+    if image.dtype.kind=='f': image = _as_bytes(image)
     if image.dtype!=np.uint8: raise ValueError(f'image must be uint8, or floats in [0, 1], got {image.dtype}')
     return np.broadcast_to(image, (*image.shape[:2], 3))
 
 def overlay(
     image,             # One image, uint8 or floats in [0, 1], [H, W, 3], [3, H, W] or [H, W]
     heat,              # Its map [H, W] in [0, 1]
-    alpha:float=.45,   # Opacity of the heat: 0 shows the gray image, 1 the heat alone
+    alpha:float=.45,   # Opacity of the heat: 0 gives the gray image, 1 the heat alone
     cmap:str='viridis', # Name of a matplotlib colormap; a perceptually uniform one
 )->np.ndarray: # uint8 [H, W, 3]
     "A saliency map over its image in gray"
     pixels,heat = _rgb(image),np.asarray(heat)
-    if heat.shape!=pixels.shape[:2]: raise ValueError(f'heat must be as large as its image, {pixels.shape[:2]}, got {heat.shape}')
-    if not (heat.min()>=-1e-6 and heat.max()<=1+1e-6): raise ValueError(f'heat must be in [0, 1], got {heat.min():.3g} to {heat.max():.3g}')
+    if heat.shape!=pixels.shape[:2]:
+        raise ValueError(f'heat must have the size of its image, {pixels.shape[:2]}, got {heat.shape}')
+    if not (heat.min()>=-1e-6 and heat.max()<=1+1e-6):
+        raise ValueError(f'heat must be in [0, 1], got {heat.min():.3g} to {heat.max():.3g}')
     if not 0<=alpha<=1: raise ValueError(f'alpha must be in [0, 1], got {alpha}')
     check_in(cmap, mpl.colormaps, 'cmap')
-    gray = pixels@np.array([.299, .587, .114])
-    return np.clip((1-alpha)*gray[..., None] + alpha*255*mpl.colormaps[cmap](heat)[..., :3], 0, 255).round().astype(np.uint8)
+    gray,colors = pixels@np.array([.299, .587, .114]),mpl.colormaps[cmap](heat)[..., :3]
+    return np.clip((1-alpha)*gray[..., None] + alpha*255*colors, 0, 255).round().astype(np.uint8)
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #aaaaca05
 def _check_explained(images, maps, titles, explained):
-    "Titles and explained classes, one for each image, when maps and they suit the images"
-    if not isinstance(maps, dict): raise TypeError(f"maps must be a dict from names to maps, such as {{'grad-cam': maps}}, got {type(maps).__name__}")
-    wrong = {name: np.shape(m) for name,m in maps.items() if len(m)!=len(images)}
-    if not len(images) or not maps or wrong: raise ValueError(f'maps must hold a map for each of {len(images)} images, got {wrong or dict(maps)}')
-    explained = [explained]*len(images) if isinstance(explained, str) else explained
+    "Titles with explained classes, one for each image; an error unless maps, titles and classes suit the images"
+    n = len(images)
+    if not isinstance(maps, dict):
+        raise TypeError("maps must be a dict from names to maps, such as {'grad-cam': maps}, "
+                        f'got {type(maps).__name__}')
+    wrong = {name: np.shape(m) for name,m in maps.items() if len(m)!=n}
+    if not n or not maps or wrong:
+        raise ValueError(f'maps must contain a map for each of {n} images, got {wrong or dict(maps)}')
+    explained = [explained]*n if isinstance(explained, str) else explained
     for name,given in (('titles', titles), ('explained', explained)):
-        if given is not None and len(given)!=len(images): raise ValueError(f'{name} must be one for each of {len(images)} images, got {len(given)}')
-    return [''.join((str(titles[i]) if titles is not None else '', f'\nmaps of: {explained[i]}' if explained is not None else '')).strip() for i in range(len(images))]
+        if given is not None and len(given)!=n:
+            raise ValueError(f'{name} must be one for each of {n} images, got {len(given)}')
+    first = [''] * n if titles is None else map(str, titles)
+    second = [''] * n if explained is None else [f'\nmaps of: {name}' for name in explained]
+    return [(a+b).strip() for a,b in zip(first, second)]
 
 def _show_map(ax, image, heat, alpha, cmap):
-    "A map over its image; where it is constant, the gray image, and that there is no map"
+    "A map over its image; a constant one is replaced by a note over the gray image"
     flat = np.ptp(heat)==0
     ax.imshow(overlay(image, heat, 0 if flat else alpha, cmap))
-    if flat: ax.text(.5, .5, 'no map:\nconstant', transform=ax.transAxes, ha='center', va='center', fontsize=8, bbox=dict(fc='w', ec='k', lw=.6))
+    if not flat: return
+    box = dict(fc='w', ec='k', lw=.6)
+    ax.text(.5, .5, 'no map:\nconstant', transform=ax.transAxes, ha='center', va='center', fontsize=8, bbox=box)
 
+# %% ../../nbs/evaluate/30_saliency.ipynb #1d4f3141
 def plot_explanations(
     images,            # uint8 or floats in [0, 1], [N, 3, H, W] or [N, H, W, 3], such as from `dls.test.decoded()`
     maps:dict,         # Name of a model or method: its maps [N, H, W]
     titles=None,       # A line for each image, such as its class
     alpha:float=.45,   # Opacity of the heat
     cmap:str='viridis', # Name of a matplotlib colormap
-    explained=None,    # Class that the maps explain, as in `targets` of `saliency_maps`: one name, or one for each image
+    explained=None,    # Class that the maps explain, as `targets` of `saliency_maps`: one name, or one for each image
 ): # Figure
-    "Each image beside its maps, a row for each image and a column for each model, with one color bar; a constant map is called so"
+    "Each image beside its maps, a row for each image and a column for each model, with one color bar"
     labels,columns = _check_explained(images, maps, titles, explained),1+len(maps)
     side = (5.3 - .6*any(labels))/max(4, columns) # of an image, in inches
     names = [fold_text(name, int(side*13)) for name in ['image', *maps]]
-    fig,axes = figure(len(images), columns, height=.2 + .15*max(n.count('\n')+1 for n in names) + len(images)*(side+.06), squeeze=False)
+    lines = max(n.count('\n')+1 for n in names)
+    fig,axes = figure(len(images), columns, height=.2 + .15*lines + len(images)*(side+.06), squeeze=False)
     for image,row,label,*heats in zip(images, axes, labels, *maps.values()):
         row[0].imshow(_rgb(image))
         for ax,heat in zip(row[1:], heats): _show_map(ax, image, np.asarray(heat), alpha, cmap)
-        for ax in row: ax.set(xticks=[], yticks=[]), ax.spines[:].set_visible(False)
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
         row[0].set_ylabel(fold_text(label, int(side*16), 2), fontsize=7)
     for ax,name in zip(axes[0], names): ax.set_title(name, fontsize=8)
     heat = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), cmap)
-    fig.colorbar(heat, ax=axes, shrink=min(1, 1.6/len(images)), aspect=18).set_label('saliency, each map\nfrom 0 to 1', fontsize=8)
+    bar = fig.colorbar(heat, ax=axes, shrink=min(1, 1.6/len(images)), aspect=18)
+    bar.set_label('saliency, each map\nfrom 0 to 1', fontsize=8)
     return fig

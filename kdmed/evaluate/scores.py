@@ -1,4 +1,4 @@
-"""How good a classifier is: every metric by name, for classes and findings, and many times at once
+"""How good a classifier is: every metric by name, for classes and findings, and in thousands of replicates at once
 
 Docs: https://kdmed.github.io/kdmed/evaluate/scores.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://kdmed.github.io/kdmed/evaluate/scores.html.md"""
 
 # %% auto #0
 __all__ = ['BY_CLASS', 'OVERALL', 'ALIASES', 'check_task_classes', 'check_probs', 'check_targets', 'safe_ratio', 'decisions',
-           'resolve_metric', 'metric_names', 'metrics_table', 'more_is_better', 'Scores', 'default_metrics', 'scores',
-           'confusion', 'harmonic_f1']
+           'MetricEntry', 'resolve_metric', 'metric_names', 'register_metric', 'metrics_table', 'more_is_better',
+           'Scores', 'default_metrics', 'scores', 'confusion', 'harmonic_f1']
 
 # %% ../../nbs/evaluate/00_scores.ipynb #4e548d85
 import re
@@ -21,22 +21,35 @@ from scipy.sparse import csr_array
 from sklearn.metrics import confusion_matrix
 
 from ..core.checks import check_in
+from ..data.images import TASKS
 
 # %% ../../nbs/evaluate/00_scores.ipynb #0dbbe041
 def check_task_classes(
     classes,  # Class names, two for a binary task
     task:str, # `binary`, `multiclass` or `multilabel`
 )->list:
-    "Class names as a list, when they suit the task"
-    tasks = 'binary','multiclass','multilabel'
-    if task not in tasks: raise ValueError(f'task must be one of {tasks}, got {task!r}')
+    "Class names as a list of strings; raises an error unless they suit the task"
+    if task not in TASKS: raise ValueError(f'task must be one of {TASKS}, got {task!r}')
     if isinstance(classes, (str, bytes)) or not hasattr(classes, '__iter__'):
         raise TypeError(f"classes must be a list of names, such as ['nevus', 'melanoma'], got {classes!r}")
     classes = [str(c) for c in classes]
     if len(set(classes)) < len(classes): raise ValueError(f'classes must have different names, got {classes}')
-    if task == 'binary' and len(classes) != 2: raise ValueError(f'a binary task needs 2 classes, got {len(classes)}: {classes}')
-    if task == 'multiclass' and len(classes) < 2: raise ValueError(f'a multiclass task needs 2 classes or more, got {classes}')
+    if task == 'binary' and len(classes) != 2:
+        raise ValueError(f'a binary task needs 2 classes, got {len(classes)}: {classes}')
+    if task == 'multiclass' and len(classes) < 2:
+        raise ValueError(f'a multiclass task needs 2 classes or more, got {classes}')
     return classes
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010001
+def _prob_array(probs, classes, name):
+    "Probabilities as float64; the columns of a table are found by name"
+    if isinstance(probs, pd.DataFrame) and {str(c) for c in probs} & set(classes):
+        missing = set(classes)-{str(c) for c in probs}
+        if missing: raise ValueError(f'{name} is a table without columns {sorted(missing)}; it has {list(probs)}')
+        probs = probs.rename(columns=str)[classes]
+    try: return np.asarray(probs, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f'{name} must be an array of probabilities, got {type(probs).__name__}') from None
 
 def check_probs(
     probs,             # Probabilities [N, C], or [N] for a binary task; an array or a table
@@ -45,52 +58,58 @@ def check_probs(
     name:str='probs',  # What errors call them
 )->np.ndarray:
     "Probabilities as float64 `[N, C]`, two columns for a binary task; errors call them `name`"
-    if isinstance(probs, pd.DataFrame) and {str(c) for c in probs} & set(classes):
-        if missing := set(classes)-{str(c) for c in probs}: raise ValueError(f'{name} is a table without columns {sorted(missing)}; it has {list(probs)}')
-        probs = probs.rename(columns=str)[classes]
-    try: probs,n = np.asarray(probs, dtype=np.float64),len(classes)
-    except (TypeError, ValueError): raise TypeError(f'{name} must be an array of probabilities, got {type(probs).__name__}') from None
+    probs,n = _prob_array(probs, classes, name),len(classes)
     one_column = task == 'binary' and (probs.ndim == 1 or probs.shape[1:] == (1,))
-    if not one_column and probs.shape[1:] != (n,): raise ValueError(f'{name} must be [N, {n}] for classes {classes}, got {probs.shape}')
-    if probs.size == 0: raise ValueError(f'{name} must hold an image at least, got {probs.shape}')
-    if np.isnan(probs).any(): raise ValueError(f'{name} must not be NaN, got {np.isnan(probs).sum()} of {probs.size} values')
-    if probs.min() < -1e-6 or probs.max() > 1+1e-6:
-        raise ValueError(f'{name} must be in [0, 1], got {probs.min():.4g} to {probs.max():.4g}; did you pass logits?')
+    if not one_column and probs.shape[1:] != (n,):
+        raise ValueError(f'{name} must be [N, {n}] for classes {classes}, got {probs.shape}')
+    if probs.size == 0: raise ValueError(f'{name} must contain at least one image, got shape {probs.shape}')
+    if np.isnan(probs).any():
+        raise ValueError(f'{name} must not be NaN, got {np.isnan(probs).sum()} of {probs.size} values')
+    low,high = probs.min(),probs.max()
+    if low < -1e-6 or high > 1+1e-6:
+        raise ValueError(f'{name} must be in [0, 1], got {low:.4g} to {high:.4g}; did you pass logits?')
     if one_column: return np.stack([1-probs.reshape(-1), probs.reshape(-1)], axis=1)
     sums = probs.sum(1)
     if task != 'multilabel' and abs(sums-1).max() > 1e-3:
-        raise ValueError(f'each row of {name} must sum to 1, got sums from {sums.min():.4g} to {sums.max():.4g}; did you pass logits?')
+        got = f'sums from {sums.min():.4g} to {sums.max():.4g}'
+        raise ValueError(f'each row of {name} must sum to 1, got {got}; did you pass logits?')
     return probs
 
 # %% ../../nbs/evaluate/00_scores.ipynb #0ef27814
 def check_targets(
     targets,           # Class indices [N], or 0, 1 and NaN [N, L]
-    n_images:int,      # How many there must be
+    n_images:int,      # Expected number of images
     classes:list,      # From `check_task_classes`
     task:str,          # The task
     name:str='probs',  # What errors call the probabilities
 )->tuple:
-    "What is true and what is known, each bool `[N, C]`"
+    "Which labels are true and which are known, each bool `[N, C]`"
     targets,n = np.asarray(targets),len(classes)
-    if targets.dtype.kind not in 'biuf': raise ValueError(f'targets must be numbers, got {targets.dtype}: {targets[:3].tolist()}')
-    if len(targets) != n_images: raise ValueError(f'{name} and targets must be as long, got {n_images} and {len(targets)} images')
+    if targets.dtype.kind not in 'biuf':
+        raise ValueError(f'targets must be numbers, got {targets.dtype}: {targets[:3].tolist()}')
+    if len(targets) != n_images:
+        raise ValueError(f'{name} and targets must have the same length, got {n_images} and {len(targets)} images')
     if task == 'multilabel':
-        if targets.shape != (n_images, n): raise ValueError(f'targets must be [{n_images}, {n}] like {name}, got {targets.shape}')
+        if targets.shape != (n_images, n):
+            raise ValueError(f'targets must be [{n_images}, {n}] like {name}, got {targets.shape}')
         bad = ~(np.isnan(targets) | np.isin(targets, (0, 1)))
         if bad.any(): raise ValueError(f'multilabel targets must be 0, 1 or NaN, got {targets[bad][0]}')
         return targets == 1, ~np.isnan(targets)
-    if targets.shape not in ((n_images,), (n_images, 1)): raise ValueError(f'targets must be [{n_images}], got {targets.shape}')
+    if targets.shape not in ((n_images,), (n_images, 1)):
+        raise ValueError(f'targets must be [{n_images}], got {targets.shape}')
     targets = targets.reshape(-1)
     bad = ~np.isin(targets, np.arange(n))
-    if bad.any(): raise ValueError(f'targets must be whole numbers from 0 to {n-1} for classes {classes}, got {targets[bad][0]}')
+    if bad.any():
+        raise ValueError(f'targets must be whole numbers from 0 to {n-1} for classes {classes}, got {targets[bad][0]}')
     return np.eye(n, dtype=bool)[targets.astype(int)], np.ones((n_images, n), dtype=bool)
 
 # %% ../../nbs/evaluate/00_scores.ipynb #1d1157a5
 def _check_sample_weights(weights, n_images, codes=None):
-    "Weights `[n_boot, N]`, or `[n_boot, G]` of groups, and which column each image has; no replicates if there are none"
+    "Weights `[n_boot, N]`, or `[n_boot, G]` of groups, and the column of each image; `[0, N]` without weights"
     codes = np.arange(n_images) if codes is None else np.asarray(codes)
     n = int(codes.max())+1
-    if codes.shape != (n_images,): raise ValueError(f'codes must be [{n_images}], the group of each image, got {codes.shape}')
+    if codes.shape != (n_images,):
+        raise ValueError(f'codes must be [{n_images}], the group of each image, got {codes.shape}')
     w = np.ones((0, n), np.uint8) if weights is None else np.asarray(weights)
     if w.ndim != 2 or w.shape[1] != n: raise ValueError(f'weights must be [n_boot, {n}], got {w.shape}')
     if not (w >= 0).all(): raise ValueError(f'weights must be 0 or more, got {w.min()}')
@@ -106,52 +125,82 @@ def safe_ratio(
     b = np.broadcast_to(b, np.broadcast_shapes(np.shape(a), np.shape(b)))
     return np.divide(a, b, out=np.full(b.shape, otherwise, dtype=float), where=b > 0)
 
-def _where(condition, x): return np.where(condition, x, np.nan)
+def _where(condition, values): return np.where(condition, values, np.nan)
 
-def _f_beta(tp, fp, fn, tn, beta=1.): return _where(tp+fn > 0, safe_ratio((1+beta**2)*tp, (1+beta**2)*tp + beta**2*fn + fp, 0.))
+def _sensitivity(tp, fp, fn, tn): return safe_ratio(tp, tp+fn)
+
+def _specificity(tp, fp, fn, tn): return safe_ratio(tn, tn+fp)
+
+def _precision(tp, fp, fn, tn): return _where(tp+fn > 0, safe_ratio(tp, tp+fp, 0.))
+
+def _npv(tp, fp, fn, tn): return _where(tn+fp > 0, safe_ratio(tn, tn+fn, 0.))
+
+def _accuracy(tp, fp, fn, tn): return safe_ratio(tp+tn, tp+fp+fn+tn)
+
+def _misclassification(tp, fp, fn, tn): return safe_ratio(fp+fn, tp+fp+fn+tn)
+
+def _balanced_accuracy(tp, fp, fn, tn): return (safe_ratio(tp, tp+fn)+safe_ratio(tn, tn+fp))/2
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010002
+def _f_beta(tp, fp, fn, tn, beta=1.):
+    "F-score: the harmonic mean of precision and sensitivity, where sensitivity has β times the importance"
+    hits = (1+beta**2)*tp
+    return _where(tp+fn > 0, safe_ratio(hits, hits + beta**2*fn + fp, 0.))
 
 def _two_by_two_kappa(tp, fp, fn, tn):
     "Agreement beyond that of chance, of one class against the rest"
     return _where((tp+fn > 0) & (fp+tn > 0), safe_ratio(2*(tp*tn-fp*fn), (tp+fp)*(fp+tn) + (tp+fn)*(fn+tn)))
 
 def _two_by_two_mcc(tp, fp, fn, tn):
-    "Correlation of two yes-no variables; 0 where a prediction never varies"
-    return _where((tp+fn > 0) & (fp+tn > 0), safe_ratio(tp*tn-fp*fn, np.sqrt((tp+fp)*(tp+fn)*(tn+fp)*(tn+fn)), 0.))
+    "Correlation of two binary variables; 0 where the prediction never varies"
+    product = safe_ratio(tp*tn-fp*fn, np.sqrt((tp+fp)*(tp+fn)*(tn+fp)*(tn+fn)), 0.)
+    return _where((tp+fn > 0) & (fp+tn > 0), product)
 
 # %% ../../nbs/evaluate/00_scores.ipynb #646e5bcd
 class _Ranks:
-    "Of one class: at which of its distinct scores, highest first, the images of each group stand; the same in all replicates"
+    "For one class, in all replicates: the step at which each image is reached, counted from its highest distinct score"
     def __init__(self, score, actual, group, n_groups):
         thresholds = np.unique(score[actual])
         k = len(thresholds)
-        reached = np.searchsorted(thresholds, score, side='right') # how many thresholds a score reaches
+        reached = np.searchsorted(thresholds, score, side='right') # number of thresholds that a score reaches
         step,negative = k-reached,~actual & (reached > 0)
         tied = negative & (score==thresholds[reached-1]) if k else negative
         rows = np.concatenate([step[actual], k+step[negative], 2*k+step[tied]])
         cols = np.concatenate([group[actual], group[negative], group[tied]])
         self.k,self.counts = k,csr_array((np.ones(len(rows)), (rows, cols)), shape=(3*k, n_groups))
-        self.others = np.bincount(group[~actual], minlength=n_groups)
+        self.n_negatives = np.bincount(group[~actual], minlength=n_groups)
 
 class _Steps:
-    "For one class and all replicates: how many images are at and above each distinct score of the class, highest first, [K, B]"
+    """Weighted numbers of images of one class at each of its K distinct scores, highest first, in B replicates.
+
+    `positives`, `negatives` `[K, B]`: images first reached at this score; `ties`: negatives with exactly this score;
+    `tp`, `fp` `[K, B]`: images reached up to here; `n_positives`, `n_negatives` `[B]`: all images.
+    """
     def __init__(self, ranks, columns):
         k,counts = ranks.k,ranks.counts @ columns
-        self.at,self.others,self.tied = counts[:k],counts[k:2*k],counts[2*k:]
-        self.found,self.claimed = self.at.cumsum(0),self.others.cumsum(0)
-        self.n = self.at.sum(0)
-        self.n_others = ranks.others @ columns
+        self.positives,self.negatives,self.ties = counts[:k],counts[k:2*k],counts[2*k:]
+        self.tp,self.fp = self.positives.cumsum(0),self.negatives.cumsum(0)
+        self.n_positives = self.positives.sum(0)
+        self.n_negatives = ranks.n_negatives @ columns
 
-def _auroc(s): return safe_ratio((s.at*(s.n_others-s.claimed+s.tied/2)).sum(0), s.n*s.n_others)
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010003
+def _auroc(steps):
+    beaten = steps.n_negatives - steps.fp + steps.ties/2 # negatives ranked below, half of those with equal score
+    return safe_ratio((steps.positives*beaten).sum(0), steps.n_positives*steps.n_negatives)
 
-def _average_precision(s): return safe_ratio((s.at*safe_ratio(s.found, s.found+s.claimed, 0.)).sum(0), s.n)
+def _average_precision(steps):
+    precision = safe_ratio(steps.tp, steps.tp+steps.fp, 0.)
+    return safe_ratio((steps.positives*precision).sum(0), steps.n_positives)
 
-def _sensitivity_at(s, specificity):
-    allowed = s.claimed <= (1-specificity)*s.n_others*(1+1e-12)
-    return _where(s.n_others > 0, safe_ratio(np.max(s.found*allowed, axis=0, initial=0), s.n))
+def _sensitivity_at(steps, specificity):
+    allowed = steps.fp <= (1-specificity)*steps.n_negatives*(1+1e-12)
+    most = np.max(steps.tp*allowed, axis=0, initial=0)
+    return _where(steps.n_negatives > 0, safe_ratio(most, steps.n_positives))
 
-def _specificity_at(s, sensitivity):
-    enough = (s.found >= sensitivity*s.n*(1-1e-12)) & (s.n > 0)
-    return _where(s.n > 0, 1-safe_ratio(np.min(np.where(enough, s.claimed, np.inf), axis=0, initial=np.inf), s.n_others))
+def _specificity_at(steps, sensitivity):
+    enough = (steps.tp >= sensitivity*steps.n_positives*(1-1e-12)) & (steps.n_positives > 0)
+    fewest = np.min(np.where(enough, steps.fp, np.inf), axis=0, initial=np.inf)
+    return _where(steps.n_positives > 0, 1-safe_ratio(fewest, steps.n_negatives))
 
 # %% ../../nbs/evaluate/00_scores.ipynb #54abf3ab
 def _brier(probs, actual): return (probs-actual)**2
@@ -160,48 +209,54 @@ def _log_loss(probs, actual):
     eps = np.finfo(float).eps
     return -np.log(np.where(actual, probs, 1-probs).clip(eps, 1))
 
-def _gaps(confidence, right, group, n_groups, bins=15):
-    "Of the images of each group, in bins of what was claimed, what was claimed less what is true, `[bins, G]`; and their number `[G]`"
+def _gaps(confidence, correct, group, n_groups, bins=15):
+    "Sums of confidence minus correctness by bin of confidence and group, `[bins, G]`, and the images by group `[G]`"
     bin = np.clip(np.ceil(confidence*bins).astype(int)-1, 0, bins-1)
-    return csr_array((confidence-right, (bin, group)), shape=(bins, n_groups)),np.bincount(group, minlength=n_groups)
+    return csr_array((confidence-correct, (bin, group)), shape=(bins, n_groups)),np.bincount(group, minlength=n_groups)
 
-def _calibration_gap(gaps, columns):
-    "ECE in every replicate: the bins' gaps between claimed and true, weighted by their images"
-    return safe_ratio(np.abs(gaps[0] @ columns).sum(0), gaps[1] @ columns)
+def _calibration_error(gaps, n):
+    "ECE in every replicate, from the sums of confidence minus correctness in each bin `[bins, B]` and the images `[B]`"
+    return safe_ratio(np.abs(gaps).sum(0), n)
 
-# %% ../../nbs/evaluate/00_scores.ipynb #3a7829f9
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010026
 def decisions(
     probs,    # Probabilities `[N, C]`
     task:str, # `binary`, `multiclass` or `multilabel`
 )->np.ndarray: # bool `[N, C]`: the likeliest class; of several findings, each above one half
-    "What a model decides for each image"
+    "The predicted class or findings of each image"
     return probs > .5 if task == 'multilabel' else np.eye(probs.shape[1], dtype=bool)[probs.argmax(1)]
 
-class _Tally:
-    """What metrics are made of, for some replicates at a time; everything is counted once, when it is first needed.
+def _ranks_of(tally, columns):
+    "Ranks of some classes, pooled if there are several"
+    image,i = np.nonzero(tally.known[:, columns])
+    column = np.asarray(columns)[i]
+    return _Ranks(tally.probs[image, column], tally.actual[image, column], tally.codes[image], tally.n_groups)
 
-    An image weighs what its group weighs, so images are first summed within groups: `[N]` becomes `[G]`, and a replicate is a row of `[B, G]`.
+# %% ../../nbs/evaluate/00_scores.ipynb #3a7829f9
+class _WeightedSums:
+    """Weighted sums over images, for some replicates at a time.
+
+    All images of a group have the same weight. So images are first summed within groups, `[N]` to `[G]`, once for all
+    replicates; the weights of a replicate are a row of `[B, G]`.
     """
-    def __init__(self, probs, actual, known, task, codes, asked):
-        self.probs,self.actual,self.known,self.task,self.codes = probs,actual,known,task,codes
-        self.ranked = dict.fromkeys((a.metric, setting) for a,setting in asked if getattr(a.metric, 'kind', '') == 'ranks')
-        self.n_groups,self.kept = int(codes.max())+1,{}
-        own = self.n_groups == len(codes) and (codes == np.arange(len(codes))).all() # each image is its own group
-        self.members = None if own else csr_array((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(self.n_groups, len(codes)))
-        self.sizes = self.by_group(np.ones(len(codes)))
+    def __init__(self, codes):
+        n = len(codes)
+        self.codes,self.n_groups,self.cache = codes,int(codes.max())+1,{}
+        one_each = self.n_groups == n and (codes == np.arange(n)).all()
+        members = (np.ones(n), (codes, np.arange(n)))
+        self.members = None if one_each else csr_array(members, shape=(self.n_groups, n))
+        self.sizes = self.by_group(np.ones(n))
 
-    def use(self, weights):
-        "Go on with other replicates, `[B, G]`"
+    def set_weights(self, weights):
+        "Use these replicates from here on"
         self.weights = weights.astype(float)
-        self.columns,self.steps_,self.values_ = np.ascontiguousarray(self.weights.T),{},{}
+        self.columns = np.ascontiguousarray(self.weights.T)
         self.total = self.weights @ self.sizes
-        for name in ('counts', 'matrix'): self.__dict__.pop(name, None)
-        return self
 
     def once(self, key, make):
-        "What `make()` gives, made once for all replicates"
-        if key not in self.kept: self.kept[key] = make()
-        return self.kept[key]
+        "The value of `make()`, computed once for all replicates"
+        if key not in self.cache: self.cache[key] = make()
+        return self.cache[key]
 
     def by_group(self, values):
         "Sums within groups, `[G]` or `[G, C]`, of values of images"
@@ -209,308 +264,533 @@ class _Tally:
         return values if self.members is None else self.members @ values
 
     def summed(self, key, make):
-        "Weighted sums, `[B]` or `[B, C]`, of values of images that `make()` gives"
+        "Weighted sums, `[B]` or `[B, C]`, of the values of images that `make()` returns"
         return self.weights @ self.once(key, lambda: self.by_group(make()))
 
-    @cached_property
-    def hard(self): return decisions(self.probs, self.task)
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010004
+class _Tally(_WeightedSums):
+    "Counts and ranks that metrics are computed from; each is computed when it is first needed"
+    def __init__(self, probs, actual, known, task, codes, ranked=()):
+        super().__init__(codes)
+        self.probs,self.actual,self.known,self.task = probs,actual,known,task
+        self.ranked = ranked # (metric, number) of all requested metrics of the form `ranks`
 
+    def set_weights(self, weights):
+        super().set_weights(weights)
+        self.class_values,self.step_cache = {},{}
+        for name in ('counts', 'matrix'): self.__dict__.pop(name, None)
+        return self
+
+    @cached_property
+    def predicted(self): return decisions(self.probs, self.task)
     @cached_property
     def counts(self):
         "tp, fp, fn, tn, each [B, C]"
-        cells = dict(tp=lambda: self.hard&self.actual, fp=lambda: self.hard&~self.actual, fn=lambda: ~self.hard&self.actual, tn=lambda: ~self.hard&~self.actual)
-        return [self.summed(name, lambda cell=cell: cell()&self.known) for name,cell in cells.items()]
+        def cell(predicted, actual):
+            def select(): return (self.predicted == predicted) & (self.actual == actual) & self.known
+            return self.summed(('counts', predicted, actual), select)
+        return [cell(True, True), cell(True, False), cell(False, True), cell(False, False)]
 
     @cached_property
     def matrix(self):
         "Confusion matrices [B, true, predicted]"
-        c,n = self.probs.shape[1],len(self.probs)
-        def cells(): return csr_array((np.ones(n), (c*self.actual.argmax(1) + self.hard.argmax(1), self.codes)), shape=(c*c, self.n_groups))
+        n,c = self.probs.shape
+        def cells():
+            cell = c*self.actual.argmax(1) + self.predicted.argmax(1)
+            return csr_array((np.ones(n), (cell, self.codes)), shape=(c*c, self.n_groups))
         return (self.once('matrix', cells) @ self.columns).T.reshape(-1, c, c)
 
-    def ranks(self, c):
-        "Ranks of class `c`; of all classes pooled where that is None"
-        image,column = np.nonzero(self.known if c is None else self.known[:, [c]])
-        if c is not None: column = np.full(len(image), c)
-        return _Ranks(self.probs[image, column], self.actual[image, column], self.codes[image], self.n_groups)
+    def steps(self, columns):
+        "Steps of a tuple of classes, pooled if there are several; only the last ones are kept, for they are large"
+        if columns not in self.step_cache:
+            ranks = self.once(('ranks', columns), lambda: _ranks_of(self, list(columns)))
+            self.step_cache = {columns: _Steps(ranks, self.columns)}
+        return self.step_cache[columns]
 
-    def steps(self, c):
-        "Steps of class `c`; of all classes pooled where that is None"
-        if c not in self.steps_: self.steps_ = {c: _Steps(self.once(('ranks', c), lambda: self.ranks(c)), self.columns)} # of one class at a time: they are large
-        return self.steps_[c]
-
-    def values(self, metric, setting):
-        "A metric by class, [B, C]"
-        if (metric, setting) not in self.values_: self.values_ |= _rank_values(self) if metric.kind == 'ranks' else {(metric, setting): _values(self, metric, setting)}
-        return self.values_[metric, setting]
-
-    def mean(self, key, make):
-        "Weighted mean in every replicate of the values [N] that `make()` gives"
-        return safe_ratio(self.summed(key, make), self.total)
-
-# %% ../../nbs/evaluate/00_scores.ipynb #0eff9009
-class _Metric(NamedTuple):
-    of:Callable
-    kind:str # `counts`: of tp, fp, fn, tn. `ranks`: of _Steps. `errors`: of probabilities and truth, image by image. `bins`: the calibration error
-    missing:str
-    what:str
-    more_is_better:bool=True
-
-_BOTH = 'absent or alone'
-BY_CLASS = dict(
-    sensitivity=_Metric(lambda tp,fp,fn,tn: safe_ratio(tp, tp+fn), 'counts', 'absent', 'share of the class that is found: tp/(tp+fn); also `recall`'),
-    specificity=_Metric(lambda tp,fp,fn,tn: safe_ratio(tn, tn+fp), 'counts', 'alone', 'share of the others that is left alone: tn/(tn+fp)'),
-    precision=_Metric(lambda tp,fp,fn,tn: _where(tp+fn > 0, safe_ratio(tp, tp+fp, 0.)), 'counts', 'absent', 'share of the claims that is right: tp/(tp+fp); also `ppv`'),
-    npv=_Metric(lambda tp,fp,fn,tn: _where(tn+fp > 0, safe_ratio(tn, tn+fn, 0.)), 'counts', 'alone', 'share of the others among those left alone: tn/(tn+fn)'),
-    f1=_Metric(_f_beta, 'counts', 'absent', 'harmonic mean of precision and sensitivity; `f2`, `f0.5`: sensitivity counts β times as much'),
-    accuracy=_Metric(lambda tp,fp,fn,tn: safe_ratio(tp+tn, tp+fp+fn+tn), 'counts', 'unknown', 'share of right answers'),
-    misclassification=_Metric(lambda tp,fp,fn,tn: safe_ratio(fp+fn, tp+fp+fn+tn), 'counts', 'unknown', 'share of wrong answers: 1 − accuracy', False),
-    balanced_accuracy=_Metric(lambda tp,fp,fn,tn: (safe_ratio(tp, tp+fn)+safe_ratio(tn, tn+fp))/2, 'counts', _BOTH, 'mean of sensitivity and specificity'),
-    kappa=_Metric(_two_by_two_kappa, 'counts', _BOTH, "Cohen's κ: agreement with the truth beyond chance"),
-    mcc=_Metric(_two_by_two_mcc, 'counts', _BOTH, "Matthews' correlation of prediction and truth"),
-    auroc=_Metric(_auroc, 'ranks', _BOTH, 'chance that an image of the class is ranked above another one'),
-    average_precision=_Metric(_average_precision, 'ranks', 'absent', 'mean precision over the ranks of the class'),
-    sensitivity_at_specificity=_Metric(_sensitivity_at, 'ranks', _BOTH, 'sensitivity at the threshold with at least that specificity, such as `sensitivity_at_specificity_0.95`'),
-    specificity_at_sensitivity=_Metric(_specificity_at, 'ranks', _BOTH, 'specificity at the threshold with at least that sensitivity, such as `specificity_at_sensitivity_0.9`'),
-    brier=_Metric(_brier, 'errors', 'unknown', 'mean squared error of the probability', False),
-    log_loss=_Metric(_log_loss, 'errors', 'unknown', 'mean of −log probability of what is true, in nats', False),
-    ece=_Metric(_calibration_gap, 'bins', 'unknown', 'expected calibration error, 15 bins of equal width', False))
-
-# %% ../../nbs/evaluate/00_scores.ipynb #aefe1c3a
-def _values(tally, metric, setting):
-    "A metric by class in every replicate, [B, C]; NaN where undefined"
-    if metric.kind == 'counts': return metric.of(*tally.counts, *setting)
-    if metric.kind == 'errors': return safe_ratio(tally.summed(metric, lambda: metric.of(tally.probs, tally.actual)*tally.known), tally.summed('known', lambda: tally.known))
-    def gaps(): return [_gaps(tally.probs[k, c], tally.actual[k, c], tally.codes[k], tally.n_groups) for c,k in enumerate(tally.known.T)]
-    return np.stack([metric.of(of_class, tally.columns) for of_class in tally.once('gaps', gaps)], 1)
-
-def _rank_values(tally):
-    "All metrics of ranks that are wanted, by class: one class after the other, for its steps are large"
-    parts = {key: [] for key in tally.ranked}
-    for c in range(tally.probs.shape[1]):
-        steps = tally.steps(c)
-        for metric,setting in parts: parts[metric, setting].append(metric.of(steps, *setting))
-    return {key: np.stack(values, 1) for key,values in parts.items()}
-
-def _pooled(tally, metric, setting, columns):
-    "A metric of all classes' decisions as if they were one class's, [B, 1]"
-    if metric.kind == 'counts': return metric.of(*(x.sum(1, keepdims=True) for x in tally.counts), *setting)
-    return metric.of(tally.steps(None if len(columns) > 1 else columns[0]), *setting)[:, None]
 
 # %% ../../nbs/evaluate/00_scores.ipynb #7e593d73
-def _kappa(tally, quadratic=False):
-    "Cohen's κ of confusion matrices"
-    m,c = tally.matrix,tally.probs.shape[1]
-    cost = np.subtract.outer(np.arange(c), np.arange(c))**2 if quadratic else 1-np.eye(c)
-    expected = m.sum(2)[:, :, None]*m.sum(1)[:, None]/m.sum((1, 2))[:, None, None]
-    seen,by_chance = (m*cost).sum((1, 2)),(expected*cost).sum((1, 2))
-    return _where((m.sum(2) > 0).sum(1) > 1, 1-safe_ratio(seen, by_chance))
+def _kappa_of(matrix, cost):
+    "Cohen's κ of confusion matrices `[B, C, C]`, for the cost of each confusion"
+    true,predicted,n = matrix.sum(2),matrix.sum(1),matrix.sum((1, 2))
+    expected = true[:, :, None]*predicted[:, None]/n[:, None, None]
+    observed_cost,chance_cost = (matrix*cost).sum((1, 2)),(expected*cost).sum((1, 2))
+    return _where((true > 0).sum(1) > 1, 1-safe_ratio(observed_cost, chance_cost))
 
-def _mcc(tally):
-    "Matthews' correlation of confusion matrices; 0 where the prediction never varies"
-    m,n = tally.matrix,tally.total
-    true,said = m.sum(2),m.sum(1)
-    covariance = np.trace(m, axis1=1, axis2=2)*n - (true*said).sum(1)
-    spread = (n**2-(true**2).sum(1)) * (n**2-(said**2).sum(1))
+def _kappa(matrix): return _kappa_of(matrix, 1-np.eye(matrix.shape[1]))
+
+def _quadratic_kappa(matrix):
+    grades = np.arange(matrix.shape[1])
+    return _kappa_of(matrix, np.subtract.outer(grades, grades)**2)
+
+def _mcc(matrix):
+    "Matthews' correlation of confusion matrices `[B, C, C]`; 0 where the prediction never varies"
+    true,predicted,n = matrix.sum(2),matrix.sum(1),matrix.sum((1, 2))
+    covariance = np.trace(matrix, axis1=1, axis2=2)*n - (true*predicted).sum(1)
+    spread = (n**2-(true**2).sum(1)) * (n**2-(predicted**2).sum(1))
     return _where((true > 0).sum(1) > 1, safe_ratio(covariance, np.sqrt(spread), 0.))
 
 # %% ../../nbs/evaluate/00_scores.ipynb #c382e09f
-def _top_k(tally, k):
-    "Share of images whose class is among the k first; of equal probabilities the first class goes first"
-    p,c = tally.probs,tally.actual.argmax(1)
-    own = p[np.arange(len(p)), c][:, None]
-    ahead = (p > own).sum(1) + ((p == own) & (np.arange(p.shape[1]) < c[:, None])).sum(1)
-    return tally.mean(('top', k), lambda: ahead < k)
+def _correct(probs, actual): return probs.argmax(1) == actual.argmax(1)
 
-def _exact(tally):
-    "Share of images with every finding right, among those with every finding known"
-    whole = tally.known.all(1)
-    return safe_ratio(tally.summed('exact', lambda: whole & (tally.hard == tally.actual).all(1)), tally.summed('whole', lambda: whole))
+def _incorrect(probs, actual): return probs.argmax(1) != actual.argmax(1)
 
-def _top_label_gap(tally):
-    def gaps(): return _gaps(tally.probs.max(1), (tally.hard & tally.actual).any(1), tally.codes, tally.n_groups)
-    return _calibration_gap(tally.once('top gaps', gaps), tally.columns)
+def _in_top_k(probs, actual, k):
+    "Whether the true class is among the k likeliest; of equal probabilities the first class goes first"
+    true = actual.argmax(1)[:, None]
+    of_true = np.take_along_axis(probs, true, 1)
+    before = np.arange(probs.shape[1]) < true
+    return ((probs > of_true) | ((probs == of_true) & before)).sum(1) < k
 
-def _accuracy(tally): return tally.mean('right', lambda: (tally.hard & tally.actual).any(1))
+def _exact(probs, actual):
+    "Whether every finding is right; NaN where one is unknown"
+    return np.where(np.isnan(actual).any(1), np.nan, ((probs > .5) == actual).all(1))
 
-# %% ../../nbs/evaluate/00_scores.ipynb #81fbbafa
-class _Overall(NamedTuple):
-    of:Callable
+def _brier_sum(probs, actual): return _brier(probs, actual).sum(1)
+
+def _log_loss_of_true(probs, actual): return (_log_loss(probs, actual)*actual).sum(1)
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010006
+class MetricEntry(NamedTuple):
+    "A registered metric; `register_metric` explains the fields"
+    name:str
+    function:Callable
+    form:str
+    meaning:str
     tasks:tuple
-    what:str
-    more_is_better:bool=True
-    missing:str='one class only'
+    higher_is_better:bool
+    range:tuple
+    undefined:str
+    label_mean:bool
+    numbered:str
+    example:float
 
-_ONE,_ANY = ('binary', 'multiclass'),('binary', 'multiclass', 'multilabel')
-OVERALL = dict(
-    accuracy=_Overall(_accuracy, _ONE, 'share of right answers'),
-    misclassification=_Overall(lambda t: 1-_accuracy(t), _ONE, 'share of wrong answers', False),
-    kappa=_Overall(_kappa, _ONE, "Cohen's κ: agreement with the truth beyond chance"),
-    quadratic_kappa=_Overall(lambda t: _kappa(t, True), _ANY, "Cohen's κ for ordered classes: a miss costs its squared distance"),
-    mcc=_Overall(_mcc, _ONE, "Matthews' correlation of prediction and truth"),
-    top_k_accuracy=_Overall(_top_k, ('multiclass',), 'share of images whose class is among the k likeliest, such as `top_2_accuracy`'),
-    exact_match=_Overall(_exact, ('multilabel',), 'share of images with every finding right, where all are known', missing='no image with every finding known'),
-    brier=_Overall(lambda t: t.mean('brier', lambda: _brier(t.probs, t.actual).sum(1)), ('multiclass',), 'squared error of the probabilities, summed over classes', False),
-    log_loss=_Overall(lambda t: t.mean('log_loss', lambda: (_log_loss(t.probs, t.actual)*t.actual).sum(1)), ('multiclass',), 'mean of −log probability of the true class, in nats', False),
-    ece=_Overall(_top_label_gap, ('multiclass',), 'expected calibration error of the predicted class, 15 bins of equal width', False))
+def _of_counts(tally, metric, number): return metric.function(*tally.counts, *number)
+
+def _of_cells(tally, metric, number):
+    def values(): return np.where(tally.known, metric.function(tally.probs, tally.actual, *number), 0)
+    return safe_ratio(tally.summed((metric, number), values), tally.summed('known', lambda: tally.known))
+
+def _of_ranks(tally, metric, number): return _rank_values(tally)[metric, number]
+
+def _rank_values(tally):
+    "All requested metrics of ranks, by class; one class after the other, because its steps are large"
+    values = {key: [] for key in tally.ranked}
+    for c in range(tally.probs.shape[1]):
+        steps = tally.steps((c,))
+        for metric,number in values: values[metric, number].append(metric.function(steps, *number))
+    return {key: np.stack(of_classes, 1) for key,of_classes in values.items()}
+
+def _of_bins(tally, metric, number):
+    def gaps(c):
+        k = tally.known[:, c]
+        return _gaps(tally.probs[k, c], tally.actual[k, c], tally.codes[k], tally.n_groups)
+    by_class = tally.once('gaps', lambda: [gaps(c) for c in range(tally.probs.shape[1])])
+    return np.stack([metric.function(g @ tally.columns, n @ tally.columns, *number) for g,n in by_class], 1)
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010007
+def _of_images(tally, metric, number):
+    "Mean over the images that have a value"
+    labels = np.where(tally.known, tally.actual, np.nan)
+    def compute(): return np.asarray(metric.function(tally.probs, labels, *number), dtype=float)
+    values = tally.once(('values', metric, number), compute)
+    counted = ~np.isnan(values)
+    total = tally.total if counted.all() else tally.summed(('counted', metric, number), lambda: counted)
+    return safe_ratio(tally.summed((metric, number), lambda: np.nan_to_num(values)), total)
+
+def _of_matrix(tally, metric, number): return metric.function(tally.matrix, *number)
+
+def _of_top_bins(tally, metric, number):
+    def gaps():
+        correct = (tally.predicted & tally.actual).any(1)
+        return _gaps(tally.probs.max(1), correct, tally.codes, tally.n_groups)
+    sums,n = tally.once('top gaps', gaps)
+    return metric.function(sums @ tally.columns, n @ tally.columns, *number)
+
+def _of_sample_weight(tally, metric, number):
+    "One call for each replicate, with its images and their weights"
+    probs = tally.probs[:, 1] if tally.task == 'binary' else tally.probs
+    multilabel = tally.task == 'multilabel'
+    targets = np.where(tally.known, tally.actual, np.nan) if multilabel else tally.actual.argmax(1)
+    def value(weights):
+        k = weights > 0
+        return metric.function(probs[k], targets[k], weights[k], *number) if k.any() else np.nan
+    return np.array([value(w[tally.codes]) for w in tally.weights], dtype=float)
+
+_CLASS_FORMS = dict(counts=_of_counts, cells=_of_cells, ranks=_of_ranks, bins=_of_bins)
+_OVERALL_FORMS = dict(images=_of_images, matrix=_of_matrix, top_bins=_of_top_bins, sample_weight=_of_sample_weight)
+
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010027
+def _class_values(tally, metric, number):
+    "A metric by class in every replicate, `[B, C]`; NaN where undefined"
+    if (metric, number) not in tally.class_values:
+        if metric.form == 'ranks': tally.class_values |= _rank_values(tally)
+        else: tally.class_values[metric, number] = _CLASS_FORMS[metric.form](tally, metric, number)
+    return tally.class_values[metric, number]
+
+def _pooled_values(tally, metric, number, columns):
+    "A metric of the decisions of several classes together, as if of one class, `[B, 1]`"
+    if metric.form == 'counts': return metric.function(*(x.sum(1, keepdims=True) for x in tally.counts), *number)
+    return metric.function(tally.steps(tuple(columns)), *number)[:, None]
 
 # %% ../../nbs/evaluate/00_scores.ipynb #6636ef0b
-class _Asked(NamedTuple):
-    metric:tuple # _Metric or _Overall
+BY_CLASS,OVERALL = {},{} # registered metrics by name: of each class, and of all classes at once
+ALIASES = dict(
+    recall='sensitivity', ppv='precision', error_rate='misclassification',
+    mean_average_precision='macro_average_precision')
+
+class _Requested(NamedTuple):
+    metric:MetricEntry
     how:str      # `class`, `macro`, `weighted`, `micro` or `overall`
     columns:list # Which classes
 
-_MEANS = 'accuracy','misclassification','balanced_accuracy','kappa','mcc','brier','log_loss','ece' # of several labels: means over them
-
-def _catalog(classes, task):
-    "Every metric of a task by name, as yet without numbers"
-    return _catalog_of(tuple(classes), task)
+def _class_names(metric, classes, task):
+    "The names of a metric by class in a task, and what each requests"
+    every,key = list(range(len(classes))),metric.name
+    averaged = [1] if task == 'binary' and metric.form != 'counts' else every
+    names = {}
+    if task == 'binary': names[key] = _Requested(metric, 'class', [1])
+    if task == 'multilabel' and metric.label_mean: names[key] = _Requested(metric, 'macro', every)
+    for how in ('macro', 'weighted'): names[f'{how}_{key}'] = _Requested(metric, how, averaged)
+    if metric.form in ('counts', 'ranks'): names[f'micro_{key}'] = _Requested(metric, 'micro', averaged)
+    return names | {f'{key}/{c}': _Requested(metric, 'class', [i]) for i,c in enumerate(classes)}
 
 @lru_cache(maxsize=16)
-def _catalog_of(classes, task):
-    every,names = list(range(len(classes))),{}
-    for key,m in BY_CLASS.items():
-        averaged = [1] if task == 'binary' and m.kind != 'counts' else every
-        if task == 'binary': names[key] = _Asked(m, 'class', [1])
-        if task == 'multilabel' and key in _MEANS: names[key] = _Asked(m, 'macro', every)
-        names |= {f'{how}_{key}': _Asked(m, how, averaged) for how in ('macro', 'weighted')}
-        if m.kind in ('counts', 'ranks'): names[f'micro_{key}'] = _Asked(m, 'micro', averaged)
-        names |= {f'{key}/{c}': _Asked(m, 'class', [i]) for i,c in enumerate(classes)}
-    if task != 'multilabel': names['balanced_accuracy'] = _Asked(BY_CLASS['sensitivity'], 'macro', every)
-    names |= {key: _Asked(m, 'overall', []) for key,m in OVERALL.items() if task in m.tasks}
-    return names | ({'quadratic_kappa': names['kappa']} if task == 'multilabel' else {}) # of yes and no there is but one distance
+def _catalog(classes, task):
+    "Every metric of a task by name, numbers not yet filled in"
+    names = {}
+    for metric in BY_CLASS.values():
+        if task in metric.tasks: names |= _class_names(metric, classes, task)
+    if task != 'multilabel':
+        names['balanced_accuracy'] = _Requested(BY_CLASS['sensitivity'], 'macro', list(range(len(classes))))
+    if task == 'multilabel': names['quadratic_kappa'] = names['kappa'] # present and absent have one distance only
+    return names | {key: _Requested(m, 'overall', []) for key,m in OVERALL.items() if task in m.tasks}
 
 # %% ../../nbs/evaluate/00_scores.ipynb #0d3d9f3e
-ALIASES = dict(recall='sensitivity', ppv='precision', error_rate='misclassification', mean_average_precision='macro_average_precision')
-_NUMBERED = (('f1', r'f(\d*\.?\d+)', float), ('top_k_accuracy', r'top_(\d+)_accuracy', int),
-    *((key, key + r'_(0?\.\d+)', float) for key in ('sensitivity_at_specificity', 'specificity_at_sensitivity')))
+def _number_pattern(metric):
+    "Regular expression for the end of a metric's name with a number in it"
+    if isinstance(metric.example, int): number = r'(\d+)'
+    else: number = r'(0?\.\d+)' if metric.example < 1 else r'(\d*\.?\d+)'
+    before,after = map(re.escape, metric.numbered.split('{}'))
+    return rf'(?<![a-z0-9]){before}{number}{after}$'
 
-def _generic(name):
-    "A metric's name in the catalog, and the number that it held"
+def _split_name(name):
+    "A metric's name in the catalog, and the number in it, a tuple of one or none"
     plain,*of = name.split('/', 1)
     for alias,key in ALIASES.items(): plain = re.sub(rf'(^|_){alias}$', rf'\g<1>{key}', plain)
-    for key,pattern,kind in _NUMBERED:
-        if found := re.search(rf'(?<![a-z0-9]){pattern}$', plain): return '/'.join([plain[:found.start()]+key, *of]),(kind(found[1]),)
+    for metric in (*BY_CLASS.values(), *OVERALL.values()):
+        found = metric.numbered and re.search(_number_pattern(metric), plain)
+        if found: return '/'.join([plain[:found.start()]+metric.name, *of]),(type(metric.example)(found[1]),)
     return '/'.join([plain, *of]),()
 
+def _with_example(name, metric):
+    "A name in the catalog with an example of a number in it"
+    return name.replace(metric.name, metric.numbered.format(f'{metric.example:g}'), 1) if metric.numbered else name
+
+# %% ../../nbs/evaluate/00_scores.ipynb #2198e083
 def resolve_metric(
-    name:str,     # Such as `sensitivity_at_.95/mel`
+    name:str,     # Such as `sensitivity_at_specificity_.95/mel`
     classes:list, # Class names
     task:str,     # The task
-): # What `scores` computes it with
-    "What a name asks for, and the number that it held"
-    key,setting = _generic(name)
-    catalog = _catalog(classes, task)
+)->tuple: # What `scores` computes it with, and the number, a tuple of one or none
+    "The metric that a name requests, and the number in the name; raises an error for a name unknown in the task"
+    key,number = _split_name(name)
+    catalog = _catalog(tuple(classes), task)
     if key not in catalog: check_in(name, metric_names(classes, task), f'{task} metric')
-    if setting == () and (example := next((e for k,e in _EXAMPLES.items() if k in key), None)): raise ValueError(f'metric {name!r} needs a number, as in {example!r}')
-    if setting and setting[0] <= 0: raise ValueError(f'metric {name!r} needs a positive number')
-    return catalog[key],setting
-
-_EXAMPLES = {'top_k_accuracy': 'top_2_accuracy'} | {k: f'{k}_0.9' for k in ('sensitivity_at_specificity', 'specificity_at_sensitivity')}
+    requested = catalog[key]
+    if requested.metric.numbered and not number:
+        example = _with_example(requested.metric.name, requested.metric)
+        raise ValueError(f'metric {name!r} needs a number, as in {example!r}')
+    if number and number[0] <= 0: raise ValueError(f'metric {name!r} needs a positive number')
+    return requested,number
 
 def metric_names(
     classes,               # Names, in the order of the columns
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->list: # Names for `scores(metrics=...)`; numbers in them can be changed
     "All metrics of a task"
-    names = _catalog(check_task_classes(classes, task), task)
-    return [name.replace(key, example) if (key := next((k for k in _EXAMPLES if k in name), None)) and (example := _EXAMPLES[key]) else name for name in names]
+    catalog = _catalog(tuple(check_task_classes(classes, task)), task)
+    return [_with_example(name, requested.metric) for name,requested in catalog.items()]
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010009
+def _check_entry(metric):
+    "Raise an error unless the fields of a metric make sense"
+    name,form,tasks = metric.name,metric.form,metric.tasks
+    if not isinstance(name, str) or not re.fullmatch('(?!macro_|weighted_|micro_)[a-z][a-z0-9_]*', name):
+        expected = 'lower-case letters, digits and _, not beginning with macro_, weighted_ or micro_'
+        raise ValueError(f'name must consist of {expected}, got {name!r}')
+    if not callable(metric.function):
+        raise TypeError(f'function must be callable, got {type(metric.function).__name__} for metric {name!r}')
+    check_in(form, [*_CLASS_FORMS, *_OVERALL_FORMS], 'form')
+    if not tasks: raise ValueError(f'tasks must name at least one of {TASKS}, got none for metric {name!r}')
+    for task in tasks: check_in(task, TASKS, 'task in tasks')
+    if form in ('matrix', 'top_bins') and 'multilabel' in tasks:
+        raise ValueError(f"the form {form!r} needs one class for each image: tasks must not contain 'multilabel'")
+    low,high = metric.range
+    if not low < high: raise ValueError(f'range must be (lowest, highest), got {metric.range}')
+    if not isinstance(metric.meaning, str) or not metric.meaning.strip() or '\n' in metric.meaning:
+        raise ValueError(f'meaning must be one line of text, got {metric.meaning!r}')
+    numbered,example = metric.numbered,metric.example
+    if numbered and (numbered.count('{}') != 1 or example is None):
+        raise ValueError(f'numbered must contain {{}} once and needs an example, got {numbered!r} and {example!r}')
+
+def _check_free(name, own, other, extends, replace):
+    "Raise an error if a metric's name is taken"
+    if name in _BUILT_IN: raise ValueError(f'name {name!r} is that of a built-in metric; choose another one')
+    if _split_name(name) != (name, ()): raise ValueError(f'name {name!r} already means {_split_name(name)[0]!r}')
+    if replace: return
+    if name in own or (name in other and not extends):
+        raise ValueError(f'name {name!r} is taken; choose another one, or pass replace=True to replace that metric')
+
+_BUILT_IN = set()
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010010
+def _try_out(metric, task):
+    "Call a metric's function on a small test set; an error unless the values have the right shape and range"
+    n,number = 2 if task == 'binary' else 3,(metric.example,) if metric.numbered else ()
+    probs = np.random.default_rng(0).dirichlet(np.ones(n), 24)
+    actual = np.eye(n, dtype=bool)[np.arange(24) % n]
+    tally = _Tally(probs, actual, np.ones_like(actual), task, np.arange(24), [(metric, number)])
+    tally.set_weights(np.ones((2, 24)))
+    compute = (_CLASS_FORMS | _OVERALL_FORMS)[metric.form]
+    about = f'metric {metric.name!r}: the function, called as form {metric.form!r} for a {task} task,'
+    try: values = np.asarray(compute(tally, metric, number), dtype=float)
+    except Exception as e: raise ValueError(f'{about} failed with {type(e).__name__}: {e}') from e
+    shape = (2, n) if metric.form in _CLASS_FORMS else (2,)
+    if values.shape != shape: raise ValueError(f'{about} must give values of shape {shape}, got {values.shape}')
+    low,high = metric.range
+    outside = values[(values < low-1e-9) | (values > high+1e-9)]
+    if outside.size:
+        raise ValueError(f'{about} must give values in the range {low:g} to {high:g}, got {outside[0]:.4g}')
+
+# %% ../../nbs/evaluate/00_scores.ipynb #b242037e
+def register_metric(
+    name:str,             # Lower-case letters, digits and _, such as `youden`
+    function,             # Computes the metric; what it receives and returns depends on `form`
+    form:str,             # `counts`, `cells`, `ranks`, `bins`; `images`, `matrix`, `top_bins` or `sample_weight`
+    meaning:str,          # One line for `metrics_table`
+    tasks=TASKS,          # Which of `binary`, `multiclass` and `multilabel`
+    better:str='higher',  # Which values are better: `higher` or `lower`
+    range:tuple=(0, 1),   # Lowest and highest possible value
+    undefined:str='undefined', # Reason for notes, where a class or all images have no value (NaN)
+    label_mean:bool=False, # By class: whether the plain name, in a multilabel task, is the mean over labels
+    numbered:str='',      # A name with a number in it, such as `net_benefit_{}`: the function's last argument
+    example=None,         # An example of that number: an int, a share below 1, or another float
+    extends:bool=False,   # The name is that of a metric by class, and this is its value over all classes
+    replace:bool=False,   # Replace your own metric of that name, as when a cell runs again
+)->MetricEntry:
+    "Make a metric available by name: for `scores`, tables, intervals, training logs and reports"
+    check_in(better, ('higher', 'lower'), 'better')
+    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    metric = MetricEntry(name, function, form, meaning, tasks, better == 'higher', tuple(range), undefined, label_mean,
+                         numbered, example)
+    _check_entry(metric)
+    own,other = (BY_CLASS, OVERALL) if form in _CLASS_FORMS else (OVERALL, BY_CLASS)
+    _check_free(name, own, other, extends, replace)
+    for task in tasks: _try_out(metric, task)
+    if not extends: other.pop(name, None) # a replaced metric may have had another form
+    own[name] = metric
+    _catalog.cache_clear()
+    return metric
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010011
+_EITHER = 'absent or no negatives'
+register_metric('sensitivity', _sensitivity, 'counts', 'share of positives that are found: tp/(tp+fn); also `recall`',
+                undefined='absent')
+register_metric('specificity', _specificity, 'counts', 'share of negatives that are recognized: tn/(tn+fp)',
+                undefined='no negatives')
+register_metric('precision', _precision, 'counts',
+                'share of positive predictions that are right: tp/(tp+fp); also `ppv`', undefined='absent')
+register_metric('npv', _npv, 'counts', 'share of negative predictions that are right: tn/(tn+fn)',
+                undefined='no negatives')
+register_metric('f1', _f_beta, 'counts',
+                'harmonic mean of precision and sensitivity; `f2`, `f0.5`: sensitivity has β times the importance',
+                undefined='absent', numbered='f{}', example=1.)
+register_metric('accuracy', _accuracy, 'counts', 'share of right predictions', undefined='unknown', label_mean=True)
+register_metric('misclassification', _misclassification, 'counts', 'share of wrong predictions: 1 − accuracy',
+                better='lower', undefined='unknown', label_mean=True)
+register_metric('balanced_accuracy', _balanced_accuracy, 'counts', 'mean of sensitivity and specificity',
+                undefined=_EITHER, label_mean=True)
+register_metric('kappa', _two_by_two_kappa, 'counts', "Cohen's κ: agreement with the truth beyond chance",
+                range=(-1, 1), undefined=_EITHER, label_mean=True)
+register_metric('mcc', _two_by_two_mcc, 'counts', "Matthews' correlation of prediction and truth",
+                range=(-1, 1), undefined=_EITHER, label_mean=True)
+register_metric('auroc', _auroc, 'ranks', 'probability that an image of the class is ranked above one that is not',
+                undefined=_EITHER)
+register_metric('average_precision', _average_precision, 'ranks',
+                'mean precision over the ranks of the images of the class', undefined='absent')
+register_metric('sensitivity_at_specificity', _sensitivity_at, 'ranks',
+                'sensitivity at a threshold of at least that specificity, such as `sensitivity_at_specificity_0.95`',
+                undefined=_EITHER, numbered='sensitivity_at_specificity_{}', example=.9)
+register_metric('specificity_at_sensitivity', _specificity_at, 'ranks',
+                'specificity at a threshold of at least that sensitivity, such as `specificity_at_sensitivity_0.9`',
+                undefined=_EITHER, numbered='specificity_at_sensitivity_{}', example=.9)
+register_metric('brier', _brier, 'cells', 'mean squared error of the probability',
+                better='lower', undefined='unknown', label_mean=True)
+register_metric('log_loss', _log_loss, 'cells', 'mean of −log probability of what is true, in nats',
+                better='lower', range=(0, np.inf), undefined='unknown', label_mean=True)
+register_metric('ece', _calibration_error, 'bins', 'expected calibration error, 15 bins of equal width',
+                better='lower', undefined='unknown', label_mean=True)
+
+# %% ../../nbs/evaluate/00_scores.ipynb #81fbbafb
+_SINGLE = 'binary','multiclass' # one class for each image
+register_metric('accuracy', _correct, 'images', 'share of right predictions', _SINGLE, extends=True)
+register_metric('misclassification', _incorrect, 'images', 'share of wrong predictions', _SINGLE, 'lower', extends=True)
+register_metric('kappa', _kappa, 'matrix', "Cohen's κ: agreement with the truth beyond chance", _SINGLE,
+                range=(-1, 1), undefined='one class only', extends=True)
+register_metric('quadratic_kappa', _quadratic_kappa, 'matrix',
+                "Cohen's κ for ordered classes: a confusion counts by its squared distance", _SINGLE,
+                range=(-1, 1), undefined='one class only')
+register_metric('mcc', _mcc, 'matrix', "Matthews' correlation of prediction and truth", _SINGLE,
+                range=(-1, 1), undefined='one class only', extends=True)
+register_metric('top_k_accuracy', _in_top_k, 'images',
+                'share of images whose class is among the k likeliest, such as `top_2_accuracy`', 'multiclass',
+                numbered='top_{}_accuracy', example=2)
+register_metric('exact_match', _exact, 'images', 'share of images with every finding right, where all are known',
+                'multilabel', undefined='no image with every finding known')
+register_metric('brier', _brier_sum, 'images', 'squared error of the probabilities, summed over classes', 'multiclass',
+                'lower', (0, 2), extends=True)
+register_metric('log_loss', _log_loss_of_true, 'images', 'mean of −log probability of the true class, in nats',
+                'multiclass', 'lower', (0, np.inf), extends=True)
+register_metric('ece', _calibration_error, 'top_bins',
+                'expected calibration error of the predicted class, 15 bins of equal width', 'multiclass', 'lower',
+                extends=True)
+_BUILT_IN.update(BY_CLASS, OVERALL)
 
 # %% ../../nbs/evaluate/00_scores.ipynb #ffc12ae4
 def metrics_table(
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-)->pd.DataFrame: # A row for each metric: what it is, the forms of its name, and whether more is better
-    "The metrics of a task, each once"
-    forms = {key: ['/class', 'macro_', 'weighted_'] + ['micro_']*(m.kind in ('counts', 'ranks')) for key,m in BY_CLASS.items()}
-    rows = {key: dict(what=m.what, by_class=True, more_is_better=m.more_is_better) for key,m in BY_CLASS.items()}
-    for key,m in OVERALL.items():
-        if task in m.tasks: rows[key] = dict(what=m.what, by_class=key in BY_CLASS, more_is_better=m.more_is_better)
-    frame = pd.DataFrame.from_dict(rows, orient='index').rename_axis('metric')
-    return frame.assign(forms=[' '.join(forms.get(key, [])) for key in frame.index])[['what', 'forms', 'more_is_better']]
+)->pd.DataFrame: # A row for each metric: what it is, forms of its name, whether higher is better, and its range
+    "The metrics of a task, each once; those of your own included"
+    by_class = {key: m for key,m in BY_CLASS.items() if task in m.tasks}
+    overall = {'quadratic_kappa': OVERALL['quadratic_kappa']} if task == 'multilabel' else {}
+    overall |= {key: m for key,m in OVERALL.items() if task in m.tasks}
+    def forms(key):
+        if key not in by_class: return ''
+        return '/class macro_ weighted_' + (' micro_' if by_class[key].form in ('counts', 'ranks') else '')
+    rows = {}
+    for key,m in (by_class | overall).items():
+        limits = '{:g} to {:g}'.format(*m.range).replace('inf', '∞')
+        rows[key] = dict(what=m.meaning, forms=forms(key), more_is_better=m.higher_is_better, range=limits)
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('metric')
 
 def more_is_better(
     name:str,              # A metric as for `scores`
     classes,               # Names, in the order of the columns
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->bool:
-    "Whether a larger value is a better one"
-    return resolve_metric(name, check_task_classes(classes, task), task)[0].metric.more_is_better
+    "Whether a higher value is a better one"
+    return resolve_metric(name, check_task_classes(classes, task), task)[0].metric.higher_is_better
 
 # %% ../../nbs/evaluate/00_scores.ipynb #69624b17
-def _term(asked, setting, tally, classes):
-    "What a metric averages [B, k], the weights of the average, the names of its parts, and why one may be missing"
-    m,how,columns = asked
-    if how == 'overall': return m.of(tally, *setting)[:, None],None,[''],m.missing
-    if how == 'micro': return _pooled(tally, m, setting, columns),None,[''],m.missing
-    support = tally.summed('support', lambda: tally.actual & tally.known)[:, columns] if how == 'weighted' else None
-    return tally.values(m, setting)[:, columns],support,[classes[i] for i in columns],m.missing
+class _Term(NamedTuple):
+    values:np.ndarray  # What a metric averages, `[B, k]`
+    support:np.ndarray # Weights of the average, or None
+    parts:list         # Names of what is averaged
+    undefined:str      # Why a value may be missing
+
+def _term(requested, number, tally, classes):
+    "The values that a requested metric averages, in the tally's replicates"
+    metric,how,columns = requested
+    if how == 'overall':
+        return _Term(_OVERALL_FORMS[metric.form](tally, metric, number)[:, None], None, [''], metric.undefined)
+    if how == 'micro': return _Term(_pooled_values(tally, metric, number, columns), None, [''], metric.undefined)
+    support = None
+    if how == 'weighted': support = tally.summed('support', lambda: tally.actual & tally.known)[:, columns]
+    values = _class_values(tally, metric, number)[:, columns]
+    return _Term(values, support, [classes[i] for i in columns], metric.undefined)
 
 def _joined(terms):
-    "One term of all replicates, from those of some replicates each"
-    values,support,names,why = zip(*terms)
-    return np.concatenate(values),None if support[0] is None else np.concatenate(support),names[0],why[0]
+    "One term of all replicates, from terms of some replicates each"
+    values,support,parts,undefined = zip(*terms)
+    support = None if support[0] is None else np.concatenate(support)
+    return _Term(np.concatenate(values), support, parts[0], undefined[0])
 
-def _average(values, support):
-    "Mean over classes in every replicate, [B], the first of which is all images: what is undefined in these is left out, a replicate that lacks more has no mean"
-    if support is None: return safe_ratio(values[:, ~np.isnan(values[0])].sum(1), (~np.isnan(values[0])).sum())
-    support = ~np.isnan(values)*support # weighted by its images, a class without any was never in the mean
+def _average(term):
+    """Mean over classes in every replicate, `[B]`, the first of which is all images.
+
+    Classes that are undefined there are left out; a replicate that lacks another one has no mean.
+    """
+    values,support = term.values,term.support
+    defined = ~np.isnan(values)
+    if support is None: return safe_ratio(values[:, defined[0]].sum(1), defined[0].sum())
+    support = defined*support # weighted by its images, a class without any was never in the mean
     return safe_ratio((np.nan_to_num(values)*support).sum(1), support.sum(1))
 
-def _listed(names, why, counts, n):
-    "Classes that are missing, why, and in how many replicates"
-    told = {name: why + (f' in {k} of {n} replicates' if k < n else '') for name,k in zip(names, counts) if k}
-    return ', '.join(f'{name} ({reason})' if name else reason for name,reason in told.items())
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010012
+def _missing_parts(term, counts, n):
+    "Classes without a value, with the reason and the number of replicates"
+    def words(part, k):
+        reason = term.undefined + (f' in {k} of {n} replicates' if k < n else '')
+        return f'{part} ({reason})' if part else reason
+    return ', '.join(words(part, k) for part,k in zip(term.parts, counts) if k)
 
-def _note(values, support, names, why):
-    "Which classes are missing from a metric and why, and how many replicates are dropped for want of another one"
-    missing,whole = np.isnan(values if len(values) == 1 else values[1:]),np.isnan(values[0])
-    strict,n = support is None and len(names) > 1,len(missing)
-    left = _listed(names, why, (missing*whole).sum(0) if strict else missing.sum(0), n)
-    dropped = missing[:, ~whole].any(1).sum() if strict else 0
-    lacking = ', '.join(f'{name} ({why})' for name,k in zip(names, (missing & ~whole).sum(0)) if k)
-    return '; '.join([('undefined: ' if len(names) == 1 else 'left out: ')+left]*bool(left) + [f'dropped: {dropped} of {n} replicates: {lacking}']*bool(dropped))
+def _note(term):
+    "Which classes are missing from a metric and why, and how many replicates are dropped because of another one"
+    values = term.values
+    missing,never = np.isnan(values if len(values) == 1 else values[1:]),np.isnan(values[0])
+    n,is_macro = len(missing),term.support is None and len(term.parts) > 1
+    absent = (missing & never if is_macro else missing).sum(0)
+    notes = []
+    if absent.any():
+        notes.append(('left out: ' if len(term.parts) > 1 else 'undefined: ') + _missing_parts(term, absent, n))
+    dropped = missing[:, ~never].any(1).sum() if is_macro else 0
+    if dropped:
+        lacking = (missing & ~never).any(0)
+        why = ', '.join(f'{part} ({term.undefined})' for part,k in zip(term.parts, lacking) if k)
+        notes.append(f'dropped: {dropped} of {n} replicates: {why}')
+    return '; '.join(notes)
 
 # %% ../../nbs/evaluate/00_scores.ipynb #a1e3f356
 class Scores(dict):
-    "Values by metric; `notes` tells, for some of the same metrics, what was left out or undefined, and why"
+    "Values by metric; `notes` says, for some of the metrics, what was left out or undefined, and why"
     notes:dict
 
 def default_metrics(
     classes,               # Names, in the order of the columns
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->list: # Names
-    "What `scores` gives when no metrics are named"
-    alone = ['auroc', 'average_precision'] if task == 'binary' else []
+    "What `scores` computes when no metrics are named"
+    positive_class = ['auroc', 'average_precision'] if task == 'binary' else []
     by_class = [f'{m}/{c}' for m in ('sensitivity', 'specificity') for c in classes]
     averaged = [f'macro_{m}' for m in ('precision', 'recall', 'f1', 'auroc', 'average_precision')]
-    return ['accuracy', 'balanced_accuracy', *averaged, *alone, *by_class]
+    return ['accuracy', 'balanced_accuracy', *averaged, *positive_class, *by_class]
 
+def _batches(weights, n_images):
+    "All images once, then the replicates, as many at a time as memory allows"
+    size = 64 if n_images > 8192 else 256
+    yield np.concatenate([np.ones((1, weights.shape[1])), weights[:size]])
+    for i in range(size, len(weights), size): yield weights[i:i+size]
+
+# %% ../../nbs/evaluate/00_scores.ipynb #a0010013
 def scores(
     probs,               # Probabilities, `[N, C]`; for a binary task also `[N]` or `[N, 1]`, of the second class
     targets,             # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     classes,             # Names, in the order of the columns; the second one is a binary task's positive class
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    weights=None,        # How often each image counts, `[n_boot, N]`, as from `group_weights`; once, if not given
-    metrics=None,        # Names out of `metric_names`, in the order wanted; `default_metrics` if left out
-    codes=None,          # Group of each image `[N]`, from 0, where `weights` are of groups, `[n_boot, G]`, as from `group_draws`
-)->Scores: # Each a float, or `[n_boot]` of them where `weights` are given; NaN where undefined, as is a mean over classes in a replicate that lacks one of them
-    "Metrics of predictions, once or in many weighted replicates"
+    weights=None,        # How often each image counts, `[n_boot, N]`, as from `group_weights`; default: once
+    metrics=None,        # Names out of `metric_names`, in the order wanted; default: `default_metrics`
+    # Group of each image `[N]`, from 0, where `weights` are of groups, `[n_boot, G]`, as from `group_draws`
+    codes=None,
+)->Scores: # Floats, or arrays `[n_boot]` where `weights` are given; NaN where undefined
+    "Metrics of predictions, once or in many weighted replicates; a macro mean is NaN in a replicate that lacks a class"
     classes = check_task_classes(classes, task)
     probs = check_probs(probs, classes, task)
     actual,known = check_targets(targets, len(probs), classes, task)
-    names = default_metrics(classes, task) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
+    names = default_metrics(classes, task) if metrics is None else metrics
+    names = [names] if isinstance(names, str) else list(names)
     w,codes = _check_sample_weights(weights, len(probs), codes)
-    asked = {name: resolve_metric(name, classes, task) for name in names}
-    tally = _Tally(probs, actual, known, task, codes, asked.values())
-    k = 64 if len(probs) > 8192 else 256 # replicates at a time: of many images fewer, for memory's sake
-    batches = [np.concatenate([np.ones((1, w.shape[1])), w[:k]]), *(w[i:i+k] for i in range(k, len(w), k))] # all images once, then the replicates
-    parts = []
-    for batch in batches:
-        tally.use(batch)
-        parts.append({name: _term(*a, tally, classes) for name,a in asked.items()})
-    terms,result = {name: _joined([part[name] for part in parts]) for name in asked},Scores()
-    for name,(values,support,_,_) in terms.items(): result[name] = _average(values, support)[1:] if weights is not None else float(_average(values, support)[0])
-    result.notes = {name: note for name,term in terms.items() if (note := _note(*term))}
+    requested = {name: resolve_metric(name, classes, task) for name in names}
+    ranked = dict.fromkeys((r.metric, number) for r,number in requested.values() if r.metric.form == 'ranks')
+    tally,parts = _Tally(probs, actual, known, task, codes, list(ranked)),[]
+    for batch in _batches(w, len(probs)):
+        tally.set_weights(batch)
+        parts.append({name: _term(*r, tally, classes) for name,r in requested.items()})
+    terms = {name: _joined([part[name] for part in parts]) for name in requested}
+    averages = {name: _average(term) for name,term in terms.items()}
+    result = Scores({name: float(v[0]) if weights is None else v[1:] for name,v in averages.items()})
+    notes = {name: _note(term) for name,term in terms.items()}
+    result.notes = {name: note for name,note in notes.items() if note}
     return result
 
 # %% ../../nbs/evaluate/00_scores.ipynb #5d8ab3d8
@@ -520,9 +800,10 @@ def confusion(
     classes,               # Names, in the order of the columns of `probs`
     task:str='multiclass', # `binary` or `multiclass`
 )->pd.DataFrame: # Numbers of images: a row for each true class, a column for each predicted one
-    "How many images of each class were taken for which"
+    "How many images of each class were predicted as which"
     if task == 'multilabel':
-        raise ValueError('confusion needs one class per image, got a multilabel task; see sensitivity/ and specificity/ in `scores`')
+        raise ValueError('confusion needs one class per image, got a multilabel task; use the metrics sensitivity/ and '
+                         'specificity/ of `scores`')
     classes = check_task_classes(classes, task)
     probs = check_probs(probs, classes, task)
     actual,_ = check_targets(targets, len(probs), classes, task)

@@ -29,131 +29,162 @@ class SignificanceResult(NamedTuple):
     note:str=''
 
 def _placements(score, actual):
-    "For each image, the share of images of the other kind that it is ranked rightly against; half for ties"
+    "For each image, the share of images of the other kind that it is ranked correctly against; half for ties"
     placed,n,m = np.empty(len(score)),actual.sum(),(~actual).sum()
     ranks = rankdata(score)
-    for kind,others in ((actual, m), (~actual, n)):
-        above = ranks[kind]-rankdata(score[kind])
-        placed[kind] = (above if kind is actual else others-above)/others
+    below = ranks[actual]-rankdata(score[actual])     # negatives below each positive
+    above = n-(ranks[~actual]-rankdata(score[~actual])) # positives above each negative
+    placed[actual],placed[~actual] = below/m,above/n
     return placed
 
 def _summed(values, codes): return np.bincount(codes, values, minlength=codes.max()+1)
 
 def _clustered_variance(off, actual, codes):
-    "Variance of an AUROC, or of a difference of two, from placements less their mean, summed within groups"
+    "Variance of an AUROC, or of a difference of two, from placements minus their mean, summed within groups"
     pos,neg = (_summed(np.where(kind, off, 0.), codes) for kind in (actual, ~actual))
     n,m,groups = actual.sum(),(~actual).sum(),codes.max()+1
     with_pos,with_neg = (len(np.unique(codes[kind])) for kind in (actual, ~actual))
-    if min(with_pos, with_neg) < 2: raise ValueError(f'DeLong needs 2 groups or more with and without the class, got {with_pos} and {with_neg}')
+    if min(with_pos, with_neg) < 2:
+        got = f'{with_pos} and {with_neg}'
+        raise ValueError(f'DeLong needs 2 groups or more with and without the class, got {got}')
     own = with_pos/(with_pos-1)*(pos**2).sum()/n**2 + with_neg/(with_neg-1)*(neg**2).sum()/m**2
     return own + 2*groups/(groups-1)*(pos*neg).sum()/(n*m)
 
 # %% ../../nbs/evaluate/15_significance.ipynb #9ff64a0d
 def _one_vs_rest(probs, targets, classes, task, of):
-    "Scores, truth and which images are known, of one class"
+    "Scores, labels and which images are known, of one class"
     classes = check_task_classes(classes, task)
-    if of is None and (task == 'multilabel' or len(classes) > 2): raise ValueError(f'DeLong compares one class with the rest: name one of {classes} as `of`')
+    if of is None and (task == 'multilabel' or len(classes) > 2):
+        raise ValueError(f'DeLong compares one class with the rest: pass one of {classes} as `of`')
     of = classes[1] if of is None else of
     check_in(of, classes, 'class')
     probs = check_probs(probs, classes, task)
     actual,known = check_targets(targets, len(probs), classes, task)
     c = classes.index(of)
-    if not 0 < actual[known[:, c], c].sum() < known[:, c].sum(): raise ValueError(f'AUROC of {of!r} is undefined: the class is absent or alone')
+    positives,n = actual[known[:, c], c].sum(),known[:, c].sum()
+    if not 0 < positives < n:
+        raise ValueError(f'AUROC of {of!r} is undefined: {positives} of {n} images are of the class')
     return probs[:, c],actual[:, c],known[:, c]
 
+# %% ../../nbs/evaluate/15_significance.ipynb #64955cf6
 def delong_test(
     probs_a,             # Probabilities, as for `scores`
     probs_b,             # Another model's for the same images; None for the AUROC of one model
     targets,             # As for `scores`
     classes,             # Names, in the order of the columns
-    groups=None,         # Patient, lesion or tile of each image `[N]`; every image on its own if left out
+    groups=None,         # Patient, lesion or tile of each image `[N]`; default: every image is its own group
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    of:str=None,         # The class that is told from the rest; a binary task's positive class if left out
+    of:str=None,         # The class that is compared with the rest; default: a binary task's positive class
     level:float=.95,     # Of the interval
 )->SignificanceResult: # AUROC of a, or of a − b
     "DeLong's test, in Obuchowski's form where images come in groups"
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
     models = [_one_vs_rest(p, targets, classes, task, of) for p in (probs_a, probs_b) if p is not None]
-    codes = group_codes(range(len(models[0][0])) if groups is None else groups)
-    if len({len(codes), *(len(m[0]) for m in models)}) > 1: raise ValueError(f'probs and groups must be as long, got {[len(m[0]) for m in models]} images and {len(codes)} groups')
+    images = [len(score) for score,*_ in models]
+    codes = group_codes(range(images[0]) if groups is None else groups)
+    if len({len(codes), *images}) > 1:
+        raise ValueError(f'probs and groups must have the same length, got {images} images and {len(codes)} groups')
     _,actual,known = models[0]
     placed = [_placements(score[known], actual[known]) for score,*_ in models]
-    aucs,actual = [v[actual[known]].mean() for v in placed],actual[known]
-    off = sum(s*(v-auc) for s,v,auc in zip((1, -1), placed, aucs))
-    value,se = aucs[0]-sum(aucs[1:]),np.sqrt(max(0., _clustered_variance(off, actual, group_codes(codes[known]))))
-    half,null = norm.ppf((1+level)/2)*se,.5 if probs_b is None else 0.
-    if se < 1e-12: return SignificanceResult(float(value), 0., float(value), float(value), 1. if abs(value-null) < 1e-12 else 0., 'no spread: the interval has no width')
-    return SignificanceResult(float(value), float(se), float(value-half), float(value+half), float(2*norm.sf(abs(value-null)/se)))
+    actual = actual[known]
+    aucs = [v[actual].mean() for v in placed]
+    off = sum(sign*(v-auc) for sign,v,auc in zip((1, -1), placed, aucs))
+    variance = _clustered_variance(off, actual, group_codes(codes[known]))
+    value,se = float(aucs[0]-sum(aucs[1:])),float(np.sqrt(max(0., variance)))
+    no_effect = .5 if probs_b is None else 0.
+    if se < 1e-12:
+        p = 1. if abs(value-no_effect) < 1e-12 else 0.
+        return SignificanceResult(value, 0., value, value, p, 'no spread: the interval has no width')
+    half = float(norm.ppf((1+level)/2)*se)
+    return SignificanceResult(value, se, value-half, value+half, float(2*norm.sf(abs(value-no_effect)/se)))
 
 # %% ../../nbs/evaluate/15_significance.ipynb #27663585
+def _right_of(probs, targets, classes, task, c):
+    "Which images a model gets right, and which images count"
+    probs = check_probs(probs, classes, task)
+    actual,known = check_targets(targets, len(probs), classes, task)
+    if task == 'multilabel': return (probs[:, c] > .5) == actual[:, c],known[:, c]
+    right = actual[np.arange(len(probs)), probs.argmax(1)]
+    return right,np.ones(len(probs), bool) if c is None else actual[:, c]
+
+def _both_right(probs_a, probs_b, targets, classes, groups, task, of):
+    "Which images each model gets right, and their groups, of the images that count"
+    classes = check_task_classes(classes, task)
+    if of is not None: check_in(of, classes, 'class')
+    if task == 'multilabel' and of is None:
+        raise ValueError(f'McNemar compares one finding: pass one of {classes} as `of`')
+    c = None if of is None else classes.index(of)
+    (right_a,_),(right_b,counts) = (_right_of(p, targets, classes, task, c) for p in (probs_a, probs_b))
+    if not counts.any(): raise ValueError(f'there is nothing to compare: no image of {of!r}')
+    codes = group_codes(range(len(counts)) if groups is None else groups)
+    if len(codes) != len(counts):
+        raise ValueError(f'groups and targets must have the same length, got {len(codes)} and {len(counts)} images')
+    return right_a[counts],right_b[counts],group_codes(codes[counts])
+
+def _mcnemar_p(d, by_group, grouped):
+    "Two-sided p-value: of patients' differences, or exact, of single images"
+    if not by_group.any(): return 1.
+    if grouped: return 2*norm.sf(abs(d.sum())/np.sqrt((by_group**2).sum()))
+    return binomtest(int((d > 0).sum()), int((d != 0).sum())).pvalue
+
+# %% ../../nbs/evaluate/15_significance.ipynb #c0010002
 def mcnemar_test(
     probs_a,             # Probabilities, as for `scores`
     probs_b,             # Another model's, for the same images
-    targets,             # As for `scores`; of several findings, name one as `of`
+    targets,             # As for `scores`; in a multilabel task, choose a finding with `of`
     classes,             # Names, in the order of the columns
-    groups=None,         # Patient, lesion or tile of each image `[N]`; every image on its own, and an exact test, if left out
+    groups=None,         # Patient, lesion or tile of each image `[N]`; default: single images, and an exact test
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
     of:str=None,         # A finding of a multilabel task; or a class, to compare sensitivities: only its images count
     level:float=.95,     # Of the interval
 )->SignificanceResult: # Accuracy of a − b
     "McNemar's test: exact for single images, in Obuchowski's form for groups"
-    right_a,right_b,codes = _rights(probs_a, probs_b, targets, classes, groups, task, of)
+    right_a,right_b,codes = _both_right(probs_a, probs_b, targets, classes, groups, task, of)
     d,n = right_a.astype(float)-right_b,len(right_a)
-    if groups is None: p = binomtest(int((d > 0).sum()), int((d != 0).sum())).pvalue if d.any() else 1.
     by_group = _summed(d, codes)
-    if groups is not None: p = 2*norm.sf(abs(d.sum())/np.sqrt((by_group**2).sum())) if by_group.any() else 1.
-    g,value = len(by_group),d.mean()
+    g,value = len(by_group),float(d.mean())
+    p = _mcnemar_p(d, by_group, groups is not None)
     if g < 2: raise ValueError(f'McNemar needs 2 groups or more, got {g} for {n} images')
     se = np.sqrt(((by_group-value*np.bincount(codes))**2).sum()*g/(g-1))/n
     half = norm.ppf((1+level)/2)*se
-    return SignificanceResult(float(value), float(se), float(value-half), float(value+half), float(p), f'{int((d > 0).sum())} images only a gets right, {int((d < 0).sum())} only b, of {n}')
-
-def _rights(probs_a, probs_b, targets, classes, groups, task, of):
-    "Where each model is right, and the groups, of the images that count"
-    classes = check_task_classes(classes, task)
-    if of is not None: check_in(of, classes, 'class')
-    if task == 'multilabel' and of is None: raise ValueError(f'McNemar compares one finding: name one of {classes} as `of`')
-    right = []
-    for probs in (probs_a, probs_b):
-        probs = check_probs(probs, classes, task)
-        actual,known = check_targets(targets, len(probs), classes, task)
-        c = None if of is None else classes.index(of)
-        if task == 'multilabel': right,counts = right + [(probs[:, c] > .5) == actual[:, c]],known[:, c]
-        else: right,counts = right + [actual[np.arange(len(probs)), probs.argmax(1)]],np.ones(len(probs), bool) if c is None else actual[:, c]
-    if not counts.any(): raise ValueError(f'nothing to compare: no image of {of!r}')
-    codes = group_codes(range(len(counts)) if groups is None else groups)
-    if len(codes) != len(counts): raise ValueError(f'groups and targets must be as long, got {len(codes)} and {len(counts)} images')
-    return right[0][counts],right[1][counts],group_codes(codes[counts])
+    note = f'{int((d > 0).sum())} images only a gets right, {int((d < 0).sum())} only b, of {n}'
+    return SignificanceResult(value, float(se), float(value-half), float(value+half), float(p), note)
 
 # %% ../../nbs/evaluate/15_significance.ipynb #08dd0a35
 def holm(
-    p, # p-values `[k]`; NaN where a test could not be made
+    p, # p-values `[k]`; NaN where a test was not possible
 )->np.ndarray: # Adjusted p-values `[k]`, NaN in the same places
-    "p-values corrected for being several"
+    "p-values corrected for multiple testing"
     p = np.asarray(p, dtype=float)
     if p.ndim != 1: raise ValueError(f'p must be [k], one p-value for each test, got shape {p.shape}')
-    made = np.flatnonzero(~np.isnan(p))
-    if made.size and (p[made].min() < 0 or p[made].max() > 1): raise ValueError(f'p must be in [0, 1], got {p[made].min():.4g} to {p[made].max():.4g}')
-    order,adjusted = made[np.argsort(p[made], kind='stable')],np.full(p.shape, np.nan)
+    tested = np.flatnonzero(~np.isnan(p))
+    if tested.size and (p[tested].min() < 0 or p[tested].max() > 1):
+        raise ValueError(f'p must be in [0, 1], got {p[tested].min():.4g} to {p[tested].max():.4g}')
+    order,adjusted = tested[np.argsort(p[tested], kind='stable')],np.full(p.shape, np.nan)
     adjusted[order] = np.maximum.accumulate(np.minimum(1, p[order]*np.arange(len(order), 0, -1)))
     return adjusted
 
 # %% ../../nbs/evaluate/15_significance.ipynb #62d4eb2b
 def mean_interval(
     values,             # One metric, or one paired difference, for each run: `[k]`, k ≥ 2; NaN where it was undefined
-    test_share:float=0., # Test images / training images where runs are repeated random splits of one set; 0 for fresh seeds
+    # Test images / training images where runs are repeated random splits of one set; 0 for fresh seeds
+    test_share:float=0.,
     level:float=.95,    # Of the interval
-)->pd.Series: # mean, sd, low, high, p (two-sided, of a mean of zero; NaN where all runs are alike), runs
+)->pd.Series: # mean, sd, low, high, p (two-sided, of a mean of zero; NaN where all runs are equal), runs
     "Mean ± standard deviation over runs, and an interval for the mean"
     values = np.asarray(values, dtype=float)
     if values.ndim != 1: raise ValueError(f'values must be [k], one for each run, got {values.shape}')
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
-    if not 0 <= test_share <= 10: raise ValueError(f'test_share must be 0 or more, test images / training images and not percent, got {test_share}')
-    if np.isinf(values).any(): raise ValueError(f'values must be finite, or NaN where undefined, got {values[np.isinf(values)][0]}')
+    if not 0 <= test_share <= 10:
+        expected = '0 or more, test images / training images and not percent'
+        raise ValueError(f'test_share must be {expected}, got {test_share}')
+    if np.isinf(values).any():
+        raise ValueError(f'values must be finite, or NaN where undefined, got {values[np.isinf(values)][0]}')
     runs = int((~np.isnan(values)).sum())
-    if runs < 2: raise ValueError(f'an interval over runs needs 2 or more that are defined, got {runs} of {len(values)}')
+    if runs < 2:
+        raise ValueError(f'an interval over runs needs 2 or more that are defined, got {runs} of {len(values)}')
     mean,sd = np.nanmean(values),np.nanstd(values, ddof=1)
-    sd = sd if sd > 1e-12*max(1, abs(mean)) else 0. # runs that are all alike
+    sd = sd if sd > 1e-12*max(1, abs(mean)) else 0. # runs that are all equal
     se = sd*np.sqrt(1/runs + test_share)
     half = student_t.ppf((1+level)/2, runs-1)*se
     p = 2*student_t.sf(abs(mean)/se, runs-1) if se > 0 else np.nan

@@ -1,4 +1,4 @@
-"""Browse the mistakes of one model or several, and watch a teacher's answer soften, with controls in the notebook and pictures where nothing runs
+"""Browse the mistakes of one model or several, and see a teacher's outputs soften, with controls in the notebook and pictures where no kernel runs
 
 Docs: https://kdmed.github.io/kdmed/evaluate/widgets.html.md"""
 
@@ -19,7 +19,6 @@ import ipywidgets
 import matplotlib
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
 from IPython import get_ipython
 from PIL import Image, ImageDraw, ImageFont
 from scipy.special import log_expit, log_softmax
@@ -35,7 +34,9 @@ _DOTS = 2 # each way in a screen pixel
 _FONTS = Path(matplotlib.get_data_path())/'fonts/ttf'
 
 @lru_cache
-def _font(bold=False, size=11): return ImageFont.truetype(str(_FONTS/f'DejaVuSans{"-Bold"*bold}.ttf'), size*_DOTS)
+def _font(bold=False, size=11):
+    name = 'DejaVuSans-Bold.ttf' if bold else 'DejaVuSans.ttf'
+    return ImageFont.truetype(str(_FONTS/name), size*_DOTS)
 
 @lru_cache(4096)
 def _width(text, bold=False):
@@ -68,7 +69,9 @@ class _Canvas:
         self.draw.text((x*_DOTS, y*_DOTS), text, fill, _font(bold), anchor=anchor)
 
     def box(self, x, y, wide, high, **style):
-        if round(wide*_DOTS) > 0: self.draw.rectangle((round(x*_DOTS), round(y*_DOTS), round((x+wide)*_DOTS)-1, round((y+high)*_DOTS)-1), **style)
+        if round(wide*_DOTS) <= 0: return
+        corner = round((x+wide)*_DOTS)-1,round((y+high)*_DOTS)-1
+        self.draw.rectangle((round(x*_DOTS), round(y*_DOTS), *corner), **style)
 
     def put(self, pixels, x, y, side):
         "An image as large as fits in a square; the pixels of a small one remain squares"
@@ -84,113 +87,121 @@ class _Canvas:
         return file.getvalue()
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #2dea8b8f
+_ANY = object() # the value of a filter that is off: a Dropdown reads None as no choice at all
+
+def _checked(control, name, value):
+    "The value to give to `control`, or a `ValueError` that says what it could be"
+    if isinstance(control, ipywidgets.Dropdown): return _checked_choice(control, name, value)
+    if isinstance(control, ipywidgets.Checkbox):
+        if isinstance(value, (bool, np.bool_)): return value
+        raise ValueError(f'{name} must be True or False, got {value!r}')
+    return _checked_number(control, name, value)
+
+def _checked_choice(control, name, value):
+    value = _ANY if value is None else value
+    if any(value == v for _,v in control.options): return value
+    check_in('None' if value is _ANY else value, [label for label,_ in control.options], name)
+    return dict(control.options)[str(value)]
+
+def _checked_number(control, name, value):
+    low,high = control.min,control.max
+    if hasattr(control, 'base'): low,high = control.base**low,control.base**high
+    pair,whole = isinstance(control, ipywidgets.FloatRangeSlider),isinstance(control.min, int)
+    values = list(value) if pair and np.iterable(value) else [value]
+    good = [isinstance(v, Real) and low <= v <= high and (not whole or v == int(v)) for v in values]
+    if not all(good) or len(values) != 1+pair or values != sorted(values):
+        kind = 'a whole number' if whole else 'a number'
+        if pair: kind = 'two numbers, the lower first,'
+        raise ValueError(f'{name} must be {kind} from {low:g} to {high:g}, got {value!r}')
+    return tuple(value) if pair else value
+
+def _is_live():
+    "Whether there is a Jupyter kernel, through which controls can communicate with a browser"
+    return getattr(get_ipython(), 'kernel', None) is not None and not os.environ.get('IN_TEST')
+
+# %% ../../nbs/evaluate/50_widgets.ipynb #8e41bc7f
+# Long because: what both explorers share is one class, whose methods are a few lines each
 class _Explorer:
-    "Controls, a few sentences and one picture that follow each other; `widget` is what a browser shows of them"
+    "Controls, a few sentences and one picture, kept in step; `widget` is what a browser shows of them"
     def __init__(self, controls, after=()):
-        self.controls,self._held = controls,False
-        self._image,self._text = ipywidgets.Image(format='png', layout=dict(max_width='100%', height='auto', align_self='flex-start')),ipywidgets.HTML()
+        self.controls,self._paused = controls,False
+        layout = dict(max_width='100%', height='auto', align_self='flex-start')
+        self._image,self._text = ipywidgets.Image(format='png', layout=layout),ipywidgets.HTML()
         for control in controls.values():
             control.style.description_width = 'initial'
-            control.observe(self._moved, 'value')
+            control.observe(self._changed, 'value')
         row = ipywidgets.HBox([*controls.values(), *after], layout=dict(flex_flow='row wrap', grid_gap='2px 14px'))
         self.widget = ipywidgets.VBox([row, self._text, self._image])
-        with self._holding():
-            self._settle()
+        with self._no_redraw():
+            self._filter()
             self._update()
 
     @contextmanager
-    def _holding(self):
-        "Controls may be moved in here without a redraw for each"
-        held,self._held = self._held,True
+    def _no_redraw(self):
+        "Controls may be set in this block without a redraw for each"
+        before,self._paused = self._paused,True
         try: yield
-        finally: self._held = held
+        finally: self._paused = before
 
-    def _settle(self): "What to do when any control but `page` has moved"
+    def _filter(self): "Runs when any control but `page` has changed"
 
-    def _moved(self, change):
-        if self._held: return
-        with self._holding():
-            if change['owner'] is not self.controls.get('page'): self._settle()
+    def _changed(self, change):
+        if self._paused: return
+        with self._no_redraw():
+            if change['owner'] is not self.controls.get('page'): self._filter()
             self._update()
 
     def _update(self):
         self._canvas,self.lines = self._draw()
         self._image.width,self._image.value = str(self._canvas.width),self._canvas.png()
-        self._text.value = '<div role="status" style="line-height:1.5">' + '<br>'.join(map(html.escape, self.lines)) + '</div>'
+        lines = '<br>'.join(map(html.escape, self.lines))
+        self._text.value = f'<div role="status" style="line-height:1.5">{lines}</div>'
+
+    @property
+    def value(self):
+        "The values of the controls, by name; None is *any*"
+        return {name: None if control.value is _ANY else control.value for name,control in self.controls.items()}
+
+    def select(self, **values):
+        "Set controls by name, as one would by hand, and draw once; any but `page` alone leads to page 1"
+        for name in values: check_in(name, self.controls, 'control')
+        page = {name: values[name] for name in ('page',) if name in values}
+        filters = {name: _checked(self.controls[name], name, v) for name,v in values.items() if name != 'page'}
+        with self._no_redraw():
+            for name,value in filters.items(): self.controls[name].value = value
+            if filters: self._filter()
+            try: # only now is it known how many pages there are
+                for name,value in page.items(): self.controls[name].value = _checked(self.controls[name], name, value)
+            finally: self._update()
+        return self
+
+    @property
+    def picture(self):
+        "The current picture, PNG bytes"
+        return bytes(self._image.value)
+
+    @property
+    def snapshot(self):
+        "Sentences and picture in one, PNG bytes: for a document"
+        lines = [part for line in self.lines for part in _wrap(line, self._canvas.width-8)]
+        both = _Canvas(self._canvas.width, self._canvas.height + _LINE*len(lines) + 6)
+        for i,line in enumerate(lines): both.text(4, 2+_LINE*i, line)
+        both.image.paste(self._canvas.image, (0, (both.height-self._canvas.height)*_DOTS))
+        return both.png()
 
     def __repr__(self): return '\n'.join(self.lines)
 
-# %% ../../nbs/evaluate/50_widgets.ipynb #8e41bc7f
-_ANY = object() # the value of a filter that lets everything through: a Dropdown takes None for no choice at all
-
-def _checked(control, name, value):
-    "The value to give to `control`, or a `ValueError` that says what it could be"
-    if isinstance(control, ipywidgets.Dropdown):
-        value = _ANY if value is None else value
-        if any(value == v for _,v in control.options): return value
-        check_in('None' if value is _ANY else value, [label for label,_ in control.options], name)
-        return dict(control.options)[str(value)]
-    if isinstance(control, ipywidgets.Checkbox): limits,bad = 'True or False',not isinstance(value, (bool, np.bool_))
-    else:
-        low,high = (control.base**e for e in (control.min, control.max)) if hasattr(control, 'base') else (control.min, control.max)
-        pair,whole = isinstance(control, ipywidgets.FloatRangeSlider),isinstance(control.min, int)
-        values = list(value) if pair and np.iterable(value) else [value]
-        good = [isinstance(v, Real) and low <= v <= high and (not whole or v == int(v)) for v in values]
-        bad = not all(good) or len(values) != 1+pair or values != sorted(values)
-        limits = f'{"two numbers, the lower first," if pair else "a whole number" if whole else "a number"} from {low:g} to {high:g}'
-    if bad: raise ValueError(f'{name} must be {limits}, got {value!r}')
-    return tuple(value) if isinstance(control, ipywidgets.FloatRangeSlider) else value
-
-@patch(as_prop=True)
-def value(self:_Explorer):
-    "Where the controls stand, by name; None is *any*"
-    return {name: None if control.value is _ANY else control.value for name,control in self.controls.items()}
-
-@patch
-def select(self:_Explorer, **values):
-    "Set controls by name, as one would by hand, and draw once; any but `page` alone leads to page 1"
-    for name in values: check_in(name, self.controls, 'control')
-    values = {name: value if name == 'page' else _checked(self.controls[name], name, value) for name,value in values.items()}
-    page = {name: values.pop(name) for name in ('page',) if name in values}
-    with self._holding():
-        for name,value in values.items(): self.controls[name].value = value
-        if values: self._settle()
-        try:
-            for name,value in page.items(): self.controls[name].value = _checked(self.controls[name], name, value)
-        finally: self._update()
-    return self
-
-# %% ../../nbs/evaluate/50_widgets.ipynb #2c5712f4
-def _is_live():
-    "Whether there is a Jupyter kernel, through which controls can talk to a browser"
-    return getattr(get_ipython(), 'kernel', None) is not None and not os.environ.get('IN_TEST')
-
-@patch(as_prop=True)
-def picture(self:_Explorer):
-    "What is shown now, PNG bytes"
-    return bytes(self._image.value)
-
-@patch(as_prop=True)
-def snapshot(self:_Explorer):
-    "Sentences and picture in one, PNG bytes: for a document"
-    lines = [part for line in self.lines for part in _wrap(line, self._canvas.width-8)]
-    whole = _Canvas(self._canvas.width, self._canvas.height + _LINE*len(lines) + 6)
-    for i,line in enumerate(lines): whole.text(4, 2+_LINE*i, line)
-    whole.image.paste(self._canvas.image, (0, (whole.height-self._canvas.height)*_DOTS))
-    return whole.png()
-
-@patch
-def _repr_mimebundle_(self:_Explorer, include=None, exclude=None):
-    "Sentences, a picture, and where there is a kernel the controls"
-    bundle = {'text/plain': repr(self), 'image/png': base64.b64encode(self.snapshot).decode()}
-    if _is_live(): bundle = {**self.widget._repr_mimebundle_(), **bundle}
-    return bundle
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        "Sentences, a picture, and where there is a kernel the controls"
+        bundle = {'text/plain': repr(self), 'image/png': base64.b64encode(self.snapshot).decode()}
+        if _is_live(): bundle = {**self.widget._repr_mimebundle_(), **bundle}
+        return bundle
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #e12e0db4
 def _by_model(values, name, default='model'):
     "Values by the name of a model; a single one is called `default`"
     if not isinstance(values, dict): return {default: values}
-    if not values: raise ValueError(f'{name} must hold a model at least, got an empty dict')
+    if not values: raise ValueError(f'{name} must contain at least one model, got an empty dict')
     return {str(model): v for model,v in values.items()}
 
 def _array(values): return values.detach().cpu().numpy() if hasattr(values, 'detach') else np.asarray(values)
@@ -203,60 +214,75 @@ def _check_same_images(dl, targets, task):
     own = np.stack([_array(y) for y in dl.dataset.tls[1]]).astype(float)
     given = _array(targets).astype(float)
     own,given = (a if task == 'multilabel' else a.reshape(-1) for a in (own, given))
-    if own.shape != given.shape: raise ValueError(f'images must be the loader whose images were predicted: its labels are {list(own.shape)}, targets {list(given.shape)}')
-    other = ~((own == given) | (np.isnan(own) & np.isnan(given))).reshape(len(own), -1).all(1)
-    if other.any(): raise ValueError(f'images must be the loader whose images were predicted: for {other.sum()} of {len(own)}, such as image {np.flatnonzero(other)[0]}, its label is not the target')
+    expected = 'images must be the loader whose images were predicted'
+    if own.shape != given.shape:
+        raise ValueError(f'{expected}: its labels are {list(own.shape)}, targets {list(given.shape)}')
+    equal = (own == given) | (np.isnan(own) & np.isnan(given))
+    other = np.flatnonzero(~equal.reshape(len(own), -1).all(1))
+    if len(other):
+        raise ValueError(f'{expected}: for {len(other)} of {len(own)}, such as image {other[0]}, '
+                         'its label is not the target')
+
+# %% ../../nbs/evaluate/50_widgets.ipynb #7f8789c5
+def _as_pixels(image):
+    "One image as uint8 [H, W, 3]"
+    if isinstance(image, (str, os.PathLike)) or not hasattr(image, 'shape'): return np.asarray(open_image(image))
+    image = _array(image)
+    if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3: image = image.transpose(1, 2, 0)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError('images must be uint8, [3, H, W], [H, W, 3] or [H, W] each, '
+                         f'got {image.dtype} {list(image.shape)}')
+    if image.ndim == 2: image = np.broadcast_to(image[..., None], (*image.shape, 3))
+    return np.ascontiguousarray(image)
 
 def _pixels_of(images, n):
     "A function from an image's number to its pixels, uint8 [H, W, 3]"
     if hasattr(images, 'decoded'): images = images.decoded()[0]
-    images = _array(images) if hasattr(images, 'detach') else images.tolist() if isinstance(images, pd.Series) else images
+    if isinstance(images, pd.Series): images = images.tolist()
+    elif hasattr(images, 'detach'): images = _array(images)
     _check_length(images, n, 'images')
-    def pixels(i):
-        image = images[i]
-        if isinstance(image, (str, os.PathLike)) or not hasattr(image, 'shape'): return np.asarray(open_image(image))
-        image = _array(image)
-        if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3: image = image.transpose(1, 2, 0)
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-            raise ValueError(f'images must be uint8, [3, H, W], [H, W, 3] or [H, W] each, got {image.dtype} {list(image.shape)}')
-        return np.ascontiguousarray(np.broadcast_to(image[..., None], (*image.shape, 3)) if image.ndim == 2 else image)
-    pixels(0)
+    def pixels(i): return _as_pixels(images[i])
+    pixels(0) # or an error
     return pixels
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #b8260d2f
 def _check_map(heat, i):
-    "One map as floats, if it is one"
+    "One map as floats [H, W] in [0, 1], or an error"
     heat = np.asarray(_array(heat), dtype=np.float64)
     if heat.ndim != 2: raise ValueError(f'maps must be [H, W] for each image, got {list(heat.shape)} for image {i}')
-    if not (heat.min() >= 0 and heat.max() <= 1): raise ValueError(f'maps must be in [0, 1], got {heat.min():.4g} to {heat.max():.4g} for image {i}')
+    if not (heat.min() >= 0 and heat.max() <= 1):
+        raise ValueError(f'maps must be in [0, 1], got {heat.min():.4g} to {heat.max():.4g} for image {i}')
     return heat
 
 def _maps_of(maps, models, n):
-    "By model, a function from an image's number to its map; maps that are not said to be of one model are of all"
+    "By model, a function from an image's number to its map; maps that are not in a dict belong to all models"
     if maps is None: return {}
     maps = {str(model): m for model,m in maps.items()} if isinstance(maps, dict) else dict.fromkeys(models, maps)
     for model in maps: check_in(model, models, 'model of maps')
     for m in maps.values():
         if not callable(m): _check_length(m, n, 'maps')
-    return {model: lru_cache(512)(lambda i, m=m: _check_map(m(i) if callable(m) else m[i], i)) for model,m in maps.items()}
+    def cached(m): return lru_cache(512)(lambda i: _check_map(m(i) if callable(m) else m[i], i))
+    return {model: cached(m) for model,m in maps.items()}
 
 def _covered(image, heat, alpha=.45):
     "Image, uint8 [H, W, 3], under a map [h, w] in [0, 1] of any size"
-    heat = np.asarray(Image.fromarray(np.asarray(heat, dtype=np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-    return overlay(image, heat.clip(0, 1), alpha)
+    heat = Image.fromarray(np.asarray(heat, dtype=np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
+    return overlay(image, np.asarray(heat).clip(0, 1), alpha)
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #2f36af3b
-def _questions(probs, targets, classes, task, name='probs'):
-    "Names of the answers, the rows' image and true answer, and the predicted answers with their probabilities"
+def _predictions(probs, targets, classes, task, name='probs'):
+    "Names of the labels; for each row its image, its true and its predicted label, and the probability of the latter"
     classes = check_task_classes(classes, task)
     probs = check_probs(_array(probs), classes, task, name)
     actual,known = check_targets(_array(targets), len(probs), classes, task, name)
     if task != 'multilabel':
         image,predicted = np.arange(len(probs)),probs.argmax(1)
-        return classes, image, actual.argmax(1), predicted, probs[image, predicted]
-    image,label = known.nonzero()
-    p,n = probs[image, label],len(classes)
-    return [*classes, *(f'no {c}' for c in classes)], image, label + n*~actual[image, label], label + n*(p <= .5), np.where(p > .5, p, 1-p)
+        return classes,image,actual.argmax(1),predicted,probs[image, predicted]
+    image,finding = known.nonzero()
+    p,n = probs[image, finding],len(classes)
+    names = [*classes, *(f'no {c}' for c in classes)]
+    true,predicted = finding + n*~actual[image, finding],finding + n*(p <= .5)
+    return names,image,true,predicted,np.where(p > .5, p, 1-p)
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #7e205892
 _ORDERS = 'most confident first','least confident first'
@@ -265,37 +291,58 @@ def _dropdown(name, options):
     options = [o if isinstance(o, tuple) else (o, o) for o in options] # label and value
     return ipywidgets.Dropdown(description=name, options=options, layout=dict(width='max-content'))
 
-def _filters(models, answers, groups, maps):
-    "The controls of a `MistakeBrowser`, those that have something to choose"
-    def or_any(values): return [('any', _ANY), *((str(v), v) for v in values)]
-    several,where = len(models) > 1,[('any', _ANY), *((f'{m} is {"right" if r else "wrong"}', (m, r)) for m in models for r in (True, False))]
-    controls = dict(model=_dropdown('Model', models), show=_dropdown('Show', ['wrong', 'right', 'all']), where=_dropdown('Where', where),
-        true=_dropdown('True', or_any(answers)), predicted=_dropdown('Predicted', or_any(answers)), group=_dropdown('Group', or_any(groups)),
-        confidence=ipywidgets.FloatRangeSlider(description='Confidence', value=(0, 1), min=0, max=1, step=.01, continuous_update=False, layout=dict(width='330px')),
-        order=_dropdown('Order', _ORDERS), overlay=ipywidgets.Checkbox(description='Overlay', value=False, indent=False, layout=dict(width='auto')),
-        page=ipywidgets.BoundedIntText(description='Page', value=1, min=1, max=1, layout=dict(width='110px')))
-    absent = {'model': not several, 'where': not several, 'group': not len(groups), 'overlay': not maps}
-    return {name: control for name,control in controls.items() if not absent.get(name)}
+def _or_any(values): return [('any', _ANY), *((str(v), v) for v in values)]
+
+def _filters(models, names, groups, maps):
+    "The controls of a `MistakeBrowser`, those that offer a choice"
+    others = [(f'{m} is {"right" if r else "wrong"}', (m, r)) for m in models for r in (True, False)]
+    wide,narrow,auto = ({'width': w} for w in ('330px', '110px', 'auto'))
+    confidence = dict(value=(0, 1), min=0, max=1, step=.01, continuous_update=False, layout=wide)
+    controls = dict(
+        model=_dropdown('Model', models),
+        show=_dropdown('Show', ['wrong', 'right', 'all']),
+        where=_dropdown('Where', [('any', _ANY), *others]),
+        true=_dropdown('True', _or_any(names)),
+        predicted=_dropdown('Predicted', _or_any(names)),
+        group=_dropdown('Group', _or_any(groups)),
+        confidence=ipywidgets.FloatRangeSlider(description='Confidence', **confidence),
+        order=_dropdown('Order', _ORDERS),
+        overlay=ipywidgets.Checkbox(description='Overlay', value=False, indent=False, layout=auto),
+        page=ipywidgets.BoundedIntText(description='Page', value=1, min=1, max=1, layout=narrow))
+    several = len(models) > 1
+    offered = {'model': several, 'where': several, 'group': len(groups), 'overlay': maps}
+    return {name: control for name,control in controls.items() if offered.get(name, True)}
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #9295415a
+# Long because: what is shown on a page, and how it is selected, is one class; its methods are a few lines each
 class MistakeBrowser(_Explorer):
-    "Images by what models made of them, a page at a time; made by `browse_mistakes`"
-    def __init__(self, questions, pixels, groups, maps, task, columns, rows, side):
-        for name,number,least in (('columns', columns, 1), ('rows', rows, 1), ('side', side, 32)):
-            if not isinstance(number, int) or number < least: raise ValueError(f'{name} must be a whole number of at least {least}, got {number!r}')
-        self.models,self._pixels,self._maps = list(questions),pixels,maps
+    "Images with what models predicted for them, a page at a time; made by `browse_mistakes`"
+    def __init__(self, predictions, pixels, groups, maps, task, columns, rows, side):
+        _check_grid(columns=columns, rows=rows, side=side)
+        self.models,self._pixels,self._maps = list(predictions),pixels,maps
         self.task,self.columns,self.rows,self.side = task,columns,rows,side
-        names,image,true,_,_ = questions[self.models[0]]
+        names,image,true,_,_ = predictions[self.models[0]]
         names,groups = np.array(names, dtype=object),[] if groups is None else np.asarray(groups).astype(str)
-        self._frame = pd.DataFrame(dict(image=image, **({'group': groups[image]} if len(groups) else {}), true=names[true]))
-        self._predicted,self._confidence = {m: names[q[3]] for m,q in questions.items()},{m: q[4] for m,q in questions.items()}
+        self._frame = pd.DataFrame(dict(image=image))
+        if len(groups): self._frame['group'] = groups[image]
+        self._frame['true'] = names[true]
+        self._predicted = {model: names[p[3]] for model,p in predictions.items()}
+        self._confidence = {model: p[4] for model,p in predictions.items()}
         self._right = {model: np.asarray(p == names[true]) for model,p in self._predicted.items()}
-        controls = _filters(self.models, names, sorted(set(groups)), maps)
-        super().__init__(controls, [self._step('Previous', -1), self._step('Next', 1)])
+        buttons = [self._button('Previous', -1), self._button('Next', 1)]
+        super().__init__(_filters(self.models, names, sorted(set(groups)), maps), buttons)
+
+    def _button(self, name, by):
+        def turn(_):
+            page = self.controls['page']
+            page.value = min(max(page.value+by, page.min), page.max)
+        button = ipywidgets.Button(description=name, layout=dict(width='auto'))
+        button.on_click(turn)
+        return button
 
     @property
     def model(self):
-        "Name of the model whose answers are judged"
+        "Name of the model whose predictions are judged"
         return self.value.get('model', self.models[0])
 
     @property
@@ -304,88 +351,98 @@ class MistakeBrowser(_Explorer):
         per_page = self.columns*self.rows
         return self.selected.iloc[(self.value['page']-1)*per_page:][:per_page]
 
-# %% ../../nbs/evaluate/50_widgets.ipynb #5df0af48
-@patch
-def _step(self:MistakeBrowser, name, by):
-    def turn(_):
-        page = self.controls['page']
-        page.value = min(max(page.value+by, page.min), page.max)
-    button = ipywidgets.Button(description=name, layout=dict(width='auto'))
-    button.on_click(turn)
-    return button
+    @property
+    def _with_maps(self): return bool(self.value.get('overlay') and self.model in self._maps)
 
-@patch
-def _settle(self:MistakeBrowser):
-    "Rows that pass the filters, in order; back to page 1"
-    v,right,frame = self.value,self._right[self.model],self._frame
-    keep = {'wrong': ~right, 'right': right, 'all': np.ones_like(right)}[v['show']]
-    if v.get('where'): keep = keep & (self._right[v['where'][0]] == v['where'][1])
-    predicted,confidence = self._predicted[self.model],self._confidence[self.model]
-    for name in ('true', 'predicted', 'group'):
-        if v.get(name) is not None: keep = keep & np.asarray((predicted if name == 'predicted' else frame[name]) == v[name])
-    low,high = v['confidence']
-    rows = np.flatnonzero(keep & (confidence >= low-1e-9) & (confidence <= high+1e-9))
-    rows = rows[np.argsort(confidence[rows] * (-1 if v['order'] == _ORDERS[0] else 1), kind='stable')]
-    self.selected = frame.iloc[rows].assign(predicted=predicted[rows], confidence=confidence[rows], right=right[rows])
-    page = self.controls['page']
-    page.value,page.max = 1,max(1, ceil(len(rows)/(self.columns*self.rows)))
+    def _filter(self):
+        "Rows that pass the filters, in order; back to page 1"
+        predicted,confidence,right = (of[self.model] for of in (self._predicted, self._confidence, self._right))
+        rows = np.flatnonzero(self._passes(predicted, confidence, right))
+        sign = -1 if self.value['order'] == _ORDERS[0] else 1
+        rows = rows[np.argsort(sign*confidence[rows], kind='stable')]
+        columns = dict(predicted=predicted[rows], confidence=confidence[rows], right=right[rows])
+        self.selected = self._frame.iloc[rows].assign(**columns)
+        page = self.controls['page']
+        page.value,page.max = 1,max(1, ceil(len(rows)/(self.columns*self.rows)))
+
+    def _passes(self, predicted, confidence, right):
+        "Which rows pass all filters"
+        v,(low,high) = self.value,self.value['confidence']
+        passes = {'wrong': ~right, 'right': right, 'all': np.ones_like(right)}[v['show']]
+        passes = passes & (confidence >= low-1e-9) & (confidence <= high+1e-9)
+        if v.get('where'):
+            other,should_be_right = v['where']
+            passes = passes & (self._right[other] == should_be_right)
+        columns = dict(self._frame.items()) | dict(predicted=predicted)
+        for name in ('true', 'predicted', 'group'):
+            if v.get(name) is not None: passes = passes & np.asarray(columns[name] == v[name])
+        return passes
+
+    def _sentences(self):
+        n,wrong,shown,v = len(self._frame),int((~self._right[self.model]).sum()),self.shown,self.value
+        total = f'{n} images'
+        if self.task == 'multilabel': total = f'{n} findings known in {self._frame.image.nunique()} images'
+        verdict = f'is wrong on {wrong} of {total}' if wrong else f'makes no mistake on these {total}'
+        lines = [f'{self.model} {verdict}.']
+        if len(shown):
+            start = (v['page']-1)*self.columns*self.rows
+            rows = f'{start+1} to {start+len(shown)} of {len(self.selected)} that fit'
+            lines.append(f'Page {v["page"]} of {self.controls["page"].max}: {rows}, {v["order"]}.')
+        elif wrong or v['show'] != 'wrong': lines.append('Nothing fits; try fewer filters.')
+        if v.get('overlay') and self.model not in self._maps: lines.append(f'There are no maps of {self.model}.')
+        return lines
+
+    def _caption(self, row):
+        "Lines below a picture, each with whether it is bold"
+        lines = [(f'true: {row.true}', False)]
+        for model in self.models:
+            right,confidence = self._right[model][row.Index],_percent(self._confidence[model][row.Index])
+            verdict = 'right' if right else 'wrong'
+            lines.append((f'{model}: {self._predicted[model][row.Index]} {confidence}, {verdict}', not right))
+        group = [row.group] if hasattr(row, 'group') else []
+        lines.append((', '.join([*group, f'image {row.image}']), False))
+        return [(part, bold) for text,bold in lines for part in _wrap(text, self.side, bold)]
+
+    def _cell(self, row):
+        "Pixels of a row's image, with its map over them if the overlay is on"
+        pixels = self._pixels(row.image)
+        return _covered(pixels, self._maps[self.model](row.image)) if self._with_maps else pixels
+
+    def _draw(self):
+        "The pictures of this page with their captions, and the sentences"
+        cells = [(self._cell(row), self._caption(row), row.right) for row in self.shown.itertuples()]
+        return _draw_page(cells, self.columns, self.side, self._with_maps and bool(cells)),self._sentences()
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #50ab0ab4
-@patch
-def _sentences(self:MistakeBrowser):
-    n,wrong,shown = len(self._frame),int((~self._right[self.model]).sum()),self.shown
-    over = f'{n} images' if self.task != 'multilabel' else f'{n} findings known in {self._frame.image.nunique()} images'
-    lines = [f'{self.model} is wrong on {wrong} of {over}.' if wrong else f'{self.model} makes no mistake on these {over}.']
-    if len(shown):
-        page,last = self.value['page'],self.controls['page'].max
-        start = (page-1)*self.columns*self.rows
-        lines.append(f'Page {page} of {last}: {start+1} to {start+len(shown)} of {len(self.selected)} that fit, {self.value["order"]}.')
-    elif wrong or self.value['show'] != 'wrong': lines.append('Nothing fits; try fewer filters.')
-    if self.value.get('overlay') and self.model not in self._maps: lines.append(f'There are no maps of {self.model}.')
-    return lines
+def _check_grid(**numbers):
+    for name,number in numbers.items():
+        least = 32 if name == 'side' else 1
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f'{name} must be a whole number of at least {least}, got {number!r}')
 
 def _percent(p): return '>99%' if .995 <= p < 1 else f'{p:.0%}'
 
-@patch
-def _caption(self:MistakeBrowser, row):
-    "Lines below a picture, each with whether it is bold"
-    lines = [(f'true: {row.true}', False)]
-    for model in self.models:
-        right = self._right[model][row.Index]
-        lines.append((f'{model}: {self._predicted[model][row.Index]} {_percent(self._confidence[model][row.Index])}, {"right" if right else "wrong"}', not right))
-    lines.append((', '.join([*([row.group] if hasattr(row, 'group') else []), f'image {row.image}']), False))
-    return [(part, bold) for text,bold in lines for part in _wrap(text, self.side, bold)]
-
-# %% ../../nbs/evaluate/50_widgets.ipynb #655c531a
-@patch
-def _cell(self:MistakeBrowser, row):
-    "Pixels of a row's image, with its map over them where that is asked for"
-    pixels = self._pixels(row.image)
-    covered = self.value.get('overlay') and self.model in self._maps
-    return _covered(pixels, self._maps[self.model](row.image)) if covered else pixels
-
-@patch
-def _draw(self:MistakeBrowser):
-    "The pictures of this page with their captions, and the sentences"
-    cells = [(self._cell(row), self._caption(row), row.right) for row in self.shown.itertuples()]
-    step,gap = self.side+12,self.side+8
-    grid = [cells[i:i+self.columns] for i in range(0, len(cells), self.columns)]
-    tops = np.cumsum([4] + [gap + _LINE*max(len(lines) for _,lines,_ in row) + 8 for row in grid]).tolist()
-    legend = bool(self.value.get('overlay') and self.model in self._maps and cells)
-    canvas = _Canvas(step*self.columns+4, max(tops[-1] + 22*legend, 8))
+def _draw_page(cells, columns, side, legend):
+    "Pictures with their captions in a grid; wrong ones in a frame"
+    step,gap = side+12,side+8
+    grid = [cells[i:i+columns] for i in range(0, len(cells), columns)]
+    heights = [gap + _LINE*max(len(lines) for _,lines,_ in row) + 8 for row in grid]
+    tops = np.cumsum([4, *heights]).tolist()
+    canvas = _Canvas(step*columns+4, max(tops[-1] + (22 if legend else 0), 8))
     for y,row in zip(tops, grid):
         for x,(pixels,lines,right) in zip(range(6, canvas.width, step), row):
-            if not right: canvas.box(x-3, y-3, self.side+6, self.side+6, outline='black', width=2*_DOTS)
-            canvas.put(pixels, x, y, self.side)
+            if not right: canvas.box(x-3, y-3, side+6, side+6, outline='black', width=2*_DOTS)
+            canvas.put(pixels, x, y, side)
             for i,(text,bold) in enumerate(lines): canvas.text(x, y+gap+_LINE*i, text, bold)
     if legend: _draw_scale(canvas, 6, tops[-1])
-    return canvas,self._sentences()
+    return canvas
 
 def _draw_scale(canvas, x, y, width=120):
-    "Which color stands for which value of a map"
+    "The color scale of maps"
     canvas.text(x, y, 'map: 0')
-    start = x + 6 + ceil(_width('map: 0'))
-    for i in range(width): canvas.box(start+i, y+2, 1, 10, fill=matplotlib.colors.to_hex(matplotlib.colormaps['viridis'](i/(width-1))))
+    start,colors = x + 6 + ceil(_width('map: 0')),matplotlib.colormaps['viridis']
+    for i in range(width):
+        canvas.box(start+i, y+2, 1, 10, fill=matplotlib.colors.to_hex(colors(i/(width-1))))
     canvas.text(start+width+6, y, '1')
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #220304ae
@@ -393,71 +450,110 @@ def browse_mistakes(
     probs,                 # Probabilities as for `kdmed.evaluate.scores`: one array, or a dict of them by model
     targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
     classes,               # Names, in the order of the columns
-    images,                # A loader such as `dls.test`, uint8 `[N, 3, H, W]` or `[N, H, W, 3]`, or a list of images or paths
+    # A loader such as `dls.test`, uint8 `[N, 3, H, W]` or `[N, H, W, 3]`, or a list of images or paths
+    images,
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    groups=None,           # Patient, lesion or tile of each image, `[N]`; a loader's own, if not given
-    maps=None,             # Saliency in [0, 1]: `[N, H, W]`, a function from image number to `[H, W]`, or a dict of these by model
+    groups=None,           # Patient, lesion or tile of each image, `[N]`; default: those of a loader
+    # Saliency in [0, 1]: `[N, H, W]`, a function from image number to `[H, W]`, or a dict of these by model
+    maps=None,
     columns:int=5,         # Pictures in a row
     rows:int=2,            # Rows on a page
     side:int=160,          # Of a picture, in screen pixels
 )->MistakeBrowser: # `widget`, `select`, `value`, `selected`, `shown`, `picture`
     "Browse the images that models got wrong, or right, by class, confidence, group and model"
     if groups is None and hasattr(images, 'decoded'): groups = images.table.group
-    questions = {model: _questions(p, targets, classes, task, f'probs[{model!r}]' if isinstance(probs, dict) else 'probs') for model,p in _by_model(probs, 'probs').items()}
+    predictions = {}
+    for model,p in _by_model(probs, 'probs').items():
+        name = f'probs[{model!r}]' if isinstance(probs, dict) else 'probs'
+        predictions[model] = _predictions(p, targets, classes, task, name)
     n = len(targets)
     if groups is not None: _check_length(groups, n, 'groups')
     if hasattr(images, 'decoded'): _check_same_images(images, targets, task)
-    return MistakeBrowser(questions, _pixels_of(images, n), groups, _maps_of(maps, list(questions), n), task, columns, rows, side)
+    pixels,maps = _pixels_of(images, n),_maps_of(maps, list(predictions), n)
+    return MistakeBrowser(predictions, pixels, groups, maps, task, columns, rows, side)
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #c821fa81
 def _check_logits(logits, classes, task):
-    "Logits as float64 `[N, C]`, and the names of their columns: a single column of a binary task is that of the second class"
+    """Logits as float64 `[N, C]`, and the names of their columns.
+
+    A single column of a binary task is that of the second class"""
     classes,logits = check_task_classes(classes, task),_array(logits).astype(np.float64)
     single = task == 'binary' and (logits.ndim == 1 or logits.shape[1:] == (1,))
-    if not single and logits.shape[1:] != (len(classes),): raise ValueError(f'logits must be [N, {len(classes)}] for classes {classes}, got {list(logits.shape)}')
-    if not logits.size: raise ValueError('logits must hold an image at least')
+    if not single and logits.shape[1:] != (len(classes),):
+        raise ValueError(f'logits must be [N, {len(classes)}] for classes {classes}, got {list(logits.shape)}')
+    if not logits.size: raise ValueError(f'logits must contain at least one image, got {list(logits.shape)}')
     if not np.isfinite(logits).all(): raise ValueError('logits must be finite, got NaN or infinity')
     if single: return logits.reshape(-1, 1),classes[1:]
     if task != 'multilabel' and logits.min() >= 0 and abs(logits.sum(1)-1).max() < 1e-3:
-        raise ValueError('logits must be unnormalized scores, got rows that sum to 1: if you have probabilities only, pass their logarithms')
+        raise ValueError('logits must be unnormalized scores, got rows that sum to 1: if you have probabilities only, '
+                         'pass their logarithms')
     return logits,classes
 
-def _log_answers(logits, temperature, one_of_many):
+def _log_probabilities(logits, temperature, exclusive):
     "Log probabilities of the classes, [1, C]; of presence and absence of each label, [2, L]"
     z = logits/temperature
-    return log_softmax(z)[None] if one_of_many else np.stack([log_expit(z), log_expit(-z)])
+    return log_softmax(z)[None] if exclusive else np.stack([log_expit(z), log_expit(-z)])
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #782ff466
+# Long because: what is computed and shown at one temperature is one class; its methods are a few lines each
 class TemperatureExplorer(_Explorer):
-    "Soft answers of models to one image at one temperature; made by `explore_temperature`"
-    def __init__(self, logits, names, one_of_many, temperature, pixels, actual, groups):
-        self.models,self._logits,self._names,self._one_of_many = list(logits),logits,names,one_of_many
+    "Soft outputs of models for one image at one temperature; made by `explore_temperature`"
+    def __init__(self, logits, names, exclusive, temperature, pixels, actual, groups):
+        self.models,self._logits,self._names,self._exclusive = list(logits),logits,names,exclusive
         self._pixels,self._actual,self._groups = pixels,actual,groups
-        n = len(logits[self.models[0]])
-        slider = ipywidgets.FloatLogSlider(description='Temperature', base=2, min=-2, max=4, step=.125, readout_format='.2f', layout=dict(width='380px'))
+        layout,last = dict(width='380px'),len(logits[self.models[0]])-1
+        log_range = dict(base=2, min=-2, max=4, step=.125, readout_format='.2f')
+        slider = ipywidgets.FloatLogSlider(description='Temperature', **log_range, layout=layout)
         slider.value = _checked(slider, 'temperature', temperature)
-        super().__init__(dict(temperature=slider, image=ipywidgets.IntSlider(description='Image', min=0, max=n-1, layout=dict(width='380px'))))
+        image = ipywidgets.IntSlider(description='Image', min=0, max=last, layout=layout)
+        super().__init__(dict(temperature=slider, image=image))
 
-    def _answers(self):
-        v = self.value
-        return {model: _log_answers(z[v['image']], v['temperature'], self._one_of_many) for model,z in self._logits.items()}
+    def _outputs(self):
+        "{model: log probabilities} of the image at the temperature"
+        i,t = self.value['image'],self.value['temperature']
+        return {model: _log_probabilities(z[i], t, self._exclusive) for model,z in self._logits.items()}
 
     @property
     def probs(self):
-        "Soft answers: a row for each class or label, a column for each model"
-        return pd.DataFrame({model: np.exp(a[0]) for model,a in self._answers().items()}, index=self._names)
+        "Soft outputs: a row for each class or label, a column for each model"
+        return pd.DataFrame({model: np.exp(q[0]) for model,q in self._outputs().items()}, index=self._names)
 
     @property
     def numbers(self):
         "By model, in nats: entropy; KL from the first model and length of its gradient, each also times temperature²"
-        answers,t = self._answers(),self.value['temperature']
-        p,n = answers[self.models[0]],1 if self._one_of_many else len(self._names)
-        rows = {model: dict(entropy=-(np.exp(q)*q).sum()/n, kl=(np.exp(p)*(p-q)).sum()/n, gradient=np.linalg.norm(np.exp(q[0])-np.exp(p[0]))/(t*n))
-                for model,q in answers.items()}
+        outputs,t = self._outputs(),self.value['temperature']
+        p,n,rows = outputs[self.models[0]],1 if self._exclusive else len(self._names),{}
+        for model,q in outputs.items():
+            entropy,kl = -(np.exp(q)*q).sum()/n,(np.exp(p)*(p-q)).sum()/n
+            gradient = np.linalg.norm(np.exp(q[0])-np.exp(p[0]))/(t*n)
+            rows[model] = dict(entropy=entropy, kl=kl, gradient=gradient)
         return pd.DataFrame(rows).T.assign(scaled_kl=lambda f: f.kl*t**2, scaled_gradient=lambda f: f.gradient*t**2)
 
+    def _draw(self):
+        "Bars of every class and model, and the image if there is one"
+        i = self.value['image']
+        true = [False]*len(self._names) if self._actual is None else self._actual[i]
+        pixels = self._pixels(i) if self._pixels else None
+        return _draw_bars(self.probs, true, pixels, self.value['temperature']),self._sentences()
+
+    def _sentences(self):
+        i,most = self.value['image'],np.log(len(self._names) if self._exclusive else 2)
+        image = f'image {i}' if self._groups is None else f'image {i} of {self._groups[i]}'
+        per_label = '' if self._exclusive or len(self._names) == 1 else ', means over labels'
+        lines = [f'Temperature τ = {self.value["temperature"]:.2f}, {image}; in nats{per_label}.']
+        for model,row in self.numbers.iterrows():
+            line = f'{model}: entropy {row.entropy:.3f} of at most {most:.3f}'
+            if model != self.models[0]:
+                line += f'; KL from {self.models[0]} {row.kl:.4f} (× τ² {row.scaled_kl:.3f}), '
+                line += f'gradient {row.gradient:.4f} (× τ² {row.scaled_gradient:.3f})'
+            lines.append(line)
+        return lines
+
 # %% ../../nbs/evaluate/50_widgets.ipynb #71ffac97
-def _color(model, i): return COLORS.get(model, ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9')[i % 5])
+_BAR = 13 # screen pixels from one bar to the next
+_OTHER_COLORS = '#0072B2','#E69F00','#009E73','#CC79A7','#56B4E9'
+
+def _color(model, i): return COLORS.get(model, _OTHER_COLORS[i % 5])
 
 def _bar(canvas, x, y, width, height, color, hatched):
     "A bar; white lines across it, if it is hatched"
@@ -465,73 +561,76 @@ def _bar(canvas, x, y, width, height, color, hatched):
     for start in range(0, int(width)-1, 6) if hatched else (): canvas.box(x+start+2, y, 2, height, fill='white')
     canvas.box(x, y, width, height, outline='black')
 
-@patch
-def _draw(self:TemperatureExplorer):
-    "Bars of every class and model, and the image if there is one"
-    probs,side,bar = self.probs,150 if self._pixels else 0,13
-    true = self._actual[self.value['image']] if self._actual is not None else [False]*len(self._names)
-    marked = [_wrap(f'{name} (true)', 180, True) for name in self._names]
-    labels = [lines if t else _wrap(name, 180) for name,lines,t in zip(self._names, marked, true)]
-    x = side + 24 + ceil(max(_width(line, bold) for name,lines in zip(self._names, marked) for bold in (True, False) for line in (lines if bold else _wrap(name, 180))))
-    heights = [max(bar*len(self.models), _LINE*len(lines)) + 9 for lines in marked]
-    tops,scale = np.cumsum([28, *heights]).tolist(),320
+def _labels(names, true):
+    "Lines of each label, true ones marked; the width of the widest; and its lines where all are marked"
+    marked,unmarked = [_wrap(f'{name} (true)', 180, True) for name in names],[_wrap(name, 180) for name in names]
+    widths = [_width(line, True) for lines in marked for line in lines]
+    widths += [_width(line, False) for lines in unmarked for line in lines]
+    return [a if t else b for a,b,t in zip(marked, unmarked, true)],max(widths),marked
+
+def _draw_bars(probs, true, pixels, temperature, scale=320):
+    "A bar for each class and model, beside the image"
+    side = 0 if pixels is None else 150
+    labels,width,marked = _labels(probs.index, true)
+    x,models = side + 24 + ceil(width),list(probs)
+    heights = [max(_BAR*len(models), _LINE*len(lines)) + 9 for lines in marked] # the same for every image
+    tops = np.cumsum([28, *heights]).tolist()
     canvas = _Canvas(x+scale+60, max(tops[-1]+40, side+12))
-    self._draw_axis(canvas, x, tops, scale)
+    _draw_legend(canvas, x, models)
+    _draw_axis(canvas, x, tops, scale, temperature)
     for y,lines,bold,row in zip(tops, labels, true, probs.to_numpy()):
         for i,line in enumerate(lines): canvas.text(x-8, y+_LINE*i, line, bool(bold), anchor='ra')
         for i,p in enumerate(row):
-            _bar(canvas, x, y+bar*i, p*scale, bar-2, _color(self.models[i], i), i > 0)
-            canvas.box(x+p*scale+3, y+bar*i, 36, bar-2, fill='white')
-            canvas.text(x+p*scale+5, y+bar*i+(bar-2)/2, f'{p:.3f}', anchor='lm')
-    if self._pixels: canvas.put(self._pixels(self.value['image']), 4, 6, side)
-    return canvas,self._sentences()
+            top,high = y+_BAR*i,_BAR-2
+            _bar(canvas, x, top, p*scale, high, _color(models[i], i), i > 0)
+            canvas.box(x+p*scale+3, top, 36, high, fill='white')
+            canvas.text(x+p*scale+5, top+high/2, f'{p:.3f}', anchor='lm')
+    if pixels is not None: canvas.put(pixels, 4, 6, side)
+    return canvas
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #8bac3d8b
-@patch
-def _draw_axis(self:TemperatureExplorer, canvas, x, tops, scale):
-    "A legend above the bars, lines behind them and their values below"
-    start = x
-    for i,model in enumerate(self.models):
-        _bar(canvas, start, 7, 18, 11, _color(model, i), i > 0)
-        canvas.text(start+23, 5, model)
-        start += 40 + ceil(_width(model))
+def _draw_legend(canvas, x, models):
+    for i,model in enumerate(models):
+        _bar(canvas, x, 7, 18, 11, _color(model, i), i > 0)
+        canvas.text(x+23, 5, model)
+        x += 40 + ceil(_width(model))
+
+def _draw_axis(canvas, x, tops, scale, temperature):
+    "Lines behind the bars and their values below"
     for tick in (0, .25, .5, .75, 1):
         canvas.box(x+tick*scale-.5, tops[0]-4, 1, tops[-1]-tops[0], fill='#BBBBBB')
         canvas.text(x+tick*scale, tops[-1], f'{tick:g}', anchor='ma')
-    canvas.text(x+scale/2, tops[-1]+_LINE, f'probability at temperature {self.value["temperature"]:.2f}', anchor='ma')
-
-@patch
-def _sentences(self:TemperatureExplorer):
-    v,most = self.value,np.log(len(self._names)) if self._one_of_many else np.log(2)
-    where = f'image {v["image"]}' + (f' of {self._groups[v["image"]]}' if self._groups is not None else '')
-    per_label = '' if self._one_of_many or len(self._names) == 1 else ', means over labels'
-    lines = [f'Temperature τ = {v["temperature"]:.2f}, {where}; in nats{per_label}.']
-    for model,row in self.numbers.iterrows():
-        line = f'{model}: entropy {row.entropy:.3f} of at most {most:.3f}'
-        if model != self.models[0]:
-            line += f'; KL from {self.models[0]} {row.kl:.4f} (× τ² {row.scaled_kl:.3f}), gradient {row.gradient:.4f} (× τ² {row.scaled_gradient:.3f})'
-        lines.append(line)
-    return lines
+    label = f'probability at temperature {temperature:.2f}'
+    canvas.text(x+scale/2, tops[-1]+_LINE, label, anchor='ma')
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #f0e898cb
 def explore_temperature(
-    logits,                # Unnormalized scores `[N, C]`, for a binary task also `[N]` or `[N, 1]`; or a dict of them by model, the teacher first
+    # Unnormalized scores `[N, C]`, for a binary task also `[N]` or `[N, 1]`; or a dict of them by model, teacher first
+    logits,
     classes,               # Names, in the order of the columns
     images=None,           # As for `browse_mistakes`
-    targets=None,          # As for `browse_mistakes`; marks what is true
+    targets=None,          # As for `browse_mistakes`; marks the true labels
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
-    groups=None,           # Patient, lesion or tile of each image, `[N]`; a loader's own, if not given
-    temperature:float=4.,  # To begin with, from 1/4 to 16
+    groups=None,           # Patient, lesion or tile of each image, `[N]`; default: those of a loader
+    temperature:float=4.,  # At the beginning, from 1/4 to 16
 )->TemperatureExplorer: # `widget`, `select`, `value`, `probs`, `numbers`, `picture`
-    "Watch soft answers, their entropy and the distance between models as the temperature changes"
+    "See soft outputs, their entropy and the distance between models as the temperature changes"
     checked = {model: _check_logits(z, classes, task) for model,z in _by_model(logits, 'logits', 'teacher').items()}
-    (first,names),n_classes = next(iter(checked.values())),len(classes)
+    first,names = next(iter(checked.values()))
     for model,(z,_) in checked.items():
-        if z.shape != first.shape: raise ValueError(f'logits of all models must have one shape, got {list(first.shape)} and {list(z.shape)} of {model}')
-    actual = None if targets is None else check_targets(_array(targets), len(first), check_task_classes(classes, task), task)[0][:, n_classes-len(names):]
+        if z.shape == first.shape: continue
+        raise ValueError(f'logits of all models must have one shape, got {list(first.shape)} and {list(z.shape)} '
+                         f'of {model}')
+    actual,n = None,len(first)
+    if targets is not None:
+        actual = check_targets(_array(targets), n, check_task_classes(classes, task), task)[0]
+        actual = actual[:, len(classes)-len(names):]
     if groups is None and hasattr(images, 'decoded'): groups = images.table.group
-    if groups is not None: _check_length(groups := np.asarray(groups).astype(str), len(first), 'groups')
+    if groups is not None:
+        groups = np.asarray(groups).astype(str)
+        _check_length(groups, n, 'groups')
     if targets is not None and hasattr(images, 'decoded'): _check_same_images(images, targets, task)
-    one_of_many = task == 'multiclass' or task == 'binary' and len(names) == 2
-    pixels = None if images is None else _pixels_of(images, len(first))
-    return TemperatureExplorer({model: z for model,(z,_) in checked.items()}, names, one_of_many, temperature, pixels, actual, groups)
+    exclusive = task == 'multiclass' or task == 'binary' and len(names) == 2
+    pixels = None if images is None else _pixels_of(images, n)
+    logits = {model: z for model,(z,_) in checked.items()}
+    return TemperatureExplorer(logits, names, exclusive, temperature, pixels, actual, groups)
