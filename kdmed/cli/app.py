@@ -1,4 +1,4 @@
-"""`kdmed demo`, `distill`, `recipe` and `check`: from a folder of images to a student and its report, without Python; killed at any moment, the same command resumes
+"""`kdmed demo`, `distill`, `recipe` and `check`: from a folder of images to a student and its report, without Python; after an interruption, the same command resumes
 
 Docs: https://kdmed.github.io/kdmed/cli/app.html.md"""
 
@@ -17,56 +17,75 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from cyclopts.config import Dict
 
 from .. import __version__
-from kdmed.cli.options import (
-    FORCE, OUT, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions, RecipeName,
-    RecipeOptions, RunOptions, TrainingOptions, Whole, check_concerns, check_numbers, check_paths, one_option,
-    option_names)
+from .options import (
+    FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions,
+    RecipeOptions, RunOptions, TrainingOptions, Whole, check_concerns, check_names, check_numbers, check_paths,
+    extended_help, one_option, option_names)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 
 # %% ../../nbs/cli/10_app.ipynb #cd46dc9d
 def _run(command, *options, **more):
-    "Refuse what cannot be meant, then import what a command does, and do it"
+    "Refuse invalid options, then import what a command does, and do it"
     values = {k: v for o in options for k,v in asdict(o).items()} | more
     check_numbers(values)
+    check_names(values)
     if 'dataset' in values and (command!='recipe' or values['out'] is not None): check_concerns(values)
     check_paths(values)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # timm's, at import
+        deprecated = '`torch.jit.script` is deprecated'
+        warnings.filterwarnings('ignore', message=deprecated, category=FutureWarning) # timm's, at import
         from kdmed.cli import commands
     return getattr(commands, f'{command}_command')(values)
 
+# %% ../../nbs/cli/10_app.ipynb #4c83dfb7
+_RECIPE_OUT = Parameter(name='--out', group=RUNNING,
+                        help='folder of the run; without it, the card is printed and nothing is run')
+_PATH = Parameter(help='folder or file of images, as in --data', show_default=False)
+_SEED = one_option('first training seed', TRAINING)
+
+def _demo(*, out:Annotated[str, OUT], force:Annotated[bool, FORCE]=False, seed:Annotated[Whole, _SEED]=0,
+          run:RunOptions=RunOptions()):
+    "Try it on synthetic tissue: a few minutes, no data needed"
+    return _run('demo', run, out=out, force=force, seed=seed)
+
+def _distill(*, out:Annotated[str, OUT], force:Annotated[bool, FORCE]=False, data:DataOptions=DataOptions(),
+             loading:LoadingOptions=LoadingOptions(), pixels:PixelOptions=PixelOptions(),
+             models:ModelOptions=ModelOptions(), training:TrainingOptions=TrainingOptions(),
+             run:RunOptions=RunOptions()):
+    """Distil a student on your images, and compare it with its teacher and a plain student
+
+    After an interruption, the same command resumes."""
+    return _run('distill', data, loading, pixels, models, training, run, out=out, force=force)
+
+def _recipe(name:Annotated[str, Parameter(help=extended_help('a published system', RECIPE_NAMES))], /, *,
+            out:Annotated[Optional[str], _RECIPE_OUT]=None, data:DataOptions=DataOptions(),
+            loading:LoadingOptions=LoadingOptions(), recipe:RecipeOptions=RecipeOptions(), run:RunOptions=RunOptions()):
+    """Run a published system on your images, or its ablation table
+
+    Without --out, print its settings and where they come from."""
+    return _run('recipe', data, loading, recipe, run, name=name, out=out)
+
+def _check(path:Annotated[Optional[str], _PATH]=None, /, *, data:DataOptions=DataOptions(),
+           loading:LoadingOptions=LoadingOptions(), pixels:PixelOptions=PixelOptions(),
+           models:ModelOptions=ModelOptions(), training:TrainingOptions=TrainingOptions(), run:RunOptions=RunOptions()):
+    """Look at your images without training
+
+    Card, classes, splits, copies, unreadable files, and what a run would take in time, memory and disk."""
+    if path is not None and data.data is not None:
+        raise ValueError(f'the data are given twice, as {path} and as --data {data.data}; give them once')
+    return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
+
+# %% ../../nbs/cli/10_app.ipynb #a6af6265
 def make_app(
     config=None, # Options from a file: a cyclopts configuration
 )->App:
     "The `kdmed` command"
-    app = App(name='kdmed', version=__version__, config=config, result_action='return_value', suppress_keyboard_interrupt=False, help_format='plaintext', version_flags=['--version'],
-              help='Distil medical image classifiers, and see what the student kept. Research software, not a medical device.')
-
-    @app.command
-    def demo(*, out:Annotated[str, OUT], force:Annotated[bool, FORCE]=False, seed:Annotated[Whole, one_option('first training seed', TRAINING)]=0, run:RunOptions=RunOptions()):
-        "Try it on synthetic tissue: a few minutes, no data needed"
-        return _run('demo', run, out=out, force=force, seed=seed)
-
-    @app.command
-    def distill(*, out:Annotated[str, OUT], force:Annotated[bool, FORCE]=False, data:DataOptions=DataOptions(), loading:LoadingOptions=LoadingOptions(), pixels:PixelOptions=PixelOptions(),
-                models:ModelOptions=ModelOptions(), training:TrainingOptions=TrainingOptions(), run:RunOptions=RunOptions()):
-        "Distil a student on your images, and compare it with its teacher and a plain student; the same command resumes a run that was killed"
-        return _run('distill', data, loading, pixels, models, training, run, out=out, force=force)
-
-    @app.command
-    def recipe(name:Annotated[RecipeName, Parameter(help='a published system')], /, *, out:Annotated[Optional[str], Parameter(name='--out', help='folder of the run; without it, the card is printed and nothing is run', group=RUNNING)]=None,
-               data:DataOptions=DataOptions(), loading:LoadingOptions=LoadingOptions(), recipe:RecipeOptions=RecipeOptions(), run:RunOptions=RunOptions()):
-        "Run a published system on your images, or its ablation table; without --out, print its settings and where they come from"
-        return _run('recipe', data, loading, recipe, run, name=name, out=out)
-
-    @app.command
-    def check(path:Annotated[Optional[str], Parameter(help='folder or file of images, as in --data', show_default=False)]=None, /, *, data:DataOptions=DataOptions(), loading:LoadingOptions=LoadingOptions(), pixels:PixelOptions=PixelOptions(), models:ModelOptions=ModelOptions(), training:TrainingOptions=TrainingOptions(), run:RunOptions=RunOptions()):
-        "Look at your images without training: card, classes, splits, copies, unreadable files, and what a run would take in time, memory and disk"
-        if path is not None and data.data is not None: raise ValueError(f'the data are given twice, as {path} and as --data {data.data}; give them once')
-        return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
-
+    about = 'Distil medical image classifiers, and see what the student kept. Research software, not a medical device.'
+    app = App(name='kdmed', version=__version__, config=config, help=about, help_format='plaintext',
+              result_action='return_value', suppress_keyboard_interrupt=False, version_flags=['--version'])
+    for function in (_demo, _distill, _recipe, _check): app.command(function, name=function.__name__[1:])
     return app
 
 # %% ../../nbs/cli/10_app.ipynb #76b12960
@@ -78,7 +97,8 @@ def read_config(
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f'--config {path}: file not found')
     try: options = tomllib.loads(path.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'--config {path} is no TOML file: {e}') from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f'--config {path} is no TOML file: {e}') from e
     meant = options.pop('command', command)
     if meant!=command: raise ValueError(f'--config {path} is for `kdmed {meant}`, not for `kdmed {command}`')
     nested = [k for k,v in options.items() if isinstance(v, dict)]
@@ -108,21 +128,21 @@ class Stopped(KeyboardInterrupt):
 
 PATIENCE = 3 # seconds for a run to end by itself
 
-def _farewell(signum):
-    "What is kept, in one line"
+def _last_line(signum):
+    "Why the run ends and what is kept, in one line"
     kept = STATE.get('kept')
-    try: said = kept() if kept else 'nothing was trained'
-    except Exception: said = 'what was finished is kept'
-    name = {signal.SIGINT: 'interrupted'}.get(signum, 'stopped')
-    return f'kdmed: {name}: {said}'
+    try: text = kept().text if kept else 'nothing was trained'
+    except Exception: text = 'what was finished is kept' # the folder cannot be read
+    return f'kdmed: {"interrupted" if signum==signal.SIGINT else "stopped"}: {text}'
 
 def _end_now(signum):
     "End the process, whatever it is doing"
     if STATE.pop('armed', None) is None: return
-    sys.stderr.write('\n' + _farewell(signum) + '\n')
+    sys.stderr.write('\n' + _last_line(signum) + '\n')
     sys.stderr.flush()
     os._exit(128+signum)
 
+# %% ../../nbs/cli/10_app.ipynb #b452d653
 class _Signals:
     "Turn SIGINT and SIGTERM into `Stopped`, in the main thread of the process that runs the command"
     def __enter__(self):
@@ -135,7 +155,7 @@ class _Signals:
         if os.getpid()!=self.owner: # a process that makes batches
             signal.signal(signum, signal.SIG_DFL)
             return os.kill(os.getpid(), signum)
-        if 'armed' in STATE: return _end_now(signum) # asked twice
+        if 'armed' in STATE: return _end_now(signum) # the second signal
         STATE['armed'] = True
         timer = threading.Timer(PATIENCE, _end_now, [signum])
         timer.daemon = True
@@ -155,41 +175,18 @@ def main(
     with _Signals():
         try: return _main(argv)
         except Stopped as e:
-            print('\n'*sys.stderr.isatty() + _farewell(e.signum), file=sys.stderr, flush=True) # after ^C, or an unfinished bar
+            if sys.stderr.isatty(): print(file=sys.stderr) # after ^C, or an unfinished bar
+            print(_last_line(e.signum), file=sys.stderr, flush=True)
             STATE.pop('armed', None)
             return 128+e.signum
         except KeyboardInterrupt:
-            print(_farewell(signal.SIGINT), file=sys.stderr, flush=True)
+            print(_last_line(signal.SIGINT), file=sys.stderr, flush=True)
             return 130
-        except MissingArgumentError as e: return _refuse(f'kdmed {" ".join(e.command_chain or ())} needs {e.argument.name}: {e.argument.parameter.help}')
+        except MissingArgumentError as e:
+            command = ' '.join(['kdmed', *(e.command_chain or ())])
+            return _refuse(f'{command} needs {e.argument.name}: {e.argument.parameter.help}')
         except CycloptsError as e: return _refuse(' '.join(str(e).split()))
         except Exception as e: return _explain(e, argv)
-
-def _refuse(said):
-    print(f'kdmed: error: {said}', file=sys.stderr, flush=True)
-    return 2
-
-_HINTS = {MemoryError: 'not enough memory: choose a smaller --bs or --size, or --store to keep images on the disk', FloatingPointError: 'choose a smaller --lr'}
-
-def _in_shell_words(said):
-    "A message of a command, with arguments as options"
-    commands = sys.modules.get('kdmed.cli.commands')
-    return commands.in_shell_words(said, option_names()) if commands else said
-
-def _explain(error, argv):
-    "One line for an error, in the words of the command line"
-    if '--verbose' in argv: traceback.print_exc()
-    said = str(error).strip() or type(error).__name__
-    said = re.sub(r'^\[Errno \d+\] ', '', said)
-    if said.startswith('Exception occured in'): said = said.split(':\n\t', 1)[-1].strip() # fastai says first in which callback it was
-    said = _in_shell_words(said)
-    hint = next((h for kind,h in _HINTS.items() if isinstance(error, kind)), '')
-    if 'out of memory' in said.lower(): hint = _HINTS[MemoryError]
-    known = OSError,ValueError,TypeError,ImportError,MemoryError,RuntimeError,FloatingPointError
-    if not isinstance(error, known): said = f'{type(error).__name__}: {said}'
-    kept = STATE['kept']() if 'kept' in STATE and STATE.get('begun') else ''
-    if kept.startswith('nothing'): kept = ''
-    return _refuse('; '.join(part for part in (' '.join(said.split()), hint, kept) if part))
 
 def _main(argv):
     "Parse and run"
@@ -198,7 +195,42 @@ def _main(argv):
     if path is not None:
         command = next((a for a in argv if not a.startswith('-')), '')
         config = Dict(read_config(path, command), use_commands_as_keys=False, source=str(path))
+    def show(message, *_): print(f'kdmed: warning: {_in_shell_words(str(message))}', file=sys.stderr)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f'kdmed: warning: {_in_shell_words(str(message))}', file=sys.stderr)
+        warnings.showwarning = show
         status = make_app(config)(argv, exit_on_error=False, print_error=False)
     return status if isinstance(status, int) else 0
+
+# %% ../../nbs/cli/10_app.ipynb #4d11924b
+def _refuse(text):
+    "Print an error; the exit status"
+    print(f'kdmed: error: {text}', file=sys.stderr, flush=True)
+    return 2
+
+_LESS_MEMORY = 'not enough memory: choose a smaller --bs or --size, or --store to keep images on the disk'
+_HINTS = {MemoryError: _LESS_MEMORY, FloatingPointError: 'choose a smaller --lr'}
+_EXPECTED = OSError,ValueError,TypeError,ImportError,MemoryError,RuntimeError,FloatingPointError # others: their type
+
+def _in_shell_words(text):
+    "A message of a command, with options instead of arguments"
+    images = sys.modules.get('kdmed.cli.images')
+    return images.in_shell_words(text, option_names()) if images else text
+
+def _error_text(error):
+    "The message of an error, without what Python and fastai put before it"
+    text = str(error).strip() or type(error).__name__
+    text = re.sub(r'^\[Errno \d+\] ', '', text)
+    if text.startswith('Exception occured in'): # fastai names the callback first
+        text = text.split(':\n\t', 1)[-1].strip()
+    return _in_shell_words(text)
+
+def _explain(error, argv):
+    "One line for an error, with a hint and what is kept"
+    if '--verbose' in argv: traceback.print_exc()
+    text = _error_text(error)
+    hint = next((h for kind,h in _HINTS.items() if isinstance(error, kind)), '')
+    if 'out of memory' in text.lower(): hint = _LESS_MEMORY # PyTorch's
+    if not isinstance(error, _EXPECTED): text = f'{type(error).__name__}: {text}'
+    kept = STATE['kept']() if 'kept' in STATE and STATE.get('begun') else None
+    parts = ' '.join(text.split()),hint,kept.text if kept and kept.anything else ''
+    return _refuse('; '.join(part for part in parts if part))

@@ -8,14 +8,14 @@ Docs: https://kdmed.github.io/kdmed/studies/index.html.md"""
 __all__ = ['RECIPES', 'Ablation', 'BarProgress', 'DeiTLung', 'KDConvNeXt', 'LineProgress', 'MultiDim', 'MultiStage', 'Recipe',
            'Row', 'Study', 'StudyProgress', 'ablate', 'compare_backbones', 'compare_methods', 'deit_lung',
            'distillation_study', 'kd_convnext', 'load_ablation', 'methods_comparison', 'multi_dim_kd', 'multi_stage_kd',
-           'plot_methods', 'predict_teacher', 'rehearse', 'run']
+           'plot_methods', 'predict_teacher', 'register_recipe', 'rehearse', 'run']
 
 # %% ../../nbs/studies/index.ipynb #ff16c2c6
 from .ablation import Ablation, ablate, compare_backbones, load_ablation
 from .method_study import compare_methods, methods_comparison, plot_methods, predict_teacher
 from .recipes import (
     RECIPES, DeiTLung, KDConvNeXt, MultiDim, MultiStage, Recipe, Row, deit_lung, kd_convnext, multi_dim_kd,
-    multi_stage_kd, rehearse, run)
+    multi_stage_kd, register_recipe, rehearse, run)
 from .study import BarProgress, LineProgress, Study, StudyProgress, distillation_study
 
 # %% ../../nbs/studies/index.ipynb #f8ef456d
@@ -23,4 +23,4 @@ _all_ = [
     'RECIPES', 'Ablation', 'BarProgress', 'DeiTLung', 'KDConvNeXt', 'LineProgress', 'MultiDim', 'MultiStage',
     'Recipe', 'Row', 'Study', 'StudyProgress', 'ablate', 'compare_backbones', 'compare_methods', 'deit_lung',
     'distillation_study', 'kd_convnext', 'load_ablation', 'methods_comparison', 'multi_dim_kd', 'multi_stage_kd',
-    'plot_methods', 'predict_teacher', 'rehearse', 'run']
+    'plot_methods', 'predict_teacher', 'register_recipe', 'rehearse', 'run']

@@ -16,7 +16,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
 from scipy.stats import page_trend_test
 
 from ..core.basics import COLORS, figure
@@ -30,161 +29,238 @@ from ..evaluate.intervals import paired_difference
 from ..evaluate.report import DISCLAIMER, markdown_table
 from ..evaluate.scores import default_metrics, scores
 from ..evaluate.significance import holm, mean_interval
-from .recipes import Recipe, Row, deal, rehearse, study_facts, told, train_row
-from .study import check_study, claimed_folder, is_finished, note_study, run_cell
+from .recipes import RECIPES, Recipe, Row, deal, rehearse, study_facts, told, train_row
+from .study import is_finished, run_cell, study_folder
 
 # %% ../../nbs/studies/15_ablation.ipynb #42fce949
 class _Split:
-    "One way to deal the images, and the folder of its cells"
-    def __init__(self, recipe, table, folder, store, keep_models, loading=None): self.recipe,self.table,self.folder,self.store,self.keep_models,self.loading = recipe,table,folder,store,keep_models,loading
-
+    "One split of the images, and the folder of its cells"
+    def __init__(self, recipe, table, folder, store, keep_models, loading=None):
+        self.recipe,self.table,self.folder = recipe,table,folder
+        self.store,self.keep_models,self.loading = store,keep_models,loading
+        self.loaded_teacher = None
     @cached_property
     def dls(self): return self.recipe.loaders(self.table, self.store, loading=self.loading)
 
     @cached_property
     def truth(self):
-        "Targets and groups of the test images, and the numbers of training and test images"
+        "Targets and groups of the test images, and the number of training images"
         file = self.folder/'truth.npz'
         if not file.is_file():
-            targets,held = np.concatenate([y.cpu().numpy() for _,y in self.dls.test]),io.BytesIO()
-            np.savez(held, targets=targets, groups=self.dls.test.table.group.astype(str).to_numpy(str), train=len(self.dls.train_ds))
+            targets = np.concatenate([y.cpu().numpy() for _,y in self.dls.test])
+            groups,buffer = self.dls.test.table.group.astype(str).to_numpy(str),io.BytesIO()
+            np.savez(buffer, targets=targets, groups=groups, train=len(self.dls.train_ds))
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, held.getvalue())
+            write_atomic(file, buffer.getvalue())
         return dict(np.load(file))
 
     def cell(self, name, seed, train):
-        "A finished cell; trained first if need be"
-        return run_cell(self.folder/f'{name}-{seed}', lambda: self.dls, lambda home: train(self, name, seed, home), keep_model=self.keep_models or name=='teacher')
+        "A finished cell; trained first if it is not there"
+        def train_here(home): return train(self, name, seed, home)
+        keep = self.keep_models or name=='teacher'
+        return run_cell(self.folder/f'{name}-{seed}', lambda: self.dls, train_here, keep)
 
     def teacher(self, cache):
-        "The split's teacher, whose answers are kept while rows are trained"
-        if 'taught' not in vars(self): self.taught = Teacher(self.cell('teacher', 0, None).model) if not cache else TeacherCache(Teacher(self.cell('teacher', 0, None).model), self.folder/'answers')
-        return self.taught
+        "The split's teacher; with `cache`, its outputs are kept on disk until `close`"
+        if self.loaded_teacher is None:
+            teacher = Teacher(self.cell('teacher', 0, None).model)
+            self.loaded_teacher = TeacherCache(teacher, self.folder/'answers') if cache else teacher
+        return self.loaded_teacher
 
     def close(self):
-        "Let go of images, and of the teacher's answers"
-        for name in ('dls', 'taught'): vars(self).pop(name, None)
+        "Release images and teacher, and delete the teacher's cached outputs"
+        vars(self).pop('dls', None)
+        self.loaded_teacher = None
         shutil.rmtree(self.folder/'answers', ignore_errors=True)
 
 # %% ../../nbs/studies/15_ablation.ipynb #b31f1d23
-def _anew(table, resplit): return bool(resplit and check_table(table).split.isna().all())
+def _splits_anew(table, resplit): return bool(resplit and check_table(table).split.isna().all())
 
 def _make_splits(recipe, table, out, repeats, resplit, store, keep_models, loading=None):
     "The splits of a study, and [(split, seed), …] of its repetitions"
     check_integer(repeats, 'repeats', least=1)
-    tables = [deal(table, recipe.shares)] if not _anew(table, resplit) else repeat_splits(table, repeats, recipe.shares)
+    if _splits_anew(table, resplit): tables = repeat_splits(table, repeats, recipe.shares)
+    else: tables = [deal(table, recipe.shares)]
     splits = [_Split(recipe, t, out/f'split-{i}', store, keep_models, loading) for i,t in enumerate(tables)]
     return splits,[(i if len(tables) > 1 else 0, i) for i in range(repeats)]
 
+def _cells_to_train(splits, repetitions, students):
+    "[(split, row, repetition, seed), …], split by split, each with its teacher first"
+    cells = []
+    for i in range(len(splits)):
+        cells.append((i, 'teacher', i, 0))
+        for r,(split,seed) in enumerate(repetitions):
+            if split==i: cells += [(i, row, r, seed) for row in students]
+    return cells
+
 def _run_cells(splits, todo, train, progress):
-    "{(name, repetition): Cell}, whatever is not there trained first"
-    cells,done = {},-1
+    "{(name, repetition): Cell}; those that are not there are trained first"
+    cells,previous = {},None
     for i,name,repetition,seed in told(todo, progress):
-        if done not in (-1, i): splits[done].close()
-        cells[name, repetition],done = splits[i].cell(name, seed, train),i
-    splits[done].close()
+        if previous not in (None, i): splits[previous].close()
+        cells[name, repetition],previous = splits[i].cell(name, seed, train),i
+    splits[previous].close()
     return cells
 
 # %% ../../nbs/studies/15_ablation.ipynb #b174321d
 def ablate(
-    recipe:Recipe,  # One of `kdmed.studies.RECIPES`, or one like it with other settings
-    table,          # Image table; one that brings a split keeps it, and only seeds differ
+    recipe:Recipe,  # One of `kdmed.studies.RECIPES`, or one of the same kind with other settings
+    table,          # Image table; an existing split is kept, and only seeds differ
     out,            # Folder of the study: finished cells stay there, and a study that was killed resumes
-    rows=None,      # Names in `recipe.rows`; all of them if left out. `teacher` and `plain` are always among them
+    rows=None,      # Names in `recipe.rows`, all by default. `teacher` and `plain` are always among them
     repeats:int=3,  # Repetitions: splits, or seeds
     scale:float=1., # Share of the published epochs, image side and widths
-    resplit:bool=True, # Deal the images anew for each repetition, and train a new teacher
+    resplit:bool=True, # Split the images anew for each repetition, and train a new teacher
     store='memory', # Where decoded images are kept, as in `image_dls`
     cache:bool=True, # Keep a teacher's outputs on disk while its rows are trained
     keep_models:bool=False, # Keep the students' weights; the teachers' are always kept
-    progress=True,  # Show what is trained, and how long it will take; or a function that is given a line for each model
+    progress=True,  # Show what is trained and the time left; or a function that receives a line for each model
     loading=None,   # Further arguments of `image_dls`, as in `Recipe.loaders`
 ): # `Ablation`
     "Train the rows of a paper's table, and compare them"
-    if not isinstance(recipe, Recipe): raise TypeError(f'recipe must be one of kdmed.studies.RECIPES, or like them, got {recipe!r}')
-    recipe,out = recipe.scaled(scale),Path(out)
-    rows = [rows] if isinstance(rows, str) else rows
-    for row in rows or (): check_in(row, recipe.rows, 'row')
-    rows = [r for r in recipe.rows if rows is None or r in (*rows, 'teacher', 'plain')]
-    splits,repetitions = _make_splits(recipe, table, out, repeats, resplit, store, keep_models, loading)
-    check_study(out, facts := study_facts(recipe, table, kind='ablation', resplit=_anew(table, resplit)))
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f'recipe must be one of {list(RECIPES)} of kdmed.studies.RECIPES, or a Recipe like them, '
+                        f'got {recipe!r}')
+    recipe = recipe.scaled(scale)
+    rows = _rows_to_train(recipe, rows)
     students = [row for row in rows if row!='teacher']
-    todo = [c for i in range(len(splits)) for c in [(i, 'teacher', i, 0)] + [(i, row, r, seed) for r,(j,seed) in enumerate(repetitions) if j==i for row in students]]
-    if not all(is_finished(splits[i].folder/f'{row}-{seed}') for i,row,_,seed in todo): rehearse(recipe, splits[0].dls, students)
-    def train(split, row, seed, home): return train_row(recipe, row, split.dls, None if row=='teacher' else split.teacher(cache), seed + 1000*splits.index(split)*(row=='teacher'), home)
-    with claimed_folder(out, 'study'):
-        note_study(out, facts)
+    home = study_folder(out, study_facts(recipe, table, kind='ablation', resplit=_splits_anew(table, resplit)))
+    home.check()
+    splits,repetitions = _make_splits(recipe, table, home.path, repeats, resplit, store, keep_models, loading)
+    todo = _cells_to_train(splits, repetitions, students)
+    finished = [is_finished(splits[i].folder/f'{row}-{seed}') for i,row,_,seed in todo]
+    if not all(finished): rehearse(recipe, splits[0].dls, students)
+    def train(split, row, seed, home):
+        if row!='teacher': return train_row(recipe, row, split.dls, split.teacher(cache), seed, home)
+        return train_row(recipe, row, split.dls, None, seed + 1000*splits.index(split), home)
+    with home.claimed():
+        home.note()
         cells = _run_cells(splits, todo, train, progress)
+    about_rows = {r: (recipe.rows[r], recipe.architecture(r)) for r in rows}
     order = [r for r in recipe.order if r in rows]
-    pairs = [(r, 'plain') for r in rows if r!='plain'] + list(zip(order[1:], order)) + [p for p in recipe.pairs if set(p) <= set(rows)]
-    return _collect(recipe, {r: (recipe.rows[r], recipe.architecture(r)) for r in rows}, cells, splits, repetitions, table, pairs, order)
+    pairs = _pairs_to_compare(recipe, rows, order)
+    return _collect(recipe, about_rows, cells, splits, repetitions, table, pairs, order)
+
+# %% ../../nbs/studies/15_ablation.ipynb #bfc22d4f
+def _rows_to_train(recipe, names):
+    "Rows in the recipe's order; `teacher` and `plain` are always among them"
+    names = [names] if isinstance(names, str) else names
+    for name in names or (): check_in(name, recipe.rows, 'row')
+    return [r for r in recipe.rows if names is None or r in (*names, 'teacher', 'plain')]
+
+def _pairs_to_compare(recipe, rows, order):
+    "[(row, the one it is compared with), …]: with the control, along the paper's order, and the recipe's own pairs"
+    with_control = [(r, 'plain') for r in rows if r!='plain']
+    return with_control + list(zip(order[1:], order)) + [pair for pair in recipe.pairs if set(pair) <= set(rows)]
 
 # %% ../../nbs/studies/15_ablation.ipynb #ac9bd3d1
 def compare_backbones(
     recipe:Recipe,  # Whose size, epochs, augmentation, optimizer and label loss all models share
     table,          # Image table, as for `ablate`
     out,            # Folder of the study
-    names=None,     # timm names; those that the paper compares if left out
+    names=None,     # timm names; by default those that the paper compares
     repeats:int=3,  # Repetitions
     scale:float=1., # Share of the published epochs, image side and, where an architecture has one, width
-    resplit:bool=True, # Deal the images anew for each repetition
+    resplit:bool=True, # Split the images anew for each repetition
     store='memory', # Where decoded images are kept
     keep_models:bool=False, # Keep the weights
-    progress=True,  # Show what is trained, and how long it will take; or a function that is given a line for each model
+    progress=True,  # Show what is trained and the time left; or a function that receives a line for each model
     loading=None,   # Further arguments of `image_dls`, as in `Recipe.loaders`
 ): # `Ablation`, whose rows are models without a teacher
     "Train several architectures under one budget: the other table of a paper"
-    recipe,out,known = recipe.scaled(scale),Path(out),dict(recipe.backbones)
-    names = list(names or known)
-    if not names: raise ValueError(f'the paper of {recipe.name} compares no architectures: pass names, timm models such as [\'resnet50\', \'davit_tiny\']')
-    if len(names) < 2 or len(set(names)) < len(names): raise ValueError(f'names must be two different timm models or more, got {names}')
-    splits,repetitions = _make_splits(recipe, table, out, repeats, resplit, store, keep_models, loading)
-    check_study(out, facts := study_facts(recipe, table, kind='backbones', resplit=_anew(table, resplit)))
+    recipe = recipe.scaled(scale)
+    names = _backbone_names(recipe, names)
+    home = study_folder(out, study_facts(recipe, table, kind='backbones', resplit=_splits_anew(table, resplit)))
+    home.check()
+    splits,repetitions = _make_splits(recipe, table, home.path, repeats, resplit, store, keep_models, loading)
     recipes = {n: replace(recipe, teacher=n, teacher_epochs=recipe.epochs) for n in names}
-    for r in recipes.values(): r.make_teacher(splits[0].dls) # or an error, before the first hour
+    for r in recipes.values(): r.make_teacher(splits[0].dls) # or an error, before training
     todo = [(i, n, r, seed) for r,(i,seed) in enumerate(repetitions) for n in names]
-    with claimed_folder(out, 'study'):
-        note_study(out, facts)
-        cells = _run_cells(splits, todo, lambda split, n, seed, home: train_row(recipes[n], 'teacher', split.dls, None, seed, home), progress)
+    def train(split, name, seed, home): return train_row(recipes[name], 'teacher', split.dls, None, seed, home)
+    with home.claimed():
+        home.note()
+        cells = _run_cells(splits, todo, train, progress)
+    known = recipe.backbones
     rows = {n: (known.get(n, Row(n))._replace(taught=False), recipes[n].architecture('teacher')) for n in names}
-    return _collect(recipe, rows, cells, splits, repetitions, table, [(n, names[0]) for n in names[1:]], [])
+    pairs = [(n, names[0]) for n in names[1:]]
+    return _collect(recipe, rows, cells, splits, repetitions, table, pairs, [])
+
+# %% ../../nbs/studies/15_ablation.ipynb #7e5126e6
+def _backbone_names(recipe, names):
+    "The architectures to compare, two at least"
+    names = list(names or recipe.backbones)
+    if not names:
+        raise ValueError(f'recipe {recipe.name!r} lists no architectures to compare: pass names, timm models such as '
+                         "['resnet50', 'davit_tiny']")
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f'names must be two different timm models or more, got {names}')
+    return names
 
 # %% ../../nbs/studies/15_ablation.ipynb #8065b21c
 METRICS = 'balanced_accuracy','accuracy','macro_precision','macro_recall','macro_f1','weighted_f1','macro_auroc'
 
-def _metrics_of(classes, task): return list(METRICS) if task=='multiclass' else [m for m in default_metrics(classes, task) if '/' not in m]
+def _metrics_of(classes, task):
+    if task=='multiclass': return list(METRICS)
+    return [m for m in default_metrics(classes, task) if '/' not in m] # those of a single finding have a slash
 
 def _collect(recipe, rows, cells, splits, repetitions, table, pairs, order):
-    "An `Ablation` out of finished cells; the first pair's second row is the control"
+    "An `Ablation` of finished cells; the first pair's second row is the control"
     classes,task,pairs = list(table.attrs['classes']),table.attrs['task'],list(dict.fromkeys(pairs))
     metrics,given = _metrics_of(classes, task),dict(classes=classes, task=task)
     truths = [splits[i].truth for i,_ in repetitions]
-    frame = pd.DataFrame([dict(row=name, repetition=r, split=repetitions[r][0], **scores(c.test, truths[r]['targets'], metrics=metrics, **given)) for (name,r),c in cells.items()])
-    images = dict(absent=sorted({c for t in truths for c in _absent(t['targets'], given)}), train=int(truths[0]['train']), test=len(truths[0]['targets']), groups=len(set(truths[0]['groups'])))
-    about = dict(recipe=recipe.name, paper=recipe.paper, note=recipe.note, data=table.attrs.get('name', 'images'), task=task, classes=classes, metrics=metrics, control=pairs[0][1], order=order,
-                 repetitions=len(repetitions), splits=len(splits), **images, rows={name: row._asdict() | dict(model=model) for name,(row,model) in rows.items()}, card=recipe.settings().reset_index().to_dict('records'))
-    between = _between_seeds(cells, pairs, truths[0], metrics, given) if len(splits)==1 else _between_splits(frame, pairs, metrics, images['test']/images['train'])
-    return Ablation(frame, between, about, cells, truths)
+    cell_rows = []
+    for (name,r),cell in cells.items():
+        values = scores(cell.test, truths[r]['targets'], metrics=metrics, **given)
+        cell_rows.append(dict(row=name, repetition=r, split=repetitions[r][0], **values))
+    frame = pd.DataFrame(cell_rows)
+    images = _count_images(truths, given)
+    about = dict(
+        recipe=recipe.name, paper=recipe.paper, note=recipe.note, data=table.attrs.get('name', 'images'), task=task,
+        classes=classes, metrics=metrics, control=pairs[0][1], order=order, repetitions=len(repetitions),
+        splits=len(splits), **images,
+        rows={name: row._asdict() | dict(model=model) for name,(row,model) in rows.items()},
+        card=recipe.settings().reset_index().to_dict('records'))
+    if len(splits)==1: differences = _between_seeds(cells, pairs, truths[0], metrics, given)
+    else: differences = _between_splits(frame, pairs, metrics, images['test']/images['train'])
+    return Ablation(frame, differences, about, cells, truths)
+
+def _count_images(truths, given):
+    "Images and groups of the first split, and the classes that some test set lacks"
+    absent = {c for t in truths for c in _absent(t['targets'], given)}
+    first = truths[0]
+    return dict(absent=sorted(absent), train=int(first['train']), test=len(first['targets']),
+                groups=len(set(first['groups'])))
+
+def _absent(targets, about):
+    "Classes without a test image"
+    if about['task']=='multilabel': counts = np.nansum(targets, 0)
+    else: counts = np.bincount(targets.astype(int).ravel(), minlength=len(about['classes']))
+    return [c for c,n in zip(about['classes'], counts) if not n]
 
 # %% ../../nbs/studies/15_ablation.ipynb #b4517a72
-def _runs_of(cells, name): return [c.test for (n,_),c in sorted(cells.items(), key=lambda item: item[0][1]) if n==name]
+def _runs_of(cells, name):
+    "A row's test predictions, by repetition"
+    repetitions = sorted(r for n,r in cells if n==name)
+    return [cells[name, r].test for r in repetitions]
 
 def _between_seeds(cells, pairs, truth, metrics, given):
     "Differences on one split: bootstrap over test groups and seeds"
-    frames = []
+    frames,given = [],dict(groups=truth['groups'], metrics=metrics, **given)
     for a,b in pairs:
-        d = paired_difference(_runs_of(cells, a), _runs_of(cells, b), truth['targets'], groups=truth['groups'], metrics=metrics, **given)
+        d = paired_difference(_runs_of(cells, a), _runs_of(cells, b), truth['targets'], **given)
         frames.append(d.rename(columns={'value': 'difference'}).reset_index().assign(row=a, against=b))
     return _corrected(pd.concat(frames, ignore_index=True))
 
 def _between_splits(frame, pairs, metrics, test_share):
-    "Differences over splits: mean, and an interval that allows for what training sets share"
+    "Differences over splits: mean, and an interval that accounts for overlapping training sets"
     wide,rows = frame.pivot(index='repetition', columns='row', values=metrics),[]
     for a,b in pairs:
         for m in metrics:
             d = (wide[m, a] - wide[m, b]).dropna()
-            i = mean_interval(d, test_share) if len(d) > 1 else dict(mean=d.mean(), low=np.nan, high=np.nan, p=np.nan)
-            rows.append(dict(row=a, against=b, metric=m, difference=i['mean'], low=i['low'], high=i['high'], p=i['p'], note=''))
+            i = dict(mean=d.mean(), low=np.nan, high=np.nan, p=np.nan)
+            if len(d) > 1: i = mean_interval(d, test_share)
+            values = dict(difference=i['mean'], low=i['low'], high=i['high'], p=i['p'])
+            rows.append(dict(row=a, against=b, metric=m, **values, note=''))
     return _corrected(pd.DataFrame(rows))
 
 def _corrected(differences):
@@ -193,102 +269,179 @@ def _corrected(differences):
     return differences[['row', 'against', 'metric', 'difference', 'low', 'high', 'p', 'holm', 'note']]
 
 # %% ../../nbs/studies/15_ablation.ipynb #fcd68adc
+# Long because: what an ablation can show is one class; its methods are a few lines each
 class Ablation:
     """Rows of a paper's table, trained; made by `ablate` or `compare_backbones`.
 
-    `cells`: a row for each trained model, with its metrics. `differences`: rows compared, with 95 % intervals. `about`: what was done.
-    `runs`: {(row, repetition): `Cell`}, with probabilities, log and, where they are kept, weights. `truths`: for each repetition `targets` and `groups` of its test images. A study that was loaded has neither.
+    `cells`: a row for each trained model, with its metrics. `differences`: rows compared, with 95 % intervals.
+    `about`: what was done. `runs`: {(row, repetition): `Cell`}, with probabilities, log and, where they are kept,
+    weights. `truths`: for each repetition `targets` and `groups` of its test images. A study that was loaded has
+    neither `runs` nor `truths`.
     """
-    def __init__(self, cells, differences, about, runs=None, truths=()): self.cells,self.differences,self.about,self.runs,self.truths = cells,differences,about,runs or {},list(truths)
-    def __repr__(self): return '\n'.join(self.findings())
+    def __init__(self, cells, differences, about, runs=None, truths=()):
+        self.cells,self.differences,self.about = cells,differences,about
+        self.runs,self.truths = runs or {},list(truths)
 
-@patch
-def table(self:Ablation,
-    metrics=None, # Names; balanced accuracy, macro AUROC and what the paper reports if left out
-)->pd.DataFrame: # Texts: mean ± standard deviation over repetitions; `paper:` what it reports
-    "The table, beside the paper's"
-    published = [m for m in dict.fromkeys(m for r in self.about['rows'].values() for m in r['published']) if m in self.about['metrics']] # others are not of this task
-    metrics = list(dict.fromkeys(['balanced_accuracy', *published, 'macro_auroc'])) if metrics is None else list(metrics)
-    for m in metrics: check_in(m, self.about['metrics'], 'metric')
-    rows = {}
-    for name,row in self.about['rows'].items():
-        mine = self.cells[self.cells.row==name]
-        rows[name] = {'what': row['what'], 'model': row['model'], 'runs': len(mine)} | {m: _mean_sd(mine[m]) for m in metrics} | {f'paper: {m}': f"{row['published'][m]:.4g}" if m in row['published'] else '' for m in published}
-    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('row')
+    def __repr__(self): return '\n'.join(self.conclusions())
+    def _repr_markdown_(self): return _bullets(self.conclusions()) + '\n\n' + markdown_table(self.table())
 
-def _mean_sd(values): return f'{values.mean():.3f}' + (f' ± {values.std():.3f}' if values.count() > 1 else '') if values.notna().any() else 'undefined'
+    def table(self,
+        metrics=None, # Names; by default balanced accuracy, macro AUROC and what the paper reports
+    )->pd.DataFrame: # Texts: mean ± standard deviation over repetitions; `paper:` what it reports
+        "The table, beside the paper's"
+        published = _published_metrics(self.about)
+        if metrics is None: metrics = list(dict.fromkeys(['balanced_accuracy', *published, 'macro_auroc']))
+        for m in metrics: check_in(m, self.about['metrics'], 'metric')
+        rows = {}
+        for name,row in self.about['rows'].items():
+            mine,reported = self.cells[self.cells.row==name],row['published']
+            rows[name] = {'what': row['what'], 'model': row['model'], 'runs': len(mine)}
+            rows[name] |= {m: _mean_sd(mine[m]) for m in metrics}
+            rows[name] |= {f'paper: {m}': f'{reported[m]:.4g}' if m in reported else '' for m in published}
+        return pd.DataFrame.from_dict(rows, orient='index').rename_axis('row')
 
-@patch
-def order(self:Ablation,
-    metric:str='balanced_accuracy', # What the rows are ordered by
-)->pd.Series: # order: rows as the paper has them; means; holds: whether the means rise along it, each above the one before; statistic and p of Page's trend test, NaN with fewer than two repetitions or three rows
-    "Whether the paper's order holds here"
-    check_in(metric, self.about['metrics'], 'metric')
-    names = self.about['order']
-    wide = self.cells.pivot(index='repetition', columns='row', values=metric).reindex(columns=names).ffill() # one teacher may stand for all seeds
-    test = page_trend_test(wide.to_numpy()) if len(names) >= 3 and len(wide) >= 2 and wide.notna().all(axis=None) else None
-    return pd.Series(dict(order=' < '.join(names), means=', '.join(f'{m:.3f}' for m in wide.mean()), holds=bool(len(names) > 1 and (wide.mean().diff().iloc[1:] > 0).all()),
-                          statistic=test.statistic if test else np.nan, p=test.pvalue if test else np.nan, repetitions=len(wide)), name=metric)
+    def order(self,
+        metric:str='balanced_accuracy', # What the rows are ordered by
+    )->pd.Series: # `order`, `means`, `holds`, `statistic`, `p`, `repetitions`
+        """Whether the paper's order holds here.
+
+        `order`: the rows in the paper's order. `holds`: whether the means rise along it, each above the one before.
+        `statistic` and `p` of Page's trend test are NaN with fewer than two repetitions or three rows.
+        """
+        check_in(metric, self.about['metrics'], 'metric')
+        return _paper_order(self.cells, self.about['order'], metric)
+
+    def findings(self, metric='balanced_accuracy'): return self.conclusions(metric) # as of a `Comparison`
+
+    def conclusions(self,
+        metric:str='balanced_accuracy', # What the rows are compared by
+    )->list: # Sentences
+        "What the study concludes, the data it is about first"
+        about = self.about
+        mine = self.differences[(self.differences.metric==metric) & (self.differences.against==about['control'])]
+        sentences = [*_data_sentences(about), *[_difference_sentence(r) for r in mine.itertuples()]]
+        if about['absent']:
+            sentences.append(f"No test image shows {', '.join(about['absent'])}: means over classes leave it out.")
+        return sentences + (_order_sentences(self.order(metric), about) if len(about['order']) > 1 else [])
+
+    def plot(self,
+        metric:str=None, # By default the first that the paper reports, or balanced accuracy where it reports none
+    ): # Figure
+        "Every trained model as a dot, the means, and beside them the paper's numbers"
+        return _plot_rows(self.cells, self.about, metric)
+
+    def to_markdown(self)->str:
+        "The study as Markdown: conclusions, the table, differences"
+        about = self.about
+        card = pd.DataFrame(about['card']).set_index('setting')
+        parts = [
+            f"# {about['recipe']}: rows compared", about['paper'], _bullets(self.conclusions()),
+            '![rows](ablation.png)',
+            '## Rows', markdown_table(self.table()),
+            '## Differences', markdown_table(_differences_as_text(self.differences)),
+            '## Settings', markdown_table(card), DISCLAIMER]
+        return '\n\n'.join(parts) + '\n'
+
+    def save(self,
+        folder,               # Made if missing
+        overwrite:bool=False, # Replace what is there
+    )->Path: # The folder
+        "Write numbers as CSV, the study as Markdown, and the figure as PNG and SVG"
+        folder = Path(folder)
+        there = [f for f in ABLATION_FILES if (folder/f).exists()]
+        if there and not overwrite:
+            raise FileExistsError(f'{folder} already holds {", ".join(there)}; choose another folder, or pass '
+                                  'overwrite=True')
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix='.part-') as part:
+            _write_files(self, Path(part))
+            for name in ABLATION_FILES: os.replace(Path(part)/name, folder/name)
+        return folder
+
+# %% ../../nbs/studies/15_ablation.ipynb #bc0d75ec
+def _published_metrics(about):
+    "Metrics that the paper reports, those of this task"
+    names = dict.fromkeys(m for row in about['rows'].values() for m in row['published'])
+    return [m for m in names if m in about['metrics']]
+
+def _mean_sd(values):
+    if not values.notna().any(): return 'undefined'
+    return f'{values.mean():.3f}' + (f' ± {values.std():.3f}' if values.count() > 1 else '')
+
+def _paper_order(cells, names, metric):
+    "The means along the paper's order, and Page's trend test"
+    wide = cells.pivot(index='repetition', columns='row', values=metric).reindex(columns=names)
+    wide = wide.ffill() # one teacher may stand for all seeds
+    means,testable = wide.mean(),len(names) >= 3 and len(wide) >= 2 and wide.notna().all(axis=None)
+    test = page_trend_test(wide.to_numpy()) if testable else None
+    holds = bool(len(names) > 1 and (means.diff().iloc[1:] > 0).all())
+    statistic,p = (test.statistic, test.pvalue) if test else (np.nan, np.nan)
+    return pd.Series(dict(order=' < '.join(names), means=', '.join(f'{m:.3f}' for m in means), holds=holds,
+                          statistic=statistic, p=p, repetitions=len(wide)), name=metric)
 
 # %% ../../nbs/studies/15_ablation.ipynb #05136f75
-def _absent(targets, a):
-    "Classes that no test image shows"
-    shown = np.nansum(targets, 0) if a['task']=='multilabel' else np.bincount(targets.astype(int).ravel(), minlength=len(a['classes']))
-    return [c for c,n in zip(a['classes'], shown) if not n]
+FEW_GROUPS = 20 # with so few patients, 95 % bootstrap intervals contained the truth in 86 to 90 % of simulated studies
 
-FEW_GROUPS = 20 # of so few patients, 95 % bootstrap intervals held the truth in 86 to 90 % of simulated studies
+def _bullets(sentences): return '\n'.join(f'- {s}' for s in sentences)
 
-def _repetitions(a): return f"{a['repetitions']} {'split' if a['splits'] > 1 else 'seed'}{'s'*(a['repetitions']!=1)}"
+def _repetitions(about):
+    n,what = about['repetitions'],'split' if about['splits'] > 1 else 'seed'
+    return f'{n} {what}' if n==1 else f'{n} {what}s'
 
-def _difference_said(r):
-    if np.isnan(r.low): return f'{r.row} − {r.against}: {r.difference:+.3f}, one repetition, no interval'
-    return f'{r.row} − {r.against}: {r.difference:+.3f} ({r.low:+.3f} to {r.high:+.3f})' + (f', Holm p {r.holm:.3f}' if np.isfinite(r.holm) else ', without spread') + (f' ({r.note})' if r.note else '')
+def _data_sentences(about):
+    "What was scaled down; images, groups and splits; a warning where groups are few"
+    sentences = [about['note']] if about['note'] else []
+    images = f"n = {about['test']:,} test images of {about['groups']:,} groups"
+    several = about['splits'] > 1
+    if several:
+        splits = f"{about['repetitions']} splits by group, a seed for each"
+        images += ' in the first split'
+    else: splits = f'one split by group, {_repetitions(about)}'
+    sentences.append(f"{about['data']}: {splits}; {images}, {about['train']:,} training images.")
+    if not several and about['groups'] < FEW_GROUPS:
+        sentences.append(f"{about['groups']} test groups are few: the intervals are too narrow.")
+    return sentences
 
-@patch
-def findings(self:Ablation,
-    metric:str='balanced_accuracy', # What the rows are judged by
-)->list: # Sentences
-    "What the study shows, in words"
-    a,said = self.about,[]
-    if a['note']: said.append(a['note'])
-    luck = f"{a['repetitions']} splits by group, a seed for each" if a['splits'] > 1 else f"one split by group, {_repetitions(a)}"
-    said.append(f"{a['data']}: {luck}; n = {a['test']:,} test images of {a['groups']:,} groups" + (' in the first split' if a['splits'] > 1 else '') + f", {a['train']:,} training images.")
-    if a['splits']==1 and a['groups'] < FEW_GROUPS: said.append(f"{a['groups']} test groups are few: the intervals are too narrow.")
-    mine = self.differences[(self.differences.metric==metric) & (self.differences.against==a['control'])]
-    said += [_difference_said(r) + '.' for r in mine.itertuples()]
-    if a['absent']: said.append(f"No test image shows {', '.join(a['absent'])}: means over classes leave it out.")
-    return said + (self._order_said(metric) if len(a['order']) > 1 else [])
+def _difference_sentence(row):
+    text = f'{row.row} − {row.against}: {row.difference:+.3f}'
+    if np.isnan(row.low): return text + ', one repetition, no interval.'
+    text += f' ({row.low:+.3f} to {row.high:+.3f})'
+    text += f', Holm p {row.holm:.3f}' if np.isfinite(row.holm) else ', without spread'
+    return text + (f' ({row.note}).' if row.note else '.')
 
-@patch
-def _order_said(self:Ablation, metric):
-    "What became of the paper's order: its means, and its ranks"
-    o = self.order(metric)
-    said = [f"The paper's order is {o.order}. The means of {metric.replace('_', ' ')} here, {o.means}, {'rise all along it' if o.holds else 'do not rise all along it'}."]
-    if np.isfinite(o.p): said.append(f"Whether ranks tend to rise along it, with exceptions, is another question: Page's trend test over {_repetitions(self.about)} has p = {o.p:.3f}.")
-    return said
+def _order_sentences(order, about):
+    "Whether the means rise along the paper's order, and whether ranks do"
+    metric,rise = order.name.replace('_', ' '),'rise' if order.holds else 'do not rise'
+    sentences = [f"The paper's order is {order.order}. The means of {metric} here, {order.means}, {rise} all along it."]
+    if np.isfinite(order.p):
+        sentences.append('Whether ranks tend to rise along it, with exceptions, is another question: '
+                         f"Page's trend test over {_repetitions(about)} has p = {order.p:.3f}.")
+    return sentences
 
 # %% ../../nbs/studies/15_ablation.ipynb #8535ad22
-@patch
-def plot(self:Ablation,
-    metric:str=None, # The paper's first, or balanced accuracy where it reports none, if left out
-): # Figure
+def _plot_rows(cells, about, metric=None):
     "Every trained model as a dot, the means, and beside them the paper's numbers"
-    rows = self.about['rows']
-    reported = [m for m in dict.fromkeys(m for r in rows.values() for m in r['published']) if m in self.about['metrics']]
-    metric = metric or next(iter(reported), 'balanced_accuracy' if 'balanced_accuracy' in self.about['metrics'] else 'macro_auroc')
-    check_in(metric, self.about['metrics'], 'metric')
+    rows,reported = about['rows'],_published_metrics(about)
+    default = 'balanced_accuracy' if 'balanced_accuracy' in about['metrics'] else 'macro_auroc'
+    metric = metric or next(iter(reported), default)
+    check_in(metric, about['metrics'], 'metric')
     fig,axes = figure(1, 1 + (metric in reported), height=1.1 + .27*len(rows), sharey=True, squeeze=False)
-    _draw_rows(axes[0, 0], self.cells, rows, metric)
+    _draw_rows(axes[0, 0], cells, rows, metric)
     if metric in reported: _draw_published(axes[0, 1], rows, metric)
-    fig.suptitle(_caption(self.about), fontsize=9)
+    fig.suptitle(_caption(about), fontsize=9)
     return fig
+
+def _color_of(name, row):
+    if name=='teacher': return COLORS['teacher']
+    return COLORS['distilled' if row['taught'] else 'plain']
 
 def _draw_rows(ax, cells, rows, metric):
     for y,(name,row) in enumerate(rows.items()):
-        values,color = cells[cells.row==name][metric],COLORS['teacher' if name=='teacher' else 'distilled' if row['taught'] else 'plain']
+        values,color = cells[cells.row==name][metric],_color_of(name, row)
         ax.plot(values, np.full(len(values), y), 'o', color=color, ms=4, alpha=.5)
         ax.plot(values.mean(), y, '|', color=color, ms=14, mew=2.5)
-    ax.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows)-.5, -.5), xlabel=f'{metric.replace("_", " ")}, here')
+    ax.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows)-.5, -.5))
+    ax.set_xlabel(f'{metric.replace("_", " ")}, here')
     ax.grid(axis='x', color='.9')
 
 def _draw_published(ax, rows, metric):
@@ -297,55 +450,43 @@ def _draw_published(ax, rows, metric):
     ax.set(xlabel=f'{metric.replace("_", " ")}, in the paper')
     ax.grid(axis='x', color='.9')
 
-def _caption(a):
-    scaled = f"scaled to {a['note'].split(' ')[2]}; " if a['note'] else ''
-    return f"{a['recipe']} on {a['data']}; {scaled}n = {a['test']:,} test images, {_repetitions(a)}"
+def _caption(about):
+    scale = next(float(setting['value']) for setting in about['card'] if setting['setting']=='scale')
+    scaled = f'scaled to {scale:.2g}; ' if scale!=1 else ''
+    return f"{about['recipe']} on {about['data']}; {scaled}n = {about['test']:,} test images, {_repetitions(about)}"
 
 # %% ../../nbs/studies/15_ablation.ipynb #f69e893a
-@patch
-def to_markdown(self:Ablation)->str:
-    "The study as Markdown: findings, the table, differences"
-    shown = self.differences[self.differences.metric.isin(['balanced_accuracy', 'macro_auroc', 'macro_f1'])]
-    frame = pd.DataFrame([{'': f'{r.row} − {r.against}', 'metric': r.metric, 'difference': f'{r.difference:+.3f}', '95 % interval': '' if np.isnan(r.low) else f'{r.low:+.3f} to {r.high:+.3f}', 'Holm p': '' if np.isnan(r.holm) else f'{r.holm:.3f}'} for r in shown.itertuples()]).set_index('')
-    parts = [f"# {self.about['recipe']}: rows compared", self.about['paper'], '\n'.join(f'- {s}' for s in self.findings()), '![rows](ablation.png)', '## Rows', markdown_table(self.table()), '## Differences', markdown_table(frame), '## Settings', markdown_table(pd.DataFrame(self.about['card']).set_index('setting')), DISCLAIMER]
-    return '\n\n'.join(parts) + '\n'
-
-@patch
-def _repr_markdown_(self:Ablation): return '\n'.join(f'- {s}' for s in self.findings()) + '\n\n' + markdown_table(self.table())
-
-# %% ../../nbs/studies/15_ablation.ipynb #ec5ed42d
 ABLATION_FILES = 'cells.csv','differences.csv','about.json','ablation.md','ablation.png','ablation.svg'
 
-@patch
-def save(self:Ablation,
-    folder,               # Made if missing
-    overwrite:bool=False, # Replace what is there
-)->Path: # The folder
-    "Write numbers as CSV, the study as Markdown, and the figure as PNG and SVG"
-    folder = Path(folder)
-    held = [f for f in ABLATION_FILES if (folder/f).exists()]
-    if held and not overwrite: raise FileExistsError(f'{folder} already holds {", ".join(held)}; choose another folder, or pass overwrite=True')
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.part-') as part:
-        self._write_files(Path(part))
-        for name in ABLATION_FILES: os.replace(Path(part)/name, folder/name)
-    return folder
+def _differences_as_text(differences):
+    "The differences of three metrics, as texts"
+    shown = differences[differences.metric.isin(['balanced_accuracy', 'macro_auroc', 'macro_f1'])]
+    rows = []
+    for r in shown.itertuples():
+        interval = '' if np.isnan(r.low) else f'{r.low:+.3f} to {r.high:+.3f}'
+        p = '' if np.isnan(r.holm) else f'{r.holm:.3f}'
+        rows.append({'': f'{r.row} − {r.against}', 'metric': r.metric, 'difference': f'{r.difference:+.3f}',
+                     '95 % interval': interval, 'Holm p': p})
+    return pd.DataFrame(rows).set_index('')
 
-@patch
-def _write_files(self:Ablation, folder):
-    self.cells.to_csv(folder/'cells.csv', index=False, float_format='%.6g')
-    self.differences.to_csv(folder/'differences.csv', index=False, float_format='%.6g')
-    (folder/'about.json').write_text(json.dumps(self.about, indent=1, ensure_ascii=False), encoding='utf-8')
-    (folder/'ablation.md').write_text(self.to_markdown(), encoding='utf-8')
+def _write_files(study, folder):
+    study.cells.to_csv(folder/'cells.csv', index=False, float_format='%.6g')
+    study.differences.to_csv(folder/'differences.csv', index=False, float_format='%.6g')
+    (folder/'about.json').write_text(json.dumps(study.about, indent=1, ensure_ascii=False), encoding='utf-8')
+    (folder/'ablation.md').write_text(study.to_markdown(), encoding='utf-8')
     with plt.rc_context({'svg.hashsalt': 'kdmed'}):
-        fig = self.plot()
-        for kind in ('png', 'svg'): fig.savefig(folder/f'ablation.{kind}', dpi=150, metadata={'Date': None} if kind=='svg' else None)
+        fig = study.plot()
+        fig.savefig(folder/'ablation.png', dpi=150)
+        fig.savefig(folder/'ablation.svg', dpi=150, metadata={'Date': None})
     plt.close(fig)
 
 def load_ablation(
-    folder, # Holds what `Ablation.save` wrote
+    folder, # Contains what `Ablation.save` wrote
 )->Ablation:
-    "A study out of its folder"
+    "A study from its folder"
     folder = Path(folder)
-    if missing := [f for f in ABLATION_FILES[:3] if not (folder/f).is_file()]: raise FileNotFoundError(f'no study in {folder}: {", ".join(missing)} not found')
-    return Ablation(pd.read_csv(folder/'cells.csv'), pd.read_csv(folder/'differences.csv', dtype={'note': str}).fillna({'note': ''}), json.loads((folder/'about.json').read_text(encoding='utf-8')))
+    if missing := [f for f in ABLATION_FILES[:3] if not (folder/f).is_file()]:
+        raise FileNotFoundError(f'no study in {folder}: {", ".join(missing)} not found')
+    cells = pd.read_csv(folder/'cells.csv')
+    differences = pd.read_csv(folder/'differences.csv', dtype={'note': str}).fillna({'note': ''})
+    return Ablation(cells, differences, json.loads((folder/'about.json').read_text(encoding='utf-8')))

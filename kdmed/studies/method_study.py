@@ -1,4 +1,4 @@
-"""One plain student, and one for every way to distil: the same data, the same budget, the same seeds, and the difference with its interval
+"""One plain student, and one for every distillation method: the same data, the same budget, the same seeds, and the difference with its interval
 
 Docs: https://kdmed.github.io/kdmed/studies/method_study.html.md"""
 
@@ -8,9 +8,8 @@ Docs: https://kdmed.github.io/kdmed/studies/method_study.html.md"""
 __all__ = ['compare_methods', 'predict_teacher', 'methods_comparison', 'plot_methods']
 
 # %% ../../nbs/studies/05_method_study.ipynb #88981758
-from contextlib import nullcontext
 from copy import deepcopy
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,103 +19,127 @@ from torch import nn
 
 from ..core.basics import COLORS, figure
 from ..core.checks import check_in, check_integer, check_number, check_seed
-from ..data.store import digest, value_text
+from ..core.fingerprints import digest, value_text, weights_checksum
 from ..train.resume import Resume
-from ..distill.methods import METHODS, SEVERAL, check_fit, distill_callbacks, fit_classifier
+from ..distill.methods import check_fit, distill_callbacks, fit_classifier
+from ..distill.registry import METHODS, SEVERAL
 from ..distill.teacher import Teacher
 from ..evaluate.intervals import evaluate, paired_difference
 from ..evaluate.metrics import predict
-from kdmed.studies.study import (
-    check_study, claimed_folder, data_facts, model_facts, new_model, note_study, read_study, run_cell,
-    weights_checksum)
+from .study import data_facts, model_facts, new_model, run_cell, study_folder
 
 # %% ../../nbs/studies/05_method_study.ipynb #c8ae6099
-def _study_facts(dls, student, teacher, epochs, lr):
-    "What must be the same when a study resumes"
-    teachers = dict(teacher=[weights_checksum(m) for m in teacher.models])
-    return dict(kind='methods', **data_facts(dls), views=_views_of(dls.train), student=model_facts(student), **teachers, settings=dict(epochs=epochs, lr=lr))
+def _study_facts(dls, student, teacher, epochs, lr, methods):
+    "What must be the same when a study resumes; methods may be added"
+    facts = dict(kind='methods', **data_facts(dls), views=_views_of(dls.train), student=model_facts(student))
+    methods = {name: m if isinstance(m, str) else digest(value_text(m)) for name,m in methods.items()}
+    teachers = [weights_checksum(m) for m in teacher.models]
+    return facts | dict(teacher=teachers, settings=dict(epochs=epochs, lr=lr), methods=methods)
 
 def _views_of(dl):
-    "What decides the pixels a student sees, as far as that can be known"
+    "What determines the pixels a student is trained on, as far as it is known"
     try: return f'{dl.pixels_key()} × {dl.views}'
     except (AttributeError, ValueError): return None
-
-def _open_study(folder, facts, methods):
-    "Raise an error if a folder holds a study of other settings, data or teacher, or other methods of these names; else note the methods"
-    before = read_study(folder).get('methods', {})
-    check_study(folder, facts | dict(methods=before))
-    if other := [name for name,m in methods.items() if before.get(name, m)!=m]: raise ValueError(f'{folder} holds another study: method {other[0]!r} was {before[other[0]]}, is {methods[other[0]]}. Choose another folder, or another name')
-    note_study(folder, facts | dict(methods=before | methods))
-
-def _identity(method): return method if isinstance(method, str) else digest(value_text(method))
 
 # %% ../../nbs/studies/05_method_study.ipynb #17b8fde8
 def compare_methods(
     dls,              # From `image_dls`, with test images
     teacher,          # Trained: `Teacher`, Module or Learner
     student,          # timm name, or function that makes a model: the same for every method
-    methods=None,     # Names in `METHODS`, or a dict from names of your own to functions (student, teacher) → callbacks; all that suit any student by default
+    # Names in `METHODS`, functions of your own (student, teacher) → callbacks, a list of both, or a dict from names of
+    # your own to either; by default all in `METHODS` that suit any student
+    methods=None,
     epochs:int=10,    # Passes over the training images, for every student
     lr:float=3e-3,    # Peak learning rate
     seeds=(0, 1, 2),  # One student of each method, and one plain one, for each
     folder=None,      # Where predictions are kept, so that an interrupted study resumes; not kept by default
     progress:bool=True, # Print which student is trained
-    on:str='test',    # Images by which they are judged: `valid` to choose a method, and `test` to report what it does
+    on:str='test',    # Images to predict: `valid` to choose a method, and `test` to report on it
 )->dict: # Name: probabilities [N, C] for these images, one for each seed; `teacher` and `plain` first
     "Train students by many methods, with equal budget, and predict images that none was trained on"
     _check_on(dls, on)
-    if isinstance(student, nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each one starts afresh')
+    if isinstance(student, nn.Module):
+        raise TypeError('student must be a timm name or a function that makes a model, so that each one starts afresh')
     _check_numbers(epochs, lr, seeds)
-    methods,teacher = _named(methods, dls),teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    methods,teacher = _by_name(methods, dls),teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     taps,model = teacher.taps,new_model(student, dls, 0)
     _rehearse(dls, model, teacher, methods, taps)
+    def train(name, seed, home=None):
+        if progress: print(f'seed {seed}: {name}', flush=True)
+        teacher.taps,teacher.capture = taps,None # not those of the method before
+        return _train(dls, student, teacher, methods.get(name), epochs, lr, seed, home)
+
     predictions = {'teacher': [predict_teacher(teacher, dls, on)], 'plain': []} | {name: [] for name in methods}
-    folder = Path(folder) if folder is not None else None
-    with nullcontext() if folder is None else claimed_folder(folder, 'study'):
-        if folder is not None: _open_study(folder, _study_facts(dls, model, teacher, epochs, lr), {name: _identity(m) for name,m in methods.items()})
-        for seed in seeds:
-            for name in ['plain', *methods]:
-                def train(home=None):
-                    if progress: print(f'seed {seed}: {name}', flush=True)
-                    teacher.taps,teacher.capture = taps,None # not those of the method before
-                    return _train(dls, student, teacher, methods.get(name), epochs, lr, seed, home)
-                predictions[name].append(predict(train(), getattr(dls, on))[0].astype(np.float32) if folder is None else getattr(run_cell(folder/f'{name}-{seed}', dls, train, keep_model=False), on))
+    runs = [(name, seed) for seed in seeds for name in ('plain', *methods)]
+    if folder is None:
+        for run in runs: predictions[run[0]].append(predict(train(*run), getattr(dls, on))[0].astype(np.float32))
+        return predictions
+    home = study_folder(folder, _study_facts(dls, model, teacher, epochs, lr, methods), growing=['methods'])
+    with home.claimed():
+        home.note()
+        for name,seed in runs:
+            cell = run_cell(home.path/f'{name}-{seed}', dls, partial(train, name, seed), keep_model=False)
+            predictions[name].append(getattr(cell, on))
     return predictions
 
-def _check_numbers(epochs, lr, seeds):
-    "Raise an error for numbers that cannot be meant"
-    check_integer(epochs, 'epochs', least=1)
-    check_number(lr, 'lr', above=0)
-    if isinstance(seeds, int) or not len(seeds): raise ValueError(f'seeds must be one or more integers, such as (0, 1, 2), got {seeds!r}')
-    for seed in seeds: check_seed(seed, 'seeds')
-
 # %% ../../nbs/studies/05_method_study.ipynb #1170493f
-def _named(methods, dls):
-    "Methods by name: a name in METHODS, or a function that makes callbacks"
-    def suits(m): return not m.needs and dls.task in m.tasks and (m.tasks!=SEVERAL or len(dls.classes) > 2)
-    if methods is None: methods = [name for name,m in METHODS.items() if suits(m)]
-    if isinstance(methods, str): methods = [methods]
-    if not isinstance(methods, dict):
-        for name in methods: check_in(name, ['auto', *METHODS], 'method')
-        methods = {name: name for name in methods}
+def _by_name(methods, dls):
+    "{name: method}; a method is a name in `METHODS`, or a function (student, teacher) → callbacks"
+    if methods is None: methods = [name for name,m in METHODS.items() if _suits_any_student(m, dls)]
+    if isinstance(methods, str) or callable(methods): methods = [methods]
+    if not isinstance(methods, dict): methods = _named_after_functions(methods)
+    for name,method in methods.items(): _check_method(name, method)
     if taken := {'teacher', 'plain'} & set(methods): raise ValueError(f'{sorted(taken)} cannot be names of methods')
     return methods
 
-def _train(dls, student, teacher, method, epochs, lr, seed, home=None):
-    "A student of one method; None is the plain one. With a folder for checkpoints it resumes where it was"
-    made = new_model(student, dls, seed)
-    cbs = [] if method is None else _callbacks(method, made, teacher)
-    return fit_classifier(dls, made, epochs, lr, seed, cbs=[*cbs, *([] if home is None else [Resume(home, minutes=10)])], progress=False)
+def _suits_any_student(method, dls):
+    several = method.tasks!=SEVERAL or len(dls.classes) > 2
+    return not method.needs and dls.task in method.tasks and several
 
-def _callbacks(method, student, teacher): return distill_callbacks(method, student, teacher) if isinstance(method, str) else L(method(student, teacher))
+def _named_after_functions(methods):
+    "Methods by their names; a function's name is its own"
+    named = {}
+    for method in methods:
+        name = method if isinstance(method, str) else getattr(method, '__name__', '<lambda>')
+        if name=='<lambda>':
+            raise ValueError(f"the method {method!r} has no name; pass a dict, such as methods={{'mine': function}}")
+        if named.setdefault(name, method)!=method:
+            raise ValueError(f'two methods are named {name!r}; pass a dict with a name for each')
+    return named
+
+def _check_method(name, method):
+    if isinstance(method, str): check_in(method, ['auto', *METHODS], 'method')
+    elif not callable(method):
+        raise TypeError(f'method {name!r} must be a name in METHODS or a function from student and teacher to '
+                        f'callbacks, got {method!r}')
+
+# %% ../../nbs/studies/05_method_study.ipynb #e73d5800
+def _train(dls, student, teacher, method, epochs, lr, seed, home=None):
+    "A student of one method; None is the plain one. With a folder for checkpoints it resumes from the last one"
+    model = new_model(student, dls, seed)
+    cbs = [] if method is None else [*_callbacks(method, model, teacher)]
+    if home is not None: cbs.append(Resume(home, minutes=10))
+    return fit_classifier(dls, model, epochs, lr, seed, cbs=cbs, progress=False)
+
+def _callbacks(method, student, teacher):
+    if isinstance(method, str): return distill_callbacks(method, student, teacher)
+    return L(method(student, teacher))
 
 def _rehearse(dls, model, teacher, methods, taps):
-    "Raise an error before the first hour for what would fail in the fifth"
+    "Raise an error before training for a method that would fail later, with its name"
     for name,method in methods.items():
         teacher.taps,teacher.capture = taps,None
         student = deepcopy(model)
         try: check_fit(dls, student, _callbacks(method, student, teacher))
         except (ValueError, TypeError) as e: raise ValueError(f'method {name!r}: {e}') from e
+
+def _check_numbers(epochs, lr, seeds):
+    "Raise an error for numbers that are out of range"
+    check_integer(epochs, 'epochs', least=1)
+    check_number(lr, 'lr', above=0)
+    if isinstance(seeds, int) or not len(seeds):
+        raise ValueError(f'seeds must be one or more integers, such as (0, 1, 2), got {seeds!r}')
+    for seed in seeds: check_seed(seed, 'seeds')
 
 def _check_on(dls, on):
     check_in(on, ('valid', 'test'), 'on')
@@ -128,10 +151,11 @@ def predict_teacher(
     dls,             # From `image_dls`
     on:str='test',   # Which images: `valid` or `test`
 )->np.ndarray: # Probabilities [N, C], in the order of `dls.classes`
-    "What a teacher says of images it was not trained on"
+    "A teacher's predictions for images it was not trained on"
     _check_on(dls, on)
-    teacher.meet(dls)
-    with torch.no_grad(): logits = torch.cat([teacher._answer((x.as_subclass(torch.Tensor),))[0].double().cpu() for x,_ in getattr(dls, on)])
+    teacher.match_data(dls)
+    images = (x.as_subclass(torch.Tensor) for x,_ in getattr(dls, on))
+    with torch.no_grad(): logits = torch.cat([teacher.compute((x,))[0].double().cpu() for x in images])
     return (logits.softmax(1) if dls.task=='multiclass' else logits.sigmoid()).numpy()
 
 # %% ../../nbs/studies/05_method_study.ipynb #efc2ccd9
@@ -142,12 +166,12 @@ def methods_comparison(
     n_boot:int=1000,  # Bootstrap draws of groups and seeds
     on:str='test',    # As in `compare_methods`
 )->pd.DataFrame: # A row for each model: the metric with its 95 % interval, its difference to `plain` with its own
-    "How each method did, and how far from the plain student"
+    "The metric of each method, and its difference to the plain student"
     _check_on(dls, on)
     table = getattr(dls, on).table
     given = dict(classes=table.attrs['classes'], groups=table.group.to_numpy(), task=table.attrs['task'], n_boot=n_boot)
     targets = np.concatenate([y.cpu().numpy() for _,y in getattr(dls, on)])
-    if wrong := [name for name,probs in predictions.items() if len(probs[0])!=len(targets)]: raise ValueError(f'predictions of {wrong[0]!r} are for {len(predictions[wrong[0]][0])} images, but dls has {len(targets)} {on} images: give `on` as it was given to compare_methods')
+    _check_lengths(predictions, targets, on)
     rows = {}
     for name,probs in predictions.items():
         values = evaluate(list(probs), targets, **given)
@@ -158,17 +182,28 @@ def methods_comparison(
         d = paired_difference(list(probs), list(predictions['plain']), targets, **given).loc[metric]
         rows[name] |= dict(difference=d.value, difference_low=d.low, difference_high=d.high)
     frame = pd.DataFrame.from_dict(rows, orient='index').rename_axis(metric)
-    return pd.concat([frame.loc[['teacher', 'plain']], frame.drop(index=['teacher', 'plain']).sort_values('difference', ascending=False)])
+    first = ['teacher', 'plain']
+    return pd.concat([frame.loc[first], frame.drop(index=first).sort_values('difference', ascending=False)])
 
+def _check_lengths(predictions, targets, on):
+    "Raise an error unless there is a prediction for each image"
+    for name,probs in predictions.items():
+        if len(probs[0])==len(targets): continue
+        raise ValueError(f'predictions of {name!r} are for {len(probs[0])} images, but dls has {len(targets)} {on} '
+                         'images: give `on` as it was given to compare_methods')
+
+# %% ../../nbs/studies/05_method_study.ipynb #638f442d
 def plot_methods(
     frame:pd.DataFrame, # From `methods_comparison`
-    ax=None,            # Axes to draw on; new ones if left out
+    ax=None,            # Axes to draw on; default: new ones
 ): # Axes
     "The difference of each method to the plain student, with its interval"
     rows = frame[frame.difference.notna()][::-1]
     if ax is None: _,ax = figure(height=.9 + .24*len(rows))
+    places = range(len(rows))
     ax.axvline(0, color=COLORS['plain'], lw=1)
-    ax.hlines(range(len(rows)), rows.difference_low, rows.difference_high, color=COLORS['distilled'], lw=2)
-    ax.plot(rows.difference, range(len(rows)), 'o', color=COLORS['distilled'], ms=5)
-    ax.set(yticks=range(len(rows)), yticklabels=rows.index, ylim=(-.6, len(rows)-.4), xlabel=f'{frame.index.name}, distilled − plain, 95 % interval'.replace('_', ' '))
+    ax.hlines(places, rows.difference_low, rows.difference_high, color=COLORS['distilled'], lw=2)
+    ax.plot(rows.difference, places, 'o', color=COLORS['distilled'], ms=5)
+    ax.set(yticks=places, yticklabels=rows.index, ylim=(-.6, len(rows)-.4))
+    ax.set_xlabel(f'{frame.index.name}, distilled − plain, 95 % interval'.replace('_', ' '))
     return ax

@@ -1,4 +1,4 @@
-"""Teacher, plain students and distilled students, trained alike, kept as soon as they exist, and compared; killed at any moment, it resumes
+"""Teacher, plain students and distilled students, trained alike, saved as soon as they exist, and compared; killed at any moment, it resumes
 
 Docs: https://kdmed.github.io/kdmed/studies/study.html.md"""
 
@@ -6,15 +6,13 @@ Docs: https://kdmed.github.io/kdmed/studies/study.html.md"""
 
 # %% auto #0
 __all__ = ['CELL_FILES', 'STUDY_FORMAT', 'FITS_ON_DISK', 'Cell', 'is_finished', 'save_cell', 'run_cell', 'table_checksum',
-           'data_facts', 'weights_checksum', 'model_facts', 'read_study', 'study_changes', 'check_study', 'note_study',
-           'Fit', 'TimeLeft', 'in_words', 'TellEpochs', 'StudyProgress', 'BarProgress', 'LineProgress', 'Study',
-           'new_model', 'targets_of', 'claimed_folder', 'clear_stale', 'distillation_study']
+           'data_facts', 'model_facts', 'study_folder', 'read_study', 'study_changes', 'check_study', 'note_study',
+           'clear_stale', 'Fit', 'TimeLeft', 'in_words', 'TellEpochs', 'StudyProgress', 'BarProgress', 'LineProgress',
+           'Study', 'new_model', 'targets_of', 'distillation_study']
 
 # %% ../../nbs/studies/00_study.ipynb #260134b6
-import io, json, shutil, sys, tempfile, time, zlib
-from contextlib import contextmanager
+import io, shutil, sys, tempfile, time, zlib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -24,33 +22,36 @@ import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import Adam
-from fastcore.basics import patch
 from fastcore.foundation import L
 
 from ..core.basics import count_parameters, seed_everything, unwrap, weights_size
 from ..core.checks import check_in, check_integer, check_number, check_seed
-from ..core.files import check_format, check_room, claim, write_atomic
+from ..core.files import check_room, write_atomic
+from ..core.fingerprints import weights_checksum
+from ..core.study_folders import StudyFolder, changed_settings
 from ..data.images import name_of
 from ..models.create import create_student, load_student, save_student
 from ..train.resume import Resume, read_checkpoint, write_checkpoint
 from ..distill.cache import TeacherCache
-from ..distill.methods import METHODS, TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier
+from ..distill.methods import TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier
+from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
-from ..evaluate.comparison import (
-    Comparison, compare_predictions, measure_costs, shared_groups_note, subgroup_labels)
+from ..evaluate.comparison import Comparison, compare_predictions, rehearse_report, shared_groups_note
+from ..evaluate.costs import measure_costs
 from ..evaluate.metrics import MetricByName, predict
 from ..evaluate.plots import training_history
-from ..evaluate.report import REPORT_FILES, rehearse_report
+from ..evaluate.report_files import REPORT_FILES
+from ..evaluate.subgroups import subgroup_labels
 
 # %% ../../nbs/studies/00_study.ipynb #c9f4f10f
 CELL_FILES = 'student.json','student.safetensors','weights.pt','history.csv','valid.npy','test.npy'
 
 class Cell(NamedTuple):
-    "A fit that is finished, in its folder"
+    "A finished fit, in its folder"
     folder:Path
     valid:np.ndarray # Probabilities [N, C] for the validation images
     test:np.ndarray  # The same for the test images
-    make:Callable=None # Makes the model that the weights belong to, where they do not say so themselves
+    make:Callable=None # Builds the model for weights that were saved without its spec
 
     @property
     def model(self): return _load_model(self.folder, self.make)
@@ -63,8 +64,9 @@ def is_finished(
     "Whether a cell needs no training"
     return (Path(folder)/'test.npy').is_file()
 
+# %% ../../nbs/studies/00_study.ipynb #479a1e03
 def _save_model(learn, folder):
-    "Write a model, or that of a Learner with its normalization: with its spec where it has one, else its tensors alone"
+    "Write a Module, or that of a Learner: with its spec and normalization where it has them, else its tensors alone"
     model = unwrap(learn.model if isinstance(learn, Learner) else learn)
     if hasattr(model, 'spec'): return save_student(learn, folder)
     write_checkpoint(dict(weights=model.state_dict()), folder/'weights.pt')
@@ -72,20 +74,21 @@ def _save_model(learn, folder):
 def _load_model(folder, make):
     "The model in a cell, in eval mode"
     if (folder/'student.json').is_file(): return load_student(folder)
-    if make is None or not (folder/'weights.pt').is_file(): raise FileNotFoundError(f'{folder} holds no weights: they were not kept')
+    if make is None or not (folder/'weights.pt').is_file():
+        raise FileNotFoundError(f'{folder} contains no weights: they were not saved')
     model = make()
     model.load_state_dict(read_checkpoint(folder/'weights.pt')['weights'])
     return model.eval()
 
 def _save_array(file, values):
-    held = io.BytesIO()
-    np.save(held, np.asarray(values, np.float32))
-    write_atomic(file, held.getvalue())
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(values, np.float32))
+    write_atomic(file, buffer.getvalue())
 
 def _load_array(file):
     try: return np.load(file).astype(float)
     except (ValueError, OSError, EOFError) as e:
-        raise ValueError(f'{file} cannot be read ({e}); delete {file.parent}, and this fit is trained again') from e
+        raise ValueError(f'{file} cannot be read ({e}); delete {file.parent} to train this fit again') from e
 
 # %% ../../nbs/studies/00_study.ipynb #ce374ad7
 def save_cell(
@@ -94,7 +97,7 @@ def save_cell(
     dls,             # Loaders whose validation and test images are predicted
     keep_model:bool=True, # Save the weights, too
 )->None:
-    "Write what came out of a fit; what an interrupted attempt left behind goes first"
+    "Write the results of a fit; files of an interrupted attempt are removed first"
     folder.mkdir(parents=True, exist_ok=True)
     for name in CELL_FILES:
         for stale in (folder/name, folder/f'{name}.part'): stale.unlink(missing_ok=True)
@@ -105,29 +108,35 @@ def save_cell(
 def run_cell(
     folder,  # Of this cell
     dls,     # Its data, or a function that loads them when they are needed
-    train,   # Function from a folder for checkpoints to a fitted Learner, or a Module; not called if the cell is finished
+    # Function from a folder for checkpoints to a fitted Learner, or a Module; not called if the cell is finished
+    train,
     keep_model:bool=True, # Save the weights, too
-    make=None, # Function that makes the model, for models without a spec
+    make=None, # Function that builds the model, for models without a spec
 )->Cell:
-    "A fit's predictions, from its folder; trained first, if they are not there"
+    "The predictions of a fit, from its folder; trained first if they are not there"
     folder = Path(folder)
-    if not is_finished(folder): save_cell(train(folder/'fit'), folder, dls() if callable(dls) else dls, keep_model)
+    if not is_finished(folder):
+        learn = train(folder/'fit')
+        save_cell(learn, folder, dls() if callable(dls) else dls, keep_model)
     if (folder/'fit').exists(): shutil.rmtree(folder/'fit', ignore_errors=True)
     return Cell(folder, *(_load_array(folder/f'{name}.npy') for name in ('valid', 'test')), make)
 
 # %% ../../nbs/studies/00_study.ipynb #04934666
 STUDY_FORMAT = 1
-_NOTED = 'format','versions' # told, not compared
+
+def _image_key(image):
+    return zlib.crc32(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else name_of(image)
 
 def table_checksum(
     table, # Image table
 )->int:
     "A number that differs where images, labels, groups or splits do"
-    columns = [table.image.map(lambda i: zlib.crc32(np.ascontiguousarray(i)) if isinstance(i, np.ndarray) else name_of(i)), table.label, table.group, table.split]
-    return zlib.crc32('\n'.join('|'.join(map(str, row)) for row in zip(*columns)).encode(errors='surrogateescape'))
+    columns = [table.image.map(_image_key), table.label, table.group, table.split]
+    lines = ['|'.join(map(str, row)) for row in zip(*columns)]
+    return zlib.crc32('\n'.join(lines).encode(errors='surrogateescape'))
 
 def _pixels(dls):
-    "A checksum of all decoded images; None where they are decoded anew each time"
+    "A checksum of all decoded images; None where they are decoded each time they are read"
     if any(getattr(dl, 'stock', True) for dl in dls.loaders): return None
     return zlib.crc32(np.concatenate([dl.checksums() for dl in dls.loaders]))
 
@@ -135,19 +144,11 @@ def data_facts(
     dls, # From `image_dls`
 )->dict: # Of plain values
     "What identifies the data of a study"
-    images = dls.table.split.value_counts().to_dict()
-    return dict(data=dls.table.attrs.get('name', 'images'), task=dls.task, classes=list(dls.classes), images=images, size=dls.size,
-                batch_size=dls.train.bs, checksum=table_checksum(dls.table), pixels=_pixels(dls))
+    table,images = dls.table,dls.table.split.value_counts().to_dict()
+    facts = dict(data=table.attrs.get('name', 'images'), task=dls.task, classes=list(dls.classes), images=images)
+    return facts | dict(size=dls.size, batch_size=dls.train.bs, checksum=table_checksum(table), pixels=_pixels(dls))
 
-def weights_checksum(
-    model, # Any Module
-)->int:
-    "A checksum of a model's parameters and buffers"
-    checksum = 0
-    for name,t in unwrap(model).state_dict().items():
-        checksum = zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if t.numel() else name.encode(), checksum)
-    return checksum
-
+# %% ../../nbs/studies/00_study.ipynb #aba3e8e6
 def model_facts(model)->dict:
     "What identifies a model before it is trained"
     model = unwrap(model)
@@ -155,48 +156,47 @@ def model_facts(model)->dict:
     return dict(model=name if isinstance(name, str) else ' + '.join(name), parameters=count_parameters(model))
 
 # %% ../../nbs/studies/00_study.ipynb #d1c2880f
+def study_folder(
+    folder,       # Of a study
+    facts:dict=(), # What must be the same, of plain values
+    growing=(),   # Names of facts that are dicts whose entries may be added, but not changed
+)->StudyFolder:
+    "The folder of a study: `check` refuses another study, `claimed` holds it, `note` writes `study.json`"
+    return StudyFolder(folder, dict(facts), format=STUDY_FORMAT, foreign=REPORT_FILES, growing=growing)
+
 def read_study(
     folder, # Of a study
 )->dict: # Empty where there is none
-    "What `study.json` says of a folder"
-    file = Path(folder)/'study.json'
-    if not file.is_file(): return {}
-    try: facts = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{file} is damaged: {e}') from e
-    if not isinstance(facts, dict): raise ValueError(f'{file} is damaged: expected an object, got {type(facts).__name__}')
-    check_format(facts.get('format'), STUDY_FORMAT, 'a study', file, readable=(None,))
-    return facts
+    "The facts in `study.json` of a folder"
+    return study_folder(folder).read()
 
 def study_changes(
-    held:dict, # Facts of a study that is there
-    now:dict,  # Facts of the one that is to be
+    held:dict, # Facts of the study in the folder
+    now:dict,  # Facts of the new one
 )->dict: # {name: (was, is)}, settings and options by their own names
-    "What two studies differ in"
-    def flat(facts): return {k: v for k,v in facts.items() if k not in ('settings', 'options')} | dict(facts.get('settings', {})) | dict(facts.get('options', {}))
-    held,now = flat(json.loads(json.dumps(held))),flat(json.loads(json.dumps(now)))
-    return {k: (held.get(k), now.get(k)) for k in {**held, **now} if k not in _NOTED and held.get(k)!=now.get(k)}
+    "How two studies differ"
+    return changed_settings(held, now)
 
+# %% ../../nbs/studies/00_study.ipynb #138d40f3
 def check_study(
     folder,     # Of a study
     facts:dict, # What must be the same
 )->None:
-    "Raise an error if a folder holds another study, or files that no study of this kind wrote"
-    folder = Path(folder)
-    held = read_study(folder)
-    if not held and (there := [f for f in REPORT_FILES if (folder/f).exists()]):
-        raise FileExistsError(f'{folder} holds {", ".join(there)}, but not from a study of this kind; choose another folder')
-    if held and (wrong := study_changes(held, facts)):
-        changes = '; '.join(f'{k} was {a}, is {b}' for k,(a,b) in wrong.items())
-        raise ValueError(f'{folder} holds another study: {changes}. Choose another folder')
+    "Raise an error if a folder contains another study, or a report that no study wrote"
+    study_folder(folder, facts).check()
 
 def note_study(
     folder,     # Made if missing
     facts:dict, # Of plain values
 )->None:
-    "Write down what a folder's study is"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ('kdmed', 'torch', 'timm', 'fastai')}
-    write_atomic(Path(folder)/'study.json', json.dumps(dict(format=STUDY_FORMAT, versions=versions) | facts, indent=1, ensure_ascii=False))
+    "Write `study.json`, which identifies the study in a folder"
+    study_folder(folder, facts).note()
+
+def clear_stale(
+    folder, # Of a study
+)->None:
+    "Remove unfinished files of a killed process"
+    study_folder(folder).clear()
 
 # %% ../../nbs/studies/00_study.ipynb #606b9553
 class Fit(NamedTuple):
@@ -210,28 +210,32 @@ class Fit(NamedTuple):
     def __str__(self): return self.kind if self.kind=='teacher' else f'{self.kind} student, seed {self.seed}'
 
 class TimeLeft:
-    "Epochs that are left, and the mean time of those that were trained here"
-    def __init__(self, fits): self.left,self.seconds = {},{}; self.plan(fits)
+    "Epochs that are left, and the mean time of those trained in this session"
+    def __init__(self, fits):
+        self.left,self.seconds = {},{}
+        self.plan(fits)
+
     def plan(self, fits):
         for fit in fits: self.left[fit.name] = (fit.kind, fit.epochs)
 
     def epoch(self, fit:Fit, left:int, seconds:float):
-        "Note an epoch: how many of this fit are left, and how long it took"
+        "Record an epoch: how many of this fit are left, and how long it took"
         self.left[fit.name] = (fit.kind, left)
         self.seconds.setdefault(fit.kind, []).append(seconds)
 
     def end(self, fit:Fit): self.left[fit.name] = (fit.kind, 0)
 
-    def estimate(self)->float: # Seconds; None while a kind that is left has not been timed
+    def estimate(self)->float: # Seconds; None until each kind that is left has been timed
         "The time left"
         left = [(kind, n) for kind,n in self.left.values() if n]
         if any(kind not in self.seconds for kind,_ in left): return None
         return sum(n*float(np.mean(self.seconds[kind])) for kind,n in left)
 
+# %% ../../nbs/studies/00_study.ipynb #513d55f5
 def in_words(
     seconds:float, # None where it is not known
 )->str:
-    "A duration for people"
+    "A duration as text"
     if seconds is None: return 'unknown'
     if seconds < 90: return f'{seconds:.0f} s'
     if seconds < 5400: return f'{seconds/60:.0f} min'
@@ -239,7 +243,7 @@ def in_words(
 
 # %% ../../nbs/studies/00_study.ipynb #55d58cc6
 class TellEpochs(ProgressCallback):
-    "Report each epoch that is trained; as a kind of progress bar, it is no part of what `Resume` compares"
+    "Report each epoch that is trained; being a kind of progress bar, it is ignored when `Resume` compares callbacks"
     def __init__(self, tell): self.tell = tell # Function of epoch, epochs, seconds, and the log as a dict
     def before_fit(self): self.started = time.monotonic()
     def before_epoch(self): pass
@@ -253,16 +257,18 @@ class TellEpochs(ProgressCallback):
         now = time.monotonic()
         seconds,self.started = now-self.started,now
         log = dict(zip(self.learn.recorder.metric_names, self.learn.recorder.log))
-        self.tell(self.epoch+1, self.n_epoch, seconds, {k: v for k,v in log.items() if k not in ('epoch', 'time')})
+        values = {k: v for k,v in log.items() if k not in ('epoch', 'time')}
+        self.tell(self.epoch+1, self.n_epoch, seconds, values)
 
 class StudyProgress:
     "What a study reports while it runs; this one reports nothing"
     bars = False # fastai's progress bars and training logs
     def plan(self, fits, done): self.left = TimeLeft([f for f in fits if f not in done])
-    def tell(self, text): "A sentence"
+    def tell(self, text): "Show a sentence"
     def begin(self, fit)->list: # fastai callbacks
         "A fit begins"
-        self.tell(f'{str(fit).capitalize()}, {fit.epochs} epoch{"s"*(fit.epochs!=1)}')
+        epochs = '1 epoch' if fit.epochs==1 else f'{fit.epochs} epochs'
+        self.tell(f'{str(fit).capitalize()}, {epochs}')
         return [TellEpochs(lambda *epoch: self.epoch(fit, *epoch))]
     def epoch(self, fit, epoch, epochs, seconds, log): self.left.epoch(fit, epochs-epoch, seconds)
     def end(self, fit): self.left.end(fit)
@@ -273,25 +279,35 @@ class BarProgress(StudyProgress):
     bars = True
     def tell(self, text): print(text, flush=True)
 
+# %% ../../nbs/studies/00_study.ipynb #4eb717f3
+_SHOWN_COLUMNS = 'train_loss','valid_loss','accuracy','balanced_accuracy_score' # of the training log
+
 class LineProgress(StudyProgress):
     "One line an epoch"
-    def __init__(self, file=None): self.file,self.has_said = file,False
+    def __init__(self, file=None): self.file,self.explained = file,False # Default: stderr
     def tell(self, text): print(text, file=self.file or sys.stderr, flush=True)
+
     def epoch(self, fit, epoch, epochs, seconds, log):
         super().epoch(fit, epoch, epochs, seconds, log)
-        shown = [f'{k.replace("_", " ")} {v:.3f}' for k,v in log.items() if k in ('train_loss', 'valid_loss', 'accuracy', 'balanced_accuracy_score') and v is not None]
-        left = self.left.estimate()
-        unknown = '' if self.has_said else '; time left is known after the first epoch of each kind of model'
-        self.has_said = True
-        self.tell(f'{fit}: epoch {epoch}/{epochs}, {", ".join(shown)}, {seconds:.1f} s' + (unknown if left is None else f'; about {in_words(left)} left'))
+        values = {k.replace('_', ' '): v for k,v in log.items() if k in _SHOWN_COLUMNS and v is not None}
+        shown = ', '.join(f'{k} {v:.3f}' for k,v in values.items())
+        self.tell(f'{fit}: epoch {epoch}/{epochs}, {shown}, {seconds:.1f} s{self._time_left()}')
 
-def _progress(progress):
-    "A `StudyProgress` of what the user passed"
+    def _time_left(self):
+        "The end of a line; why there is no estimate is explained once"
+        left,explained = self.left.estimate(),self.explained
+        self.explained = True
+        if left is not None: return f'; about {in_words(left)} left'
+        return '' if explained else '; time left is known after the first epoch of each kind of model'
+
+def _as_progress(progress):
+    "A `StudyProgress` for the user's argument"
     if isinstance(progress, StudyProgress): return progress
     if isinstance(progress, bool): return BarProgress() if progress else StudyProgress()
     raise TypeError(f'progress must be True, False or a StudyProgress, got {progress!r}')
 
 # %% ../../nbs/studies/00_study.ipynb #5c57de10
+# Long because: a study, from its settings to its comparison, is one class; its methods are a few lines each
 @dataclass
 class Study:
     "Teacher, plain students and distilled students, and how they are trained; see `distillation_study`"
@@ -317,28 +333,124 @@ class Study:
         if isinstance(self.subgroups, str): self.subgroups = [self.subgroups]
 
     @property
-    def trained(self): return isinstance(self.teacher, (torch.nn.Module, Learner, Teacher))
+    def trained(self)->bool:
+        "Whether the teacher came trained"
+        return isinstance(self.teacher, (torch.nn.Module, Learner, Teacher))
 
     def fits(self)->list: # Of `Fit`
         "All fits, in their order"
         first = [] if self.trained else [Fit('teacher', self.seeds[0], self.teacher_epochs)]
         return first + [Fit(kind, seed, self.epochs) for seed in self.seeds for kind in ('plain', 'distilled')]
 
+    def check(self)->None:
+        "Raise an error for data or settings with which no study is possible"
+        _check_data(self.dls, self.subgroups)
+        _check_settings(self)
+
+    def check_models(self)->tuple: # An untrained teacher, or the trained one, and a student: for `facts` and `rehearse`
+        "Raise an error if teacher or student cannot be built, or do not suit the method"
+        student = new_model(self.student, self.dls, 0)
+        teacher = self.teacher if self.trained else new_model(self.teacher, self.dls, 0)
+        trial = new_model(self.student, self.dls, 0)
+        try: check_fit(self.dls, trial, [*distill_callbacks(self.method, student, teacher)])
+        except ValueError as e: raise ValueError(f'method {self.method!r}: {e}') from e
+        return teacher,student
+
+    def facts(self,
+        teacher,      # From `check_models`
+        student,      # The same
+        settings=None, # More that must be the same, of plain values
+    )->dict:
+        "What must be the same when the study resumes; more seeds may be added"
+        models = dict(student=model_facts(student), teacher=_teacher_facts(self, teacher))
+        options = dict(options=dict(settings)) if settings else {}
+        return dict(kind='distillation', **data_facts(self.dls), **models, settings=_settings_facts(self)) | options
+
+    def bytes_needed(self, teacher, student)->int:
+        "About how much room a study takes on the disk, at most"
+        sizes = [weights_size(m) for m in ([] if self.trained else [teacher]) + [student]*2*len(self.seeds)]
+        images = len(self.dls.valid.table) + len(self.dls.test.table)
+        predictions = 4*images*len(self.dls.classes)*(len(sizes)+1)
+        return sum(sizes) + FITS_ON_DISK*max(sizes) + predictions + (10<<20)
+
+    def rehearse(self,
+        folder,  # Where the study will be kept
+        teacher, # From `check_models`
+        student, # The same
+    )->None:
+        "Do once, small, what would otherwise fail after training: check the disk, save the models, write the report"
+        check_room(folder, self.bytes_needed(teacher, student), 'the study')
+        models = dict(student=student) if self.trained else dict(teacher=teacher, student=student)
+        with tempfile.TemporaryDirectory(dir=folder, prefix='.rehearsal-') as room:
+            for name,model in models.items():
+                _check_saving(model, name, Path(room)/name, lambda: new_model(getattr(self, name), self.dls, 0))
+        rehearse_report(self.dls, seeds=self.seeds, subgroups=self.subgroups, folder=folder)
+
+    def train(self,
+        progress:StudyProgress, # Receives the reports
+        folder=None,            # Where cells are kept; default: Learners in memory
+    )->dict: # `teacher`, and lists `plain` and `distilled`: Learners, or a `Cell` each
+        "Train whatever is not there yet"
+        fits = self.fits()
+        done = [f for f in fits if folder is not None and is_finished(folder/f.name)]
+        progress.plan(fits, done)
+        if done: progress.tell(f'Finished before, not trained again: {", ".join(map(str, done))}')
+        models = dict(teacher=self.teacher, plain=[], distilled=[])
+        for fit in fits:
+            result = _run_fit(self, fit, models['teacher'], progress, folder)
+            progress.end(fit)
+            if fit.kind=='teacher': models['teacher'] = result
+            else: models[fit.kind].append(result)
+        if folder is None: return models
+        shutil.rmtree(folder/'answers', ignore_errors=True)
+        if self.trained: models['teacher'] = _teacher_cell(self, folder)
+        return models
+
+    def fit_one(self, fit, teacher, progress, home):
+        "One fit; with a folder for checkpoints it resumes from the last one"
+        cbs = [*progress.begin(fit), *L(self.callbacks() if self.callbacks else [])]
+        if home is not None: cbs.append(Resume(home, minutes=5))
+        how = dict(lr=self.lr, seed=fit.seed, cbs=cbs, progress=progress.bars, metrics=self.metrics)
+        how |= dict(optimizer=self.optimizer, weight_decay=self.weight_decay, schedule=self.schedule)
+        if fit.kind=='distilled': return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how)
+        return fit_classifier(self.dls, self.teacher if fit.kind=='teacher' else self.student, fit.epochs, **how)
+
+    def compare(self,
+        models:dict, # From `train`
+    )->Comparison:
+        "The comparison of what was trained"
+        groups = {name: group if isinstance(group, list) else [group] for name,group in models.items()}
+        comparison = _compare_predictions(self, groups)
+        comparison.history = training_history(_with_history(groups))
+        modules = {name: _module_of(group[0], self) for name,group in groups.items()}
+        missing = list(comparison.about.get('missing', []))
+        comparison.costs = measure_costs(modules, self.dls.size, missing=missing)
+        comparison.about.update(models={name: model_facts(m)['model'] for name,m in modules.items()})
+        if missing: comparison.about['missing'] = missing
+        if len(self.dls.quarantine): comparison.about['left_out'] = _unreadable_images(self.dls.quarantine)
+        return comparison
+
 # %% ../../nbs/studies/00_study.ipynb #e760ccde
-@patch
-def check(self:Study)->None:
-    "Raise an error for settings or data that a study cannot be made with"
-    if not hasattr(self.dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
-    if missing := [c for c in self.subgroups if c not in self.dls.test.table]: raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
-    for c in self.subgroups: subgroup_labels(self.dls.test.table[c])
-    if isinstance(self.seeds, int) or not len(self.seeds): raise ValueError(f'seeds must hold at least one seed, such as (0, 1, 2), got {self.seeds!r}')
-    for seed in self.seeds: check_seed(seed, 'seeds')
-    if len(set(self.seeds)) < len(self.seeds): raise ValueError(f'seeds must differ, got {tuple(self.seeds)}')
-    for name in ('epochs', 'teacher_epochs', 'n_boot'): check_integer(getattr(self, name), name, least=1)
-    check_number(self.lr, 'lr', above=0, below=TOO_LARGE)
-    if self.weight_decay is not None: check_number(self.weight_decay, 'weight_decay', least=0)
-    check_in(self.method, ['auto', *METHODS], 'method')
-    if isinstance(self.student, torch.nn.Module): raise TypeError('student must be a timm name or a function that makes a model, so that each seed starts afresh')
+def _check_data(dls, subgroups):
+    "Raise an error for data without test images, or without the columns of the subgroups"
+    if not hasattr(dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
+    if missing := [c for c in subgroups if c not in dls.test.table]:
+        raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
+    for c in subgroups: subgroup_labels(dls.test.table[c])
+
+def _check_settings(study):
+    "Raise an error for settings of the wrong type or out of range"
+    seeds = study.seeds
+    if isinstance(seeds, int) or not len(seeds):
+        raise ValueError(f'seeds must contain at least one seed, such as (0, 1, 2), got {seeds!r}')
+    for seed in seeds: check_seed(seed, 'seeds')
+    if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {tuple(seeds)}')
+    for name in ('epochs', 'teacher_epochs', 'n_boot'): check_integer(getattr(study, name), name, least=1)
+    check_number(study.lr, 'lr', above=0, below=TOO_LARGE)
+    if study.weight_decay is not None: check_number(study.weight_decay, 'weight_decay', least=0)
+    check_in(study.method, ['auto', *METHODS], 'method')
+    if isinstance(study.student, torch.nn.Module):
+        raise TypeError('student must be a timm name or a function that makes a model, so that each seed starts afresh')
 
 def new_model(
     model,    # timm name, or function that makes a model
@@ -349,184 +461,124 @@ def new_model(
     seed_everything(seed)
     return create_student(model, dls.classes, dls.size, dls.task) if isinstance(model, str) else model()
 
-@patch
-def check_models(self:Study)->tuple: # A teacher and a student, to look at
-    "Raise an error where teacher or student cannot be made, or do not suit the method"
-    student = new_model(self.student, self.dls, 0)
-    teacher = self.teacher if self.trained else new_model(self.teacher, self.dls, 0)
-    try: check_fit(self.dls, new_model(self.student, self.dls, 0), [*distill_callbacks(self.method, student, teacher)])
-    except ValueError as e: raise ValueError(f'method {self.method!r}: {e}') from e
-    return teacher,student
-
 # %% ../../nbs/studies/00_study.ipynb #13bee97b
-@patch
-def facts(self:Study,
-    teacher,      # From `check_models`
-    student,      # The same
-    settings=None, # More that must be the same, of plain values
-)->dict:
-    "What must be the same when the study resumes; more seeds may be added"
-    models = dict(student=model_facts(student))
-    if self.trained: models['teacher'] = dict(weights=[weights_checksum(m) for m in _modules(self.teacher)])
-    else: models['teacher'] = model_facts(teacher) | dict(epochs=self.teacher_epochs, seed=int(self.seeds[0]))
-    how = dict(method=self.method, epochs=self.epochs, lr=self.lr, optimizer=_name_of_function(self.optimizer), weight_decay=self.weight_decay, schedule=self.schedule)
-    return dict(kind='distillation', **data_facts(self.dls), **models, settings=how) | (dict(options=dict(settings)) if settings else {})
+def _settings_facts(study):
+    "How students are trained, of plain values"
+    names = 'method','epochs','lr','optimizer','weight_decay','schedule'
+    return {n: getattr(study, n) for n in names} | dict(optimizer=_function_name(study.optimizer))
+
+def _teacher_facts(study, teacher):
+    "What identifies a teacher: its weights if it came trained, else how it will be trained"
+    if study.trained: return dict(weights=[weights_checksum(m) for m in _modules(study.teacher)])
+    return model_facts(teacher) | dict(epochs=study.teacher_epochs, seed=int(study.seeds[0]))
 
 def _modules(teacher):
     if isinstance(teacher, Teacher): return teacher.models
     return [teacher.model if isinstance(teacher, Learner) else teacher]
 
-def _name_of_function(f): return getattr(f, '__qualname__', None) or getattr(getattr(f, 'func', None), '__qualname__', str(type(f)))
+def _function_name(f):
+    "Also of a `partial`"
+    inner = getattr(f, 'func', None)
+    return getattr(f, '__qualname__', None) or getattr(inner, '__qualname__', str(type(f)))
 
 # %% ../../nbs/studies/00_study.ipynb #b88b6ae3
 FITS_ON_DISK = 9 # weights and two moments, in a checkpoint, the one before it, and the one that is being written
 
-@patch
-def bytes_needed(self:Study, teacher, student)->int:
-    "About how much room a study takes on the disk, at most"
-    sizes = [weights_size(m) for m in ([] if self.trained else [teacher]) + [student]*2*len(self.seeds)]
-    images = len(self.dls.valid.table) + len(self.dls.test.table)
-    return sum(sizes) + FITS_ON_DISK*max(sizes) + 4*images*len(self.dls.classes)*(len(sizes)+1) + (10<<20)
+def _check_saving(model, name, folder, make):
+    "Raise an error for a model that its folder would not bring back"
+    folder.mkdir()
+    try:
+        _save_model(model, folder)
+        _load_model(folder, make)
+    except OSError: raise
+    except Exception as e:
+        raise ValueError(f'the {name} cannot be saved and loaded again, so it is not trained: {e}') from e
 
-@patch
-def rehearse(self:Study,
-    folder,  # Where the study will be kept
-    teacher, # From `check_models`
-    student, # The same
-)->None:
-    "Do once, small, what would else fail after training: save the models, ask for room, make the report"
-    folder = Path(folder)
-    check_room(folder, self.bytes_needed(teacher, student), 'the study')
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.rehearsal-') as room:
-        for name,model in dict(teacher=None if self.trained else teacher, student=student).items():
-            if model is None: continue
-            home = Path(room)/name
-            home.mkdir()
-            try:
-                _save_model(model, home)
-                _load_model(home, lambda: new_model(getattr(self, name), self.dls, 0))
-            except OSError: raise
-            except Exception as e: raise ValueError(f'the {name} cannot be saved and loaded again, so it is not trained: {e}') from e
-    rehearse_report(self.dls, seeds=self.seeds, subgroups=self.subgroups, folder=folder)
+# %% ../../nbs/studies/00_study.ipynb #4ccfd58f
+def _run_fit(study, fit, teacher, progress, folder):
+    "A fit of a study: in memory, or as a cell in the folder"
+    if folder is None: return study.fit_one(fit, teacher, progress, None)
+    def train(home): return study.fit_one(fit, _teacher_to_use(study, teacher, folder), progress, home)
+    def make(): return new_model(study.teacher if fit.kind=='teacher' else study.student, study.dls, fit.seed)
+    return run_cell(folder/fit.name, study.dls, train, make=make)
 
-# %% ../../nbs/studies/00_study.ipynb #98dc84f5
+def _teacher_to_use(study, teacher, folder):
+    "The teacher of a fit; a cell is always loaded from disk, so that a resumed study uses the same weights"
+    if isinstance(teacher, Cell): teacher = teacher.model.to(study.dls.device)
+    if not study.cache or teacher is None: return teacher
+    return TeacherCache(teacher if isinstance(teacher, Teacher) else Teacher(teacher), folder/'answers')
+
+def _teacher_cell(study, folder):
+    "The predictions of a teacher that came trained"
+    def as_module(home): return Teacher(study.teacher).as_module(study.dls)
+    return run_cell(folder/'teacher', study.dls, as_module, keep_model=False)
+
+# %% ../../nbs/studies/00_study.ipynb #4e15d6db
 def targets_of(
     dl, # A loader of `image_dls` that does not shuffle
 )->np.ndarray:
-    "What is true of its images"
+    "The true labels of its images"
     return np.concatenate([y.cpu().numpy() for _,y in dl])
 
-@patch
-def _judge(self:Study,
-    test:dict,  # Name: list of probabilities [N, C] for the test images
-    valid:dict, # The same for the validation images
-)->Comparison:
-    "The comparison of predictions, without costs; `about['missing']` says what was left out and why"
-    table,missing = self.dls.test.table,shared_groups_note(self.dls.valid.table, self.dls.test.table)
-    comparison = compare_predictions(test, targets_of(self.dls.test), table.attrs['classes'], table.group.to_numpy(), table.attrs['task'], self.n_boot,
-                                     columns=table[list(self.subgroups)] if len(self.subgroups) else None, valid=None if missing else (valid, targets_of(self.dls.valid)),
-                                     metrics=[m.metric for m in self.metrics if isinstance(m, MetricByName)])
-    comparison.about.update(data=table.attrs['name'], name=table.attrs['name'], split=table.split.iloc[0], size=self.dls.size)
+def _compare_predictions(study, groups):
+    "The comparison of models by name, without costs; `about['missing']` says what was left out and why"
+    dls,table = study.dls,study.dls.test.table
+    predictions = {name: [_predictions(m, dls) for m in group] for name,group in groups.items()}
+    valid,test = ({name: [p[i] for p in ps] for name,ps in predictions.items()} for i in (0, 1))
+    missing = shared_groups_note(dls.valid.table, table)
+    comparison = compare_predictions(
+        test, targets_of(dls.test), table.attrs['classes'], table.group.to_numpy(), table.attrs['task'], study.n_boot,
+        columns=table[list(study.subgroups)] if len(study.subgroups) else None,
+        valid=None if missing else (valid, targets_of(dls.valid)),
+        metrics=[m.metric for m in study.metrics if isinstance(m, MetricByName)])
+    name,split = table.attrs['name'],table.split.iloc[0]
+    comparison.about.update(data=name, name=name, split=split, size=dls.size)
     if missing: comparison.about['missing'] = missing + comparison.about.get('missing', [])
     return comparison
-
-# %% ../../nbs/studies/00_study.ipynb #4ccfd58f
-@patch
-def train(self:Study,
-    progress:StudyProgress, # Whom to report to
-    folder=None,            # Where cells are kept; Learners in memory if none is given
-)->dict: # `teacher`, and lists `plain` and `distilled`: Learners, or a `Cell` each
-    "Train whatever is not there yet"
-    fits = self.fits()
-    done = [f for f in fits if folder is not None and is_finished(folder/f.name)]
-    progress.plan(fits, done)
-    if done: progress.tell(f'Finished before, not trained again: {", ".join(map(str, done))}')
-    models = dict(teacher=self.teacher, plain=[], distilled=[])
-    for fit in fits:
-        if folder is None: result = self.fit_one(fit, models['teacher'], progress, None)
-        else: result = run_cell(folder/fit.name, self.dls, lambda home: self.fit_one(fit, self._teacher_of(models['teacher'], folder), progress, home), make=lambda: self._remake(fit))
-        progress.end(fit)
-        if fit.kind=='teacher': models['teacher'] = result
-        else: models[fit.kind].append(result)
-    if folder is not None and (folder/'answers').exists(): shutil.rmtree(folder/'answers', ignore_errors=True)
-    if folder is not None and self.trained: models['teacher'] = run_cell(folder/'teacher', self.dls, lambda home: Teacher(self.teacher).as_module(self.dls), keep_model=False)
-    return models
-
-@patch
-def _remake(self:Study, fit): return new_model(self.teacher if fit.kind=='teacher' else self.student, self.dls, fit.seed)
-
-@patch
-def _teacher_of(self:Study, teacher, folder):
-    "What teaches: a model of a cell is always the one on disk, whether it was trained in this session or in another"
-    teacher = teacher.model.to(self.dls.device) if isinstance(teacher, Cell) else teacher
-    if not self.cache or teacher is None: return teacher
-    return TeacherCache(teacher if isinstance(teacher, Teacher) else Teacher(teacher), folder/'answers')
-
-@patch
-def fit_one(self:Study, fit, teacher, progress, home):
-    "One fit; with a folder for checkpoints it resumes where it was"
-    cbs = [*progress.begin(fit), *L(self.callbacks() if self.callbacks else [])] + ([] if home is None else [Resume(home, minutes=5)])
-    how = dict(lr=self.lr, seed=fit.seed, cbs=cbs, progress=progress.bars, metrics=self.metrics, optimizer=self.optimizer, weight_decay=self.weight_decay, schedule=self.schedule)
-    if fit.kind=='distilled': return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how)
-    return fit_classifier(self.dls, self.teacher if fit.kind=='teacher' else self.student, fit.epochs, **how)
-
-# %% ../../nbs/studies/00_study.ipynb #4e15d6db
-@patch
-def compare(self:Study,
-    models:dict, # From `train`
-)->Comparison:
-    "The comparison of what was trained"
-    groups = {name: group if isinstance(group, list) else [group] for name,group in models.items()}
-    probs = {name: [_predictions(m, self.dls) for m in group] for name,group in groups.items()}
-    comparison = self._judge({n: [p[1] for p in ps] for n,ps in probs.items()}, {n: [p[0] for p in ps] for n,ps in probs.items()})
-    missing = list(comparison.about.get('missing', []))
-    comparison.history = training_history(_with_history(groups))
-    modules = {name: _module_of(group[0], self) for name,group in groups.items()}
-    comparison.costs = measure_costs(modules, self.dls.size, missing=missing)
-    comparison.about.update(models={name: model_facts(m)['model'] for name,m in modules.items()})
-    if missing: comparison.about['missing'] = missing
-    if len(self.dls.quarantine): comparison.about['left_out'] = self.dls.quarantine.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
-    return comparison
-
-def _with_history(groups):
-    "Models that were trained here, by name"
-    kept = {name: [m for m in group if not isinstance(m, Cell) or (m.folder/'history.csv').is_file()] for name,group in groups.items()}
-    return {name: group for name,group in kept.items() if group}
 
 def _predictions(model, dls):
     "Probabilities for validation and test images, from a cell or of a model"
     if isinstance(model, Cell): return model.valid,model.test
     return tuple(predict(model, getattr(dls, on))[0] for on in ('valid', 'test'))
 
+# %% ../../nbs/studies/00_study.ipynb #6eda4763
+def _with_history(groups):
+    "Models that have a training log, by name"
+    def has_log(m): return not isinstance(m, Cell) or (m.folder/'history.csv').is_file()
+    logged = {name: [m for m in group if has_log(m)] for name,group in groups.items()}
+    return {name: group for name,group in logged.items() if group}
+
 def _module_of(model, study):
-    "The model to measure"
-    if isinstance(model, Cell) and study.trained and model.folder.name=='teacher': return Teacher(study.teacher).as_module(study.dls)
-    return (model.model.to(study.dls.device) if isinstance(model, (Cell, Learner)) else model)
+    "The model whose costs are measured"
+    if isinstance(model, Cell) and study.trained and model.folder.name=='teacher':
+        return Teacher(study.teacher).as_module(study.dls)
+    return model.model.to(study.dls.device) if isinstance(model, (Cell, Learner)) else model
 
-# %% ../../nbs/studies/00_study.ipynb #4474aca5
-@contextmanager
-def claimed_folder(
-    folder,         # Made if missing
-    what:str='run', # What it holds, for the message
-):
-    "Hold a folder for this process; one that was made for something that did not begin is removed again"
-    folder = Path(folder).expanduser()
-    try:
-        with claim(folder, what): yield folder
-    finally:
-        if folder.is_dir() and all(f.name in ('.lock', '.lock.json') for f in folder.iterdir()): shutil.rmtree(folder, ignore_errors=True)
+def _unreadable_images(quarantine):
+    "{reason: images} of images that could not be read; a reason without the file's name"
+    reasons = quarantine.reason.str.split(" '").str[0].str.split(': ').str[-1]
+    return reasons.value_counts().to_dict()
 
-def clear_stale(
-    folder:Path, # Of a study
-)->None:
-    "Remove what a killed process was about to write"
-    for pattern in ('.rehearsal-*', '.part-*', '.*.part', 'cells/*/.*.part'):
-        for left in folder.glob(pattern): shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+# %% ../../nbs/studies/00_study.ipynb #e8533767
+def _run_in_folder(study, built, progress, folder, settings, files):
+    "A study kept in a folder: refused if another one is there, rehearsed if anything is left to train"
+    home = study_folder(folder, study.facts(*built, settings))
+    home.check()
+    with home.claimed():
+        home.clear()
+        cells = home.path/'cells'
+        if not all(is_finished(cells/fit.name) for fit in study.fits()): study.rehearse(home.path, *built)
+        home.note()
+        for name,text in (files or {}).items(): home.write(name, text)
+        models = study.train(progress, cells)
+        return study.compare(models),models
 
 # %% ../../nbs/studies/00_study.ipynb #5c59b9ca
 def distillation_study(
     dls,                  # From `image_dls`, with test images
-    teacher,              # timm name or function that makes a model, trained here; or trained: a Module, a Learner, a `Teacher`, or several in a list
+    # timm name or function that makes a model, trained here; or trained: a Module, a Learner, a `Teacher`,
+    # or several in a list
+    teacher,
     student,              # timm name or function that makes a model, trained on each seed
     method:str='auto',    # A name in `kdmed.kd.METHODS`
     teacher_epochs:int=10, # Passes over the training images for a teacher that is trained here
@@ -540,28 +592,21 @@ def distillation_study(
     optimizer=Adam,       # fastai optimizer
     weight_decay:float=None, # fastai's .01 by default
     schedule:str='one_cycle', # Of the learning rate: `one_cycle`, or `constant`
-    callbacks=None,       # Function that makes further fastai callbacks, for each fit anew
+    callbacks=None,       # Function that makes further fastai callbacks, called for each fit
     metrics=(),           # Further fastai metrics to watch
-    cache:bool=False,     # With `folder`: keep the teacher's outputs on disk while students are trained; needs replayable augmentation with `views`
+    # With `folder`: keep the teacher's outputs on disk while students are trained; needs replayable augmentation
+    # with `views`
+    cache:bool=False,
     n_boot:int=1000,      # Bootstrap draws of groups, for all intervals
     files=None,           # With `folder`: further files to write when the study begins, as a dict from names to texts
-)->tuple: # Comparison on the test images, and the fitted models by name: Learners, or with `folder` a `Cell` each; all have `model` and `history`
+)->tuple: # Comparison on the test images; models by name: Learners, or with `folder` `Cell`s; all have `history`
     "Teacher, plain students and distilled students, trained alike and compared on the test images"
-    study = Study(dls, teacher, student, method, teacher_epochs, epochs, lr, seeds, subgroups, optimizer, weight_decay, schedule, callbacks, metrics, cache, n_boot)
-    progress = _progress(progress)
+    study = Study(dls, teacher, student, method, teacher_epochs, epochs, lr, seeds, subgroups, optimizer, weight_decay,
+                  schedule, callbacks, metrics, cache, n_boot)
+    progress = _as_progress(progress)
     study.check()
-    looked_at = study.check_models()
-    if folder is None:
-        models = study.train(progress)
-        models['teacher'] = study.teacher.as_module(dls) if isinstance(study.teacher, Teacher) else models['teacher']
-        return study.compare(models),models
-    facts = study.facts(*looked_at, settings)
-    check_study(Path(folder).expanduser(), facts)
-    with claimed_folder(folder, 'study') as home:
-        check_study(home, facts) # another process may have begun one meanwhile
-        clear_stale(home)
-        if not all(is_finished(home/'cells'/fit.name) for fit in study.fits()): study.rehearse(home, *looked_at)
-        note_study(home, facts)
-        for name,text in (files or {}).items(): write_atomic(home/name, text)
-        models = study.train(progress, home/'cells')
-        return study.compare(models),models
+    built = study.check_models()
+    if folder is not None: return _run_in_folder(study, built, progress, folder, settings, files)
+    models = study.train(progress)
+    if isinstance(study.teacher, Teacher): models['teacher'] = study.teacher.as_module(dls)
+    return study.compare(models),models
