@@ -5,11 +5,11 @@ BIN     := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test wheel-test cases bench coverage prepare readme docs clean
+.PHONY: help install demo test test-all ci wheel-test cases bench coverage prepare readme docs clean
 
 # Notebooks run side by side, so one thread each; and what they print must be the same everywhere, without a dependency's own warnings
-test coverage prepare: export OMP_NUM_THREADS ?= 1
-test coverage prepare: export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
+test test-all ci coverage prepare: export OMP_NUM_THREADS ?= 1
+test test-all ci coverage prepare: export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,19 +25,14 @@ install: ## Install kdmed and what it needs into .venv; does nothing when that i
 demo: install ## Distil a small student from a teacher, and compare them in runs/demo
 	$(BIN)/kdmed demo --out runs/demo --force
 
-test: install ## Check notebooks, modules, README, lessons, pages and project
-	@echo '== Modules are what the notebooks export; notebooks are clean'
-	@$(BIN)/python tools/check.py sources
-	@echo '== The house keeps its limits'
-	@$(BIN)/python tools/house.py
-	@echo '== README.md is what nbs/index.ipynb says'
-	@$(BIN)/python tools/readme.py --check
-	@echo '== Lessons hold'
-	@$(BIN)/python tools/check.py lessons --workers $(WORKERS)
-	@echo '== Pages can be made'
-	@$(BIN)/python tools/check.py site --workers $(WORKERS)
-	@echo '== Tests'
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 15 --durations-min 5
+test: install ## Check notebooks, modules, README, lessons, pages and project, within 8 minutes
+	@$(BIN)/python tools/stages.py test --workers $(WORKERS)
+
+test-all: install ## Check everything: all lessons and tests, planted bugs, the wheel; write tools/lesson_times.json
+	@$(BIN)/python tools/stages.py all --workers $(WORKERS)
+
+ci: install
+	@$(BIN)/python tools/stages.py ci --workers $(WORKERS)
 
 wheel-test: install ## Build the wheel, install it alone in fresh environments and use it; EXTRAS=all tries each extra, too; VERSIONS=newest leaves the lowest out
 	$(BIN)/python tools/try_wheel.py $(EXTRAS) $(if $(VERSIONS),--versions $(VERSIONS))

@@ -1,4 +1,6 @@
 "Options and paths all tests share"
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -6,13 +8,31 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
-    parser.addoption('--lessons', action='store_true', help='also run every lesson against the installed package (minutes)')
+    parser.addoption('--lessons', action='store_true',
+                     help='also run every lesson against the installed package (minutes)')
+    parser.addoption('--until', type=float, help='skip tests that would start after this time, in seconds since 1970')
+
+def pytest_configure(config): config.option.loadscopereorder = False # pytest-xdist: files stay in the order below
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, 'workerinput'): begin_with_long_files(items)
     if config.getoption('--lessons'): return
     chosen = [item for item in items if 'lessons' not in item.keywords]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+def begin_with_long_files(items):
+    "Sort tests so that files which take long are not what everybody waits for in the end"
+    weights = Counter()
+    for item in items:
+        slow = item.get_closest_marker('slow')
+        weights[item.path] += 1 if slow is None else slow.kwargs.get('seconds', 10)
+    items.sort(key=lambda item: (-weights[item.path], str(item.path)))
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    until = item.config.getoption('--until')
+    if until is not None and time.time() > until: pytest.skip('left out: there was no time left')
 
 @pytest.fixture(scope='session')
 def root(): return ROOT

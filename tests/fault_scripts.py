@@ -17,6 +17,7 @@ MOVED = {'readers': 'data', 'datasets': 'data', 'images': 'data.images', 'metric
 def run(path):
     "Run a script as if it were called by itself"
     source = re.sub(r'(?<=from kdmed\.)\w+', lambda found: MOVED.get(found[0], found[0]), path.read_text(encoding='utf-8'))
+    source = source.replace('.voices', '.members')
     exec(compile(source, str(path), 'exec'), dict(__name__='__main__', __file__=str(path)))
 
 

@@ -76,7 +76,7 @@ def check(cache, dls, folder):
     "Every answer that is there is the right one; how many there are"
     homes = [h for h in folder.glob('teacher-*') if h.is_dir() and h.suffix!='.part']
     if not homes: return 0
-    answers = module._Answers(homes[0])
+    answers = module._StoredOutputs(homes[0])
     there = np.flatnonzero(answers.journal)
     (logits,*_),known = answers.read(there)
     assert known.all(), 'a kill has left a damaged answer'
@@ -225,7 +225,7 @@ def key(folder, dls, teacher=None, taps=(), cbs=(), **kwargs):
     for tap in taps: cache.add_tap(*tap)
     cache.begin(SimpleNamespace(dls=dls, cbs=list(cbs), model=nn.Linear(1, 1), logger=noop))
     cache._open()
-    return cache.answers.home.name
+    return cache.stored.home.name
 
 def changed(f):
     "A teacher that differs a little"
@@ -275,22 +275,22 @@ def flip(path, at):
 
 def test_damage_is_found_and_mended(tissue, tmp_path):
     dls,teacher = loaders(tissue),Slow()
-    home = TeacherCache(teacher, tmp_path).fill(dls, progress=False).answers.home
+    home = TeacherCache(teacher, tmp_path).fill(dls, progress=False).stored.home
     start = np.load(home/'logits.npy', mmap_mode='r').offset
     for at in (start, start + 6*7 + 3, (home/'logits.npy').stat().st_size-1): flip(home/'logits.npy', at)
     flip(home/'journal.npy', np.load(home/'journal.npy', mmap_mode='r').offset + 8*20)
     seen = []
     teacher.register_forward_hook(lambda m,x,y: seen.append(len(y)))
-    with pytest.warns(UserWarning, match='kept answers are damaged; the teacher is asked again'): mended = TeacherCache(teacher, tmp_path).fill(dls, progress=False)
+    with pytest.warns(UserWarning, match='cached outputs are damaged; they are computed again'): mended = TeacherCache(teacher, tmp_path).fill(dls, progress=False)
     assert sum(seen)==2+4, 'a trial, and four damaged answers' 
     assert mended.filled==1 and check(mended, dls, tmp_path)==2*len(dls.train.ids)
 
 @pytest.mark.parametrize('file', ['logits.npy', 'journal.npy', 'about.json'])
 def test_a_file_cut_short_is_refused_by_name(tissue, tmp_path, file):
     cache = TeacherCache(Slow(), tmp_path).fill(loaders(tissue), progress=False)
-    path = cache.answers.home/file
+    path = cache.stored.home/file
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match='no teacher cache, or a damaged one; delete the folder'): TeacherCache(Slow(), tmp_path).fill(loaders(tissue), progress=False)
+    with pytest.raises(ValueError, match='not a teacher cache, or a damaged one; delete the folder'): TeacherCache(Slow(), tmp_path).fill(loaders(tissue), progress=False)
 
 def test_a_disk_that_fills_up_ends_in_an_error(tissue, tmp_path):
     dls = loaders(tissue)
@@ -299,7 +299,7 @@ def test_a_disk_that_fills_up_ends_in_an_error(tissue, tmp_path):
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try: TeacherCache(Slow(), tmp_path, every=1).fill(dls, progress=False)
-        except OSError as e: os._exit(7 if 'answers cannot be written' in str(e) else 8)
+        except OSError as e: os._exit(7 if 'teacher outputs cannot be written' in str(e) else 8)
     assert end_of(in_child(work))==7
     cache = TeacherCache(Slow(), tmp_path)
     check(cache, dls, tmp_path)
@@ -307,4 +307,4 @@ def test_a_disk_that_fills_up_ends_in_an_error(tissue, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tissue, tmp_path):
     (tmp_path/'file').write_text('')
-    with pytest.raises(OSError, match='answers cannot be kept here .*choose another place'): TeacherCache(Slow(), tmp_path/'file').fill(loaders(tissue), progress=False)
+    with pytest.raises(OSError, match='teacher outputs cannot be kept here .*choose another place'): TeacherCache(Slow(), tmp_path/'file').fill(loaders(tissue), progress=False)

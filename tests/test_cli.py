@@ -19,7 +19,7 @@ SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teache
 
 def test_installed_command_explains_itself():
     kdmed = Path(sys.executable).with_name('kdmed')
-    for command,words in {'demo': ['--out', 'replace the run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model that learns', '--resplit', '--config'], 'recipe': ['deit_lung', 'multi_stage_kd', '--scale', '--ablate', 'NAME=VALUE']}.items():
+    for command,words in {'demo': ['--out', 'replace the run'], 'distill': ['--teacher', '--student', '--method', 'kd_convnext', 'timm model of the student', '--resplit', '--config'], 'recipe': ['deit_lung', 'multi_stage_kd', '--scale', '--ablate', 'NAME=VALUE']}.items():
         printed = subprocess.run([kdmed, command, '--help'], capture_output=True, text=True, check=True, env=dict(os.environ, COLUMNS='200')).stdout
         assert all(w in printed for w in words)
 
@@ -53,7 +53,7 @@ def findings_csv(tmp_path):
 
 def arguments(csv, out, **more):
     listed = {} if more.get('dataset') == 'folder' else dict(label='Finding Labels', group='Patient ID', task='multilabel')
-    args = dict(data=csv, dataset='csv', **listed, teacher='test_resnet', student='test_efficientnet', size=32, epochs=1, teacher_epochs=1, bs=16, out=out) | more
+    args = dict(data=csv, dataset='csv', **listed, teacher='test_resnet', student='test_efficientnet', size=32, epochs=1, teacher_epochs=1, bs=16, repeats=1, out=out) | more
     return ['distill', *[text for k,v in args.items() for text in (f"--{k.replace('_', '-')}", str(v))]]
 
 
@@ -84,6 +84,7 @@ def test_all_unreadable_images_are_named(findings_csv, tmp_path, capsys):
     assert '3 of 180 images cannot be read' in said and all(name in said for name in ('3.png', '50.png', '99.png'))
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten_unasked(findings_csv, tmp_path, capsys):
     out = tmp_path/'run'
     out.mkdir()
@@ -95,6 +96,7 @@ def test_a_run_is_never_overwritten_unasked(findings_csv, tmp_path, capsys):
     assert (out/'metrics.json').read_text() != 'precious' and (out/'notes.txt').read_text() == 'mine'
 
 
+@pytest.mark.slow
 def test_images_left_out_are_on_record(tmp_path, capsys):
     table = synthetic_table(n=90, classes=3, size=32)
     for i,row in table.iterrows():
@@ -110,6 +112,7 @@ def test_images_left_out_are_on_record(tmp_path, capsys):
     assert len(list(tmp_path.glob('stores/32px-*/store.json'))) == 1
 
 
+@pytest.mark.slow
 def test_images_without_a_label_teach_the_distilled_student_alone(tmp_path, capsys):
     table = synthetic_table(n=150, classes=3, size=32)
     for i,row in table.iterrows():
@@ -122,6 +125,7 @@ def test_images_without_a_label_teach_the_distilled_student_alone(tmp_path, caps
     assert cli.main([*args[:-1], 'moore', '--force']) == 2 and "no folder ['moore'] with images" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_recipe_from_the_shell_writes_its_table_and_goes_on(tmp_path, capsys):
     tissue = synthetic_table(n=120, classes=3, size=32)
     for i,row in tissue.iterrows():

@@ -48,6 +48,7 @@ def one_process(rank, folder, tissue):
     torch.save(seen, folder/f'{rank}.pt')
 
 
+@pytest.mark.slow
 def test_two_processes_see_what_one_would(tissue, tmp_path):
     torch.multiprocessing.spawn(one_process, (tmp_path, tissue), nprocs=2)
     seen = [torch.load(tmp_path/f'{rank}.pt', weights_only=False) for rank in range(2)]
@@ -114,6 +115,7 @@ def test_files_of_every_kind_in_one_set(tissue, tmp_path):
         assert len(dls.train.ids) == 34 and set(range(40, 44)) <= set(dls.train.ids)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is read from /proc, which this system lacks')
 def test_reading_a_store_larger_than_its_share_of_memory(tmp_path):
     "400 MB of images are packed and read three times over in a process that grows by less than 200 MB"
@@ -232,12 +234,15 @@ for augment in (tissue_augment(seed=4), skin_augment(seed=4), mskd_augment(seed=
 """
 
 
+@pytest.mark.slow
 def test_the_key_of_pixels_is_the_same_in_another_process(tmp_path):
     "Whatever the seed of Python's hashes, and whether a store is packed or found"
-    printed = []
+    script,printed = tmp_path/'key.py',[]
+    script.write_text(KEY)
     for seed in '123':
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': seed}
-        done = subprocess.run([sys.executable, '-W', 'ignore', '-c', KEY, str(tmp_path)], capture_output=True, text=True, env=env)
+        command = [sys.executable, '-W', 'ignore', str(script), str(tmp_path/'stores')]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.split())
     assert printed[0] == printed[1] == printed[2]

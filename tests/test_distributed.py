@@ -90,7 +90,7 @@ def steps(rank, processes, folder):
     kd = FeatureKD(teacher, PAIRS)
     learn = learner([kd, LogitKD(teacher), gradients(kd, grads)], data, bs, seed=0 if rank == 0 else 77)
     wrapped = []
-    learn.add_cb(At('before_batch', lambda learn: wrapped.append((type(learn.model), *(type(m) for t in kd.teachers for m in t.models)))))
+    learn.add_cb(At('before_batch', lambda learn: wrapped.append((type(learn.model), *(type(m) for t in learn.distill_fit.teachers for m in t.models)))))
     learn.logger = lambda *args, **kwargs: print(*args, file=out)
     torch.manual_seed(5 + 100*rank)
     with contextlib.redirect_stdout(out): fit(learn, 2, processes=processes)
@@ -203,6 +203,7 @@ def alone(job, tmp_path): return JOBS[job](0, 1, tmp_path)
 def close(a, b, atol=1e-6): return (a-b).abs().max() <= atol
 
 
+@pytest.mark.slow
 def test_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(together, tmp_path):
     "Student and projectors, to 1e-6, though each process began with its own random numbers"
     (first,second),one = together('steps'),alone('steps', tmp_path)
@@ -213,12 +214,14 @@ def test_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(togeth
     assert max(g.abs().max() for g in one['grads'][0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_both_processes_hold_the_same_student_and_projectors(together, tmp_path):
     (first,second),one = together('steps'),alone('steps', tmp_path)
     for key in ('student', 'projectors', 'twice'): assert torch.equal(first[key], second[key]) and close(first[key], one[key], 1e-5)
     assert not torch.equal(first['twice'], first['projectors']), 'projectors do not go on training in a second fit'
 
 
+@pytest.mark.slow
 def test_the_teacher_stays_apart(together):
     "It is not wrapped, moved, or sent to anyone; afterwards the student is itself again"
     for left in together('steps'):
@@ -226,12 +229,14 @@ def test_the_teacher_stays_apart(together):
         assert left['hooks'] == 0 and left['groups'] == [6]
 
 
+@pytest.mark.slow
 def test_the_log_is_printed_once(together):
     first,second = together('steps')
     assert first['out'].count('balanced accuracy') == 1 and first['out'].count('label_loss') <= 1 and len(first['out'].splitlines()) >= 3
     assert second['out'] == ''
 
 
+@pytest.mark.slow
 def test_accumulated_gradients(together, tmp_path):
     left,one = together('accumulate'),alone('accumulate', tmp_path)
     for l in left:
@@ -240,23 +245,27 @@ def test_accumulated_gradients(together, tmp_path):
         assert close(l['student'], one['student'], 1e-5) and close(l['projectors'], one['projectors'], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_term_whose_weight_begins_at_zero(together, tmp_path):
     "Projectors have no gradients yet when the processes first exchange theirs"
     left,one = together('schedule'),alone('schedule', tmp_path)
     for l in left: assert close(l['student'], one['student'], 1e-5) and close(l['projectors'], one['projectors'], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_mean_teacher_is_the_same_everywhere(together):
     first,second = together('mean')
     assert torch.equal(first['student'], second['student']) and torch.equal(first['teacher'], second['teacher'])
     assert not torch.equal(first['student'], first['teacher'])
 
 
+@pytest.mark.slow
 def test_a_teacher_with_normalization_size_and_class_order_of_its_own(together):
     first,second = together('normalized')
     assert max(*first['gaps'], *second['gaps']) < 1e-3 and torch.equal(first['student'], second['student'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('job', ['balanced', 'mixed', 'cached'])
 def test_tables_of_images(together, job):
     "Augmented, drawn evenly, mixed, with kept answers"

@@ -34,9 +34,9 @@ from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import UNLABELED, ClassLossFlat, FindingsLossFlat, ReplayCutMix, ReplayMixUp, image_dls
 from kdmed.data.splits import split_groups
 from kdmed.models.create import add_distillation_token, create_student, truncate_vit
-from kdmed.distill.callbacks import (
-    DecoupledKD, DistillCallback, DistillTokenKD, DistKD, FocalKD, LogitKD, NormalizedKD)
+from kdmed.distill.callbacks import DecoupledKD, DistillTokenKD, DistKD, FocalKD, LogitKD, NormalizedKD
 from kdmed.distill.features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
+from kdmed.distill.fit import DistillCallback
 from kdmed.distill.logit_losses import bernoulli_soft_target_loss, decoupled_loss, soft_target_loss
 from kdmed.distill.teacher import MeanTeacher, Teacher
 
@@ -448,7 +448,7 @@ def test_a_learner_as_teacher_brings_size_normalization_and_classes(tissue):
     half = ((.5,)*3, (.5,)*3)
     theirs = Learner(image_dls(tissue, 20, bs=16, stats=half, device='cpu'), cnn(8, seed=1))
     kd = LogitKD(theirs)
-    assert kd.teacher.voices[0].size == 20 and kd.teacher.voices[0].stats == half and kd.teacher.classes == theirs.dls.classes
+    assert kd.teacher.members[0].size == 20 and kd.teacher.members[0].stats == half and kd.teacher.classes == theirs.dls.classes
     quietly(Learner(image_dls(tissue, 24, bs=16, device='cpu'), cnn(seed=0), cbs=kd))
 
 

@@ -94,6 +94,7 @@ def printed(tmp_path_factory):
     return {name[:2]: text for name,text in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', RIGHT)
 def test_a_script_prints_the_right_thing(number, printed):
     if number not in printed: pytest.skip(f'there is no script {number} here')

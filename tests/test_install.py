@@ -24,12 +24,14 @@ def plain():
 def config(): return try_wheel.settings()
 
 
+@pytest.mark.slow
 def test_a_plain_installation_imports_every_module_and_distils(plain):
     modules = {p.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.').removesuffix('.__init__') for p in (ROOT/'kdmed').rglob('*.py')}
     assert set(plain['modules'].split()) == modules
     assert plain['distilled'].strip() == 'one epoch, exported, resumed'
 
 
+@pytest.mark.slow
 def test_a_plain_installation_is_what_was_simulated(plain):
     "Packages of each extra were hidden, and none was imported all the same"
     hidden = set(plain['hidden'].split())
@@ -39,6 +41,7 @@ def test_a_plain_installation_is_what_was_simulated(plain):
     assert not plain['imported'].split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('extra', ['filters', 'medmnist', 'dicom', 'interpret', 'weights', 'distributed'])
 def test_a_missing_extra_is_named_with_its_cure(plain, extra):
     assert re.search(r'needs?(ed)? .*pip install |not installed: pip install ', plain[extra]), plain[extra]

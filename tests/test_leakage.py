@@ -63,6 +63,7 @@ def slide_crops(side):
 
 # -- the report
 
+@pytest.mark.slow
 def test_random_split_has_lesion_mates_and_grouped_split_none(lesions, prints):
     mates = []
     for seed in range(3):
@@ -78,6 +79,7 @@ def test_random_split_has_lesion_mates_and_grouped_split_none(lesions, prints):
     assert clean.counts.group_mates.sum() == clean.counts.groups.sum() == 0
     check_leakage(split_groups(lesions))
 
+@pytest.mark.slow
 def test_copies_within_ham10000_are_of_one_lesion_but_for_one_photograph(lesions, prints):
     pairs = find_copies(prints)
     strangers = pairs[lesions.group.to_numpy()[pairs.a] != lesions.group.to_numpy()[pairs.b]]
@@ -85,6 +87,7 @@ def test_copies_within_ham10000_are_of_one_lesion_but_for_one_photograph(lesions
     assert len(names) == 1, names # one photograph, printed twice in different tones under two lesion numbers
     assert strangers.distance.max() < .03 and len(pairs) > 50
 
+@pytest.mark.slow
 def test_planted_copies_are_found_and_nothing_else(lesions, prints):
     rng = np.random.default_rng(0)
     rows = rng.choice(len(lesions), 600, replace=False)
@@ -123,6 +126,7 @@ def score(groups, true):
     both,together,siblings = ((n**2 - n).sum() for n in (pairs, pairs.sum(1), pairs.sum(0)))
     return both/siblings,both/together,adjusted_rand_score(true, groups)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,side', [('breakhis', 224), ('breakhis', 64), ('ham10000', 224), ('ham10000', 64)])
 def test_augmented_copies_are_grouped(name, side, request):
     rng = np.random.default_rng(0)
@@ -143,6 +147,7 @@ def test_augmented_copies_are_grouped_by_features(side):
     recall,precision,rand = score(group_copies(images, how='features'), np.repeat(np.arange(len(sources)), 6))
     assert recall > .98 and precision > .98 and rand > .98, (recall, precision, rand)
 
+@pytest.mark.slow
 def test_different_lesions_do_not_chain_into_giants(lesions):
     one_each = lesions.drop_duplicates('group').image
     sizes = pd.Series(group_copies(one_each, how='rings')).value_counts()

@@ -72,7 +72,7 @@ def test_01_teacher_keeps_no_gradients():
     graphs = []
     learn = learner(kds)
     def look(learn):
-        logits,features = kds[0].teacher.speak(learn.xb)
+        logits,features = kds[0].teacher.forward(learn.xb)
         assert not logits.requires_grad and not any(f.requires_grad for f in features.values())
         graphs.append(leaves(learn.loss_grad))
     learn.add_cb(At('after_loss', look))
@@ -90,7 +90,7 @@ def test_02_teacher_goes_where_the_student_is(monkeypatch):
     teachers = cnn(8, seed=1),cnn(8, seed=2)
     kds = [LogitKD(Teacher(list(teachers))), FeatureKD(teachers[0], PAIRS)]
     devices = []
-    def look(learn): devices.extend(t.device.type for t in (learn.pred, kds[0].teacher.speak(learn.xb)[0], *teachers[0].parameters(), *teachers[1].buffers(), *kds[1].projectors.parameters()))
+    def look(learn): devices.extend(t.device.type for t in (learn.pred, kds[0].teacher.forward(learn.xb)[0], *teachers[0].parameters(), *teachers[1].buffers(), *kds[1].projectors.parameters()))
     learn = Learner(dls, cnn(seed=0), loss_func=nn.CrossEntropyLoss(), opt_func=SGD, cbs=[TrainEvalCallback(), *kds, At('after_loss', look)], default_cbs=False)
     quietly(learn)
     assert set(devices) == {'meta'}
@@ -344,7 +344,7 @@ def test_15_a_teacher_inside_the_student_stays_in_eval_mode():
     model = Holds()
     before,count,answers = deepcopy(model.teacher.state_dict()),Count(model.teacher),[]
     kd = LogitKD(model.teacher)
-    def look(learn): answers.append(torch.equal(kd.teacher.speak(learn.xb)[0], deepcopy(model.teacher).eval()(learn.x)))
+    def look(learn): answers.append(torch.equal(kd.teacher.forward(learn.xb)[0], deepcopy(model.teacher).eval()(learn.x)))
     learn = quietly(learner([kd, FeatureKD(model.teacher, [('net.5', '0.5')]), At('after_loss', look)], model=model), 2)
     assert count.calls > 6 and not any(count.training) and all(answers)
     for k,v in model.teacher.state_dict().items(): assert torch.equal(v, before[k]), k
@@ -415,7 +415,7 @@ def test_18_a_cache_answers_for_the_view_that_is_shown(tissue, tmp_path):
     model = cnn(8, seed=1)
     with torch.no_grad(): model[-1].weight.mul_(20)
     x0,x1 = (dls.train.views_of(range(dls.train.n), [v]*dls.train.n)[0] for v in (0, 1))
-    says = [dict(zip(dls.train.ids.tolist(), Teacher(model).speak((torch.Tensor(x),))[0])) for x in (x0, x1)]
+    says = [dict(zip(dls.train.ids.tolist(), Teacher(model).forward((torch.Tensor(x),))[0])) for x in (x0, x1)]
     logits = [torch.stack([s[i] for i in dls.train.ids.tolist()]) for s in says]
     apart = (logits[0]-logits[1]).abs().mean().item()
     assert apart > .02*logits[0].abs().mean().item(), 'these views do not differ enough to tell'
@@ -425,7 +425,7 @@ def test_18_a_cache_answers_for_the_view_that_is_shown(tissue, tmp_path):
             ids,views = learn.x.replay
             assert set((views % 2).tolist()) == {learn.epoch % 2}
             theirs = torch.stack([says[v % 2][i] for i,v in zip(ids.tolist(), views.tolist())])
-            given = learn.logit_kd.teacher.speak(learn.xb)[0]
+            given = learn.logit_kd.teacher.forward(learn.xb)[0]
             seen.append((learn.epoch, (given-theirs).abs().max().item(), learn.loss_terms.values['logit_kd'].item(), soft(learn.pred, theirs)))
         def soft(z, t): return 16*F.kl_div(F.log_softmax(torch.Tensor(z)/4, 1), F.softmax(t/4, 1), reduction='batchmean').item()
         dls.train.rng,dls.train.epoch = random.Random(0),0
@@ -479,12 +479,12 @@ def test_20_normalize_on_every_device(tissue):
     dls = image_dls(tissue, 24, bs=16, augment=tissue_augment(), device='cpu')
     batch = TensorImage(torch.empty(4, 3, 24, 24, dtype=torch.uint8, device='meta'))
     teacher = Teacher(cnn(8, seed=1), stats=((.5,)*3, (.5,)*3))
-    teacher.meet(dls)
+    teacher.match_data(dls)
     with Apart():
         with pytest.raises(RuntimeError, match='device'): Normalize.from_stats(*imagenet_stats, cuda=False)(batch.float(), split_idx=0) # the trap
         for dl in dls.loaders: assert dl.after_batch(batch.clone()).device.type == 'meta'
         assert next(f for f in dls.train.after_batch.fs if isinstance(f, Normalize)).decode(batch.float()).device.type == 'meta'
-        assert teacher.voices[0].prepare(batch.float(), teacher.stats).device.type == 'meta'
+        assert teacher.members[0].prepare(batch.float(), teacher.stats).device.type == 'meta'
     x = dls.one_batch()[0]
     assert x.device.type == 'cpu' and dls.decode((x, torch.zeros(len(x), dtype=torch.long)))[0].min() > -.01
     quietly(Learner(dls, cnn(seed=0), cbs=LogitKD(teacher)))

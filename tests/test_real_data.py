@@ -45,7 +45,7 @@ def test_a_link_that_leads_back_adds_no_image(folders, target):
         assert len(read(folders)) == 12 # a link to itself is no image, and leads nowhere
         return
     table = read(folders)
-    assert len(table) == 12 and '1 links left out that lead back to a folder they are in: a/self' in notes(table)
+    assert len(table) == 12 and '1 links left out that lead back to a folder containing them: a/self' in notes(table)
 
 def test_two_folders_that_link_to_each_other(folders):
     (folders/'a/other').symlink_to('../b')
@@ -145,7 +145,7 @@ def test_hidden_and_junk_files(folders):
     save(folders, '__MACOSX', 'a', 'x.png')
     (folders/'a/Thumbs.db').write_bytes(b'x')
     table = read(folders)
-    assert len(table) == 12 and '1 files left out, which are no images by their ending: .db (1)' in notes(table)
+    assert len(table) == 12 and '1 files left out that are not images by their extension: .db (1)' in notes(table)
 
 def test_a_link_that_leads_nowhere(folders):
     (folders/'a/lost.png').symlink_to('nowhere.png')
@@ -355,7 +355,7 @@ def test_lists_of_every_separator_and_encoding(tmp_path, listed, sep, written):
 def test_an_encoding_can_be_named(tmp_path, listed):
     cyrillic = listed.assign(label=['невус', 'b']*2)
     assert from_csv(tmp_path, cyrillic, written='cp1251', encoding='cp1251').label[0] == 'невус'
-    with pytest.raises(ValueError, match='is no text in ascii'): from_csv(tmp_path, listed, encoding='ascii')
+    with pytest.raises(ValueError, match='is not text in ascii'): from_csv(tmp_path, listed, encoding='ascii')
     with pytest.raises(ValueError, match='unknown encoding'): from_csv(tmp_path, listed, encoding='klingon')
 
 @pytest.mark.parametrize('names', [
@@ -415,8 +415,8 @@ def test_a_name_that_is_too_long_is_shortened(tmp_path, listed):
 def test_a_column_that_holds_no_classes(tmp_path):
     for i in range(20): save(tmp_path, f'i{i}.png', shade=i)
     table = pd.DataFrame(dict(image=[f'i{i}.png' for i in range(20)], label=[f'n{i}' for i in range(20)], group=range(20)))
-    with pytest.raises(ValueError, match='all 20 labels differ, such as n0, n1, n2 and 17 more: label holds no classes'): from_csv(tmp_path, table)
-    with pytest.raises(ValueError, match='label holds numbers such as 0.05, no classes'): from_csv(tmp_path, table.assign(label=[f'{.05+i//2*.1:.2f}' for i in range(20)]))
+    with pytest.raises(ValueError, match='all 20 labels differ, such as n0, n1, n2 and 17 more: label does not contain classes'): from_csv(tmp_path, table)
+    with pytest.raises(ValueError, match='label contains numbers such as 0.05, not classes'): from_csv(tmp_path, table.assign(label=[f'{.05+i//2*.1:.2f}' for i in range(20)]))
 
 @pytest.mark.parametrize('label, expected', [
     (['0', '1.0', '1', '0.0'], ['0', '1', '1', '0']), ([' a', 'a ', 'b', '  '], ['a', 'a', 'b', None]), ([0., 1., None, 1.], ['0', '1', None, '1']), (['007', '7', '7', '007'], ['007', '7', '7', '007'])])
@@ -456,7 +456,7 @@ def test_no_validation_part_names_the_cure(tmp_path, form):
         listed = pd.DataFrame(dict(image=[f.name for f in table.image], label=table.label, group=range(48), split=[f.parts[-3] for f in table.image]))
         table = from_csv(tmp_path, listed)
     assert set(table.split) == {'train', 'test'}
-    with pytest.raises(ValueError, match=r"no images in split \['valid'\]; official_split\(table, 'split'\) takes some groups out of train"): image_dls(table, 8)
+    with pytest.raises(ValueError, match=r"no images in split \['valid'\]; official_split\(table, 'split'\) moves some groups from train"): image_dls(table, 8)
     dls = image_dls(official_split(table, 'split'), 8)
     assert len(dls.valid_ds) >= 2 and set(dls.test.table.image) == set(table.image[table.split == 'test'])
 
@@ -476,7 +476,7 @@ def npz(file, **changes):
     np.savez(file, **{**arrays, **changes})
     return file
 
-@pytest.mark.parametrize('name, error', [('foomnist.npz', 'says none of the sets; pass flag'), ('breastmnist-pathmnist.npz', r"says several of the sets, \['pathmnist', 'breastmnist'\]; pass flag")])
+@pytest.mark.parametrize('name, error', [('foomnist.npz', 'contains none of the sets; pass flag'), ('breastmnist-pathmnist.npz', r"contains several of the sets, \['pathmnist', 'breastmnist'\]; pass flag")])
 def test_npz_files_of_unknown_name(tmp_path, name, error):
     with pytest.raises(ValueError, match=error): read_medmnist(npz(tmp_path/name))
     assert len(read_medmnist(tmp_path/name, flag='breastmnist', print_card=False)) == 12
@@ -484,7 +484,7 @@ def test_npz_files_of_unknown_name(tmp_path, name, error):
 @pytest.mark.parametrize('part', ['train', 'val', 'test'])
 def test_npz_files_without_images(tmp_path, part):
     npz(tmp_path/'breastmnist.npz', **{f'{part}_images': np.zeros((0, 28, 28), np.uint8), f'{part}_labels': np.zeros((0, 1), int)})
-    with pytest.raises(ValueError, match=f'{part}_images holds no images'): read_medmnist(tmp_path/'breastmnist.npz')
+    with pytest.raises(ValueError, match=f'{part}_images contains no images'): read_medmnist(tmp_path/'breastmnist.npz')
 
 @pytest.mark.parametrize('memory', [0, 1, 100])
 def test_an_npz_header_that_claims_too_much(tmp_path, memory):

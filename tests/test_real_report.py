@@ -15,12 +15,14 @@ from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
 from kdmed.models.create import create_student
 from kdmed.evaluate.calibration import TEMPERATURE_BOUNDS, temperature_note
-from kdmed.evaluate.comparison import (
-    Comparison, attempt, chance_levels, compare, compare_predictions, measure_costs, why_failed, without_private)
+from kdmed.evaluate.collect import chance_levels
+from kdmed.evaluate.comparison import compare, compare_predictions, load_comparison, rehearse_report
+from kdmed.evaluate.costs import measure_costs
 from kdmed.evaluate.intervals import (
     difference_table, evaluate, group_draws, group_weights, paired_difference, replicate)
 from kdmed.evaluate.plots import VERTICES, pr_curves, roc_curves
-from kdmed.evaluate.report import escape_markdown, load_comparison, markdown_table, rehearse_report
+from kdmed.evaluate.privacy import attempt, why_failed, without_private
+from kdmed.evaluate.report import escape_markdown, markdown_table
 from kdmed.evaluate.scores import scores
 
 NAMES = ['nv', 'mel', 'bcc']
@@ -34,7 +36,7 @@ def answers(skill, truth=TRUTH, c=3):
 
 def said(comparison, *words):
     "Sentences of a comparison that contain all words"
-    return [s for s in comparison.findings() if all(w in s for w in words)]
+    return [str(c) for c in comparison.conclusions() if all(w in str(c) for w in words)]
 
 def study(**more):
     models = {'teacher': answers(3.), 'plain': [answers(1.) for _ in range(2)], 'distilled': [answers(1.5) for _ in range(2)]}
@@ -129,7 +131,7 @@ def test_many_classes_are_in_tables_and_what_is_not_drawn_is_said(tmp_path):
 def test_a_temperature_of_few_images_is_said_to_be_unreliable():
     few = answers(1., TRUTH[:16*5:5])
     c = study(valid=({'teacher': few, 'plain': [few]*2, 'distilled': [few]*2}, TRUTH[:16*5:5]))
-    assert said(c, 'Temperatures not to be relied on', 'teacher', '16 validation images, fewer than 100')
+    assert said(c, 'Unreliable temperatures', 'teacher', '16 validation images, fewer than 100')
     assert '16 validation images' in c.to_markdown()
 
 def test_a_temperature_at_its_bound_is_said_and_not_warned_of():
@@ -138,49 +140,49 @@ def test_a_temperature_at_its_bound_is_said_and_not_warned_of():
         warnings.simplefilter('error')
         c = study(valid=({n: p if n == 'teacher' else [p]*2 for n,p in dict.fromkeys(('teacher', 'plain', 'distilled'), sure/sure.sum(1, keepdims=True)).items()}, truth))
     assert said(c, 'at its bound 0.01', 'no prediction is wrong')
-    assert temperature_note(TEMPERATURE_BOUNDS[1], 500).startswith('at its bound 100: the logits say nothing')
+    assert temperature_note(TEMPERATURE_BOUNDS[1], 500).startswith('at its bound 100: the logits carry no information')
     assert temperature_note(1.3, 500) == ''
 
 def test_a_temperature_of_many_images_needs_no_word():
     enough = answers(1.)
     c = study(valid=({'teacher': enough, 'plain': [enough]*2, 'distilled': [enough]*2}, TRUTH))
-    assert not said(c, 'not to be relied on')
+    assert not said(c, 'Unreliable temperatures')
 
-@pytest.mark.parametrize('runs,words', [(1, 'for every image: it tells no images apart'), (2, 'in 1 of 2 trainings')])
+@pytest.mark.parametrize('runs,words', [(1, 'for every image: it does not distinguish between images'), (2, 'in 1 of 2 training runs')])
 def test_a_student_that_names_one_class_only_is_said_to(runs, words):
     blind = np.tile([.2, .5, .3], (300, 1))
     c = compare_predictions({'plain': answers(2.), 'distilled': [blind] if runs == 1 else [blind, answers(2.)]}, TRUTH, NAMES, PATIENTS, n_boot=20)
-    assert said(c, 'The distilled student names one class only, mel', words)
-    assert not said(c, 'plain student names one class only')
+    assert said(c, 'The distilled student predicts only one class, mel', words)
+    assert not said(c, 'plain student predicts only one class')
 
 def test_a_binary_student_that_names_one_class_only_is_said_to():
     c = compare_predictions({'plain': np.full(60, .2), 'distilled': np.linspace(0, 1, 60)}, [0, 1]*30, ['no', 'yes'], task='binary', n_boot=20)
-    assert said(c, 'The plain student names one class only, no')
+    assert said(c, 'The plain student predicts only one class, no')
 
 def test_findings_that_are_never_named_are_said():
     truth = (np.random.default_rng(0).random((80, 3)) < .4).astype(float)
     p = np.where(truth > 0, .9, .1)*[1, 1, .3]
     c = compare_predictions({'plain': p}, truth, ['edema', 'mass', 'hernia'], task='multilabel', n_boot=20)
-    assert said(c, 'names no image at all above the threshold of 0.5 for hernia')
+    assert said(c, 'never predicts hernia: no image is above the threshold of 0.5')
 
 def test_chance_stands_beside_the_metrics():
     c = study()
     assert c.about['chance'] == pytest.approx(dict(balanced_accuracy=1/3, macro_auroc=.5, accuracy=1/3))
     frame = c.sections()[0].frame
     assert frame.loc['chance', 'balanced_accuracy'] == '0.333' and frame.loc['chance', 'macro_auroc'] == '0.500'
-    assert 'The last row is chance' in c.to_html(())
+    assert 'The last row shows what chance achieves' in c.to_html(())
     assert chance_levels([0, 0, 0, 1], ['no', 'yes'], 'binary') == dict(balanced_accuracy=.5, macro_auroc=.5, accuracy=.75)
     assert chance_levels(np.array([[1, np.nan], [1, 0], [0, 0]]), ['a', 'b'], 'multilabel')['accuracy'] == pytest.approx((2/3+1)/2)
 
 def test_no_better_than_chance_is_said_where_the_interval_includes_it():
     c = compare_predictions({'plain': answers(0.), 'distilled': answers(2.)}, TRUTH, NAMES, PATIENTS, n_boot=100)
-    assert said(c, 'No better than chance (0.333) in balanced accuracy: the plain student')
-    assert not said(c, 'No better than chance', 'distilled')
+    assert said(c, 'Not shown to be better than chance (0.333) in balanced accuracy: the plain student')
+    assert not said(c, 'Not shown to be better than chance', 'distilled')
 
 def test_binary_reports_name_positive_class_and_threshold(tmp_path):
     c = compare_predictions({'plain': np.tile([.2, .8], 30), 'distilled': np.tile([.3, .6], 30)}, [0, 1]*30, ['Parasitized', 'Uninfected'], task='binary', n_boot=20)
     folder = c.save(tmp_path/'r')
-    for file in ('report.md', 'report.html'): assert 'Positive class: Uninfected. An image is called Uninfected where its probability is above 0.5.' in (folder/file).read_text()
+    for file in ('report.md', 'report.html'): assert 'Positive class: Uninfected. An image is classified as Uninfected if the probability of this class is above 0.5.' in (folder/file).read_text()
     about = json.loads((folder/'metrics.json').read_text())['about']
     assert (about['positive'], about['threshold']) == ('Uninfected', .5)
 
@@ -217,6 +219,7 @@ def test_what_is_missing_is_said_at_the_top(tmp_path):
 
 ODD = ['a|b', 'x*y*z', '_under_', '<b>&amp;', '[x](http://evil)', 'new\nline', '$\\frac$ $', '`code`', 'accuracy', 'micro', 'plain', '# top', '1. first']
 
+@pytest.mark.slow
 def test_odd_names_neither_break_nor_hide_anything(tmp_path):
     truth = np.arange(len(ODD)*10) % len(ODD)
     names = {'plain': answers(2., truth, len(ODD)), 'a|b *x* <i>': answers(2., truth, len(ODD))}
@@ -249,11 +252,11 @@ def test_names_of_models_that_would_be_mistaken_are_refused(name):
 
 # -- what fails costs only its own part
 
-@pytest.mark.parametrize('part,error', [('plot_harm', MemoryError()), ('plot_roc', RuntimeError('no GPU')), ('plot', ValueError('/data/jane/x.png cannot be read')), ('plot_reliability', KeyError('x'))])
+@pytest.mark.parametrize('part,error', [('draw_harm', MemoryError()), ('draw_roc', RuntimeError('no GPU')), ('draw_scores', ValueError('/data/jane/x.png cannot be read')), ('draw_reliability', KeyError('x'))])
 def test_a_picture_that_fails_leaves_the_rest_of_the_report(part, error, tmp_path, monkeypatch):
     def fail(*args, **kwargs): raise error
     c = study()
-    monkeypatch.setattr(Comparison, part, fail)
+    monkeypatch.setattr(report_module, part, fail)
     folder = c.save(tmp_path/'r')
     for file in ('report.md', 'report.html'):
         text = (folder/file).read_text()
@@ -273,7 +276,7 @@ def test_a_section_that_fails_leaves_the_others(part, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('part,attribute', [('harm_check', 'harm'), ('subgroup_scores', 'subgroups'), ('calibration_scores', 'calibration'), ('agreement', 'agreements')])
 def test_a_part_that_cannot_be_computed_leaves_the_others(part, attribute, tmp_path, monkeypatch):
-    import kdmed.evaluate.comparison as module
+    import kdmed.evaluate.collect as module
     def fail(*args, **kwargs): raise MemoryError
     monkeypatch.setattr(module, part, fail)
     valid = {'teacher': answers(1.), 'plain': [answers(1.)]*2, 'distilled': [answers(1.)]*2}
@@ -339,7 +342,7 @@ def test_settings_that_change_the_work_make_another_architecture():
 
 # -- files
 
-@pytest.mark.parametrize('text,words', [('{', 'is no JSON'), ('', 'is no JSON'), ('[]', 'is not a comparison'), ('3', 'is not a comparison'), ('{}', 'is not a comparison'),
+@pytest.mark.parametrize('text,words', [('{', 'is not valid JSON'), ('', 'is not valid JSON'), ('[]', 'is not a comparison'), ('3', 'is not a comparison'), ('{}', 'is not a comparison'),
     ('{"about":{}}', '`about` lacks classes, task, images, groups'), ('{"about":{"x":1},"teacher":3}', '`about` lacks'), ('{"about":3}', '`about` must be'),
     ('{"format":99,"about":{}}', 'of a newer kdmed'), ('{"format":"x","about":{}}', 'cannot read')])
 def test_damaged_files_are_refused_by_name(text, words, tmp_path):
@@ -364,6 +367,7 @@ def test_metrics_have_a_format_and_come_back(tmp_path):
     assert json.loads((folder/'metrics.json').read_text())['format'] == 1
     assert load_comparison(folder).to_dict() == c.to_dict()
 
+@pytest.mark.slow
 def test_a_save_that_fails_leaves_the_report_before_it_whole(tmp_path, monkeypatch):
     folder = study().save(tmp_path/'r')
     before = {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
@@ -383,6 +387,7 @@ def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
     study().save(tmp_path)
     assert not list(tmp_path.glob('.report-*'))
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_said_before_anything_is_replaced(tmp_path, monkeypatch):
     folder = study().save(tmp_path/'r')
     before = (folder/'metrics.json').read_bytes()
@@ -439,7 +444,7 @@ def _like(table, dls):
 def test_a_rehearsal_raises_what_would_fail_after_training(dls, monkeypatch):
     with pytest.raises(ValueError, match=r"subgroups must be columns of the image table, but \['age'\] are not"): rehearse_report(dls, subgroups='age')
     def fail(*args): raise MemoryError
-    monkeypatch.setattr(Comparison, 'plot_roc', fail)
+    monkeypatch.setattr(report_module, 'draw_roc', fail)
     with pytest.raises(RuntimeError, match="the report cannot be made: The picture 'roc' is missing: not enough memory"): rehearse_report(dls)
 
 def test_a_rehearsal_writes_where_the_report_will_be(dls, tmp_path):

@@ -1,7 +1,6 @@
 "The command line as its users meet it: options, messages in its own words, runs that resume, configuration, check"
 import json
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 import pytest
@@ -9,11 +8,12 @@ from PIL import Image
 
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import image_dls
+from kdmed.data.readers import read_folder
 from kdmed.data.splits import split_groups
-from kdmed.distill.methods import METHODS
+from kdmed.distill.registry import METHODS
 from kdmed.studies.recipes import RECIPES
 from kdmed.studies.study import distillation_study
-from kdmed.cli import app as cli, commands, options
+from kdmed.cli import app as cli, commands, images as cli_images, options, runs
 
 SMALL = ['--teacher', 'test_resnet', '--student', 'test_efficientnet', '--size', '32', '--epochs', '1', '--teacher-epochs', '1', '--bs', '16', '--repeats', '1', '--no-copies']
 
@@ -43,19 +43,19 @@ def distill(images, out, *more): return ['distill', '--data', images, '--group-p
 # -- what the command offers is what the modules have
 
 def test_choices_are_those_of_the_modules():
-    assert set(get_args(options.MethodName))=={'auto', *METHODS}
-    assert set(get_args(options.RecipeName))==set(RECIPES)
-    assert set(get_args(options.Augmentation))==set(commands.AUGMENTS)
-    assert set(get_args(options.Preprocessing))==set(commands.FILTERS)
-    assert set(get_args(options.Optimizer))==set(commands.OPTIMIZERS)
-    assert set(get_args(options.Dataset))==set(options.DATASETS)==set(commands.READERS)
+    assert set(options.METHOD_NAMES)=={'auto', *METHODS}
+    assert set(options.RECIPE_NAMES)==set(RECIPES)
+    assert set(options.AUGMENTATION_NAMES)==set(cli_images.AUGMENTS)
+    assert set(options.FILTER_NAMES)==set(cli_images.FILTERS)
+    assert set(options.OPTIMIZER_NAMES)==set(cli_images.OPTIMIZERS)
+    assert set(options.DATASETS)==set(cli_images.find_readers())
     for name,sets in options.OPTION_DATASETS.items():
-        for dataset in sets: assert name in commands.READERS[dataset][1], (name, dataset)
+        for dataset in sets: assert name in cli_images.find_readers()[dataset][1], (name, dataset)
 
 
 def test_readers_know_the_options_they_are_given():
     import inspect
-    for dataset,(read,names) in commands.READERS.items():
+    for dataset,(read,names) in cli_images.find_readers().items():
         assert set(names) <= set(inspect.signature(read).parameters), dataset
 
 
@@ -84,12 +84,12 @@ def test_readers_know_the_options_they_are_given():
     (['--magnification', '40'], '--magnification concerns --dataset breakhis, not folder'),
     (['--task', 'multilabel'], '--task concerns --dataset csv and dicom and breakhis, not folder'),
     (['--tissue', 'colon'], '--tissue concerns --dataset lc25000, not folder'),
-    (['--dataset', 'cvs'], 'Did you mean "csv"?'),
+    (['--dataset', 'cvs'], "unknown --dataset 'cvs'; did you mean 'csv'?"),
     (['--dataset', 'csv'], '--group-pattern concerns --dataset folder, not csv'),
     (['--student', ''], '--student must be the name of a timm model'),
     (['--student', '../x'], '--student: '),
     (['--student', 'test_efficientnett'], "did you mean 'test_efficientnet'"),
-    (['--method', 'logits'], 'Did you mean "logit"?'),
+    (['--method', 'logits'], "unknown --method 'logits'; did you mean 'logit'"),
     (['--method', 'hard_token'], '--method hard_token: '),
     (['--views', '3'], '--views needs a policy whose views repeat'),
     (['--cache'], '--cache keeps the teacher\'s outputs for views that repeat'),
@@ -118,7 +118,7 @@ def test_what_cannot_be_meant_is_refused_before_work_starts(images, tmp_path, ca
 
 def test_amp_without_a_gpu_is_refused(images, tmp_path, capsys):
     status,_,err = kdmed(capsys, *distill(images, tmp_path/'run', '--amp', '--device', 'cpu'))
-    assert status==2 and '--amp needs a GPU' in err and not (tmp_path/'run'/'cells').exists()
+    assert status==2 and '--amp needs an NVIDIA GPU' in err and not (tmp_path/'run'/'cells').exists()
 
 
 # -- where a run goes
@@ -166,6 +166,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(images, run, caps
     assert contents(run)==before
 
 
+@pytest.mark.slow
 def test_configuration_repeats_a_run(run, tmp_path, capsys):
     status,_,err = kdmed(capsys, 'distill', '--config', run/'config.toml', '--out', tmp_path/'again', '--quiet')
     assert status==0, err
@@ -187,6 +188,7 @@ def test_a_wrong_configuration_is_refused(images, tmp_path, capsys, text, said):
     assert status==2 and said in err, err
 
 
+@pytest.mark.slow
 def test_force_replaces_a_run_when_the_new_one_is_finished(images, run, tmp_path, capsys, monkeypatch):
     import shutil
     out = tmp_path/'run'
@@ -221,11 +223,11 @@ def test_a_swap_that_is_stopped_half_way_is_completed(run, tmp_path):
         (out/'.new'/'complete').write_text(json.dumps(names))
         (out/'settings.json').unlink()
         for name in names[:moved]:
-            commands._remove(out/name)
+            runs.remove_path(out/name)
             (out/'.new'/name).replace(out/name)
-        if moved < len(names): assert commands.run_state(out)=='unfinished'
+        if moved < len(names): assert runs.run_state(out)=='unfinished'
         commands.swap_in(out)
-        assert (out/'history.csv').read_text()=='new' and commands.run_state(out)=='finished' and not (out/'.new').exists()
+        assert (out/'history.csv').read_text()=='new' and runs.run_state(out)=='finished' and not (out/'.new').exists()
 
 
 def test_files_of_a_run_that_do_not_say_what_they_are_stay(images, tmp_path, capsys):
@@ -237,6 +239,7 @@ def test_files_of_a_run_that_do_not_say_what_they_are_stay(images, tmp_path, cap
 
 # -- splits
 
+@pytest.mark.slow
 def test_a_split_without_validation_images_names_the_cures(tmp_path, capsys):
     data = write_images(tmp_path/'images', parts=('Training', 'Testing'))
     status,_,err = kdmed(capsys, *distill(data, tmp_path/'run'))
@@ -245,6 +248,7 @@ def test_a_split_without_validation_images_names_the_cures(tmp_path, capsys):
     assert status==0, err
 
 
+@pytest.mark.slow
 def test_leaking_groups_name_the_cures_and_can_be_accepted(tmp_path, capsys):
     data = write_images(tmp_path/'images', parts=('train', 'valid', 'test'))
     status,_,err = kdmed(capsys, *distill(data, tmp_path/'run'))
@@ -257,15 +261,15 @@ def test_leaking_groups_name_the_cures_and_can_be_accepted(tmp_path, capsys):
 
 
 def test_groups_can_come_from_a_list(images, tmp_path):
-    table = commands.read_folder(images, print_card=False)
+    table = read_folder(images, print_card=False)
     names = [Path(str(i)).name for i in table.image]
     pd.DataFrame(dict(image=names, group=[n.split('_')[0] for n in names])).to_csv(tmp_path/'groups.csv', index=False)
-    grouped = commands.apply_groups(table, tmp_path/'groups.csv')
+    grouped = cli_images.apply_groups(table, tmp_path/'groups.csv')
     assert list(grouped.group)==[n.split('_')[0] for n in names] and table.group.nunique()==len(table)
     for broken,said in ((lambda t: t.iloc[1:], '1 of 90 images have no group'), (lambda t: t.rename(columns={'group': 'patient'}), "missing column ['group']"), (lambda t: t.assign(group=''), 'rows have no group'),
                         (lambda t: pd.concat([t, t.iloc[:1].assign(group='other')]), 'has several groups')):
         broken(pd.read_csv(tmp_path/'groups.csv', dtype=str)).to_csv(tmp_path/'broken.csv', index=False)
-        with pytest.raises(ValueError, match=said.replace('[', r'\[').replace(']', r'\]')): commands.apply_groups(table, tmp_path/'broken.csv')
+        with pytest.raises(ValueError, match=said.replace('[', r'\[').replace(']', r'\]')): cli_images.apply_groups(table, tmp_path/'broken.csv')
 
 
 # -- failures
@@ -289,10 +293,10 @@ def test_a_learning_rate_without_measure_is_an_error_and_keeps_what_was_trained(
 
 
 def test_a_failing_part_of_the_report_costs_itself_only(tmp_path, monkeypatch):
-    from kdmed.evaluate import comparison
+    from kdmed.evaluate import costs
     dls = image_dls(split_groups(synthetic_table(n=90, classes=3, size=32), sizes=(.5, .2, .3)), 32, 16)
     def fails(*args): raise MemoryError('too much')
-    monkeypatch.setattr(comparison, '_fixed_cost', fails)
+    monkeypatch.setattr(costs, '_fixed_cost', fails)
     result,_ = distillation_study(dls, 'test_resnet', 'test_efficientnet', teacher_epochs=1, epochs=1, seeds=(0,), progress=False, folder=tmp_path/'run', n_boot=10)
     assert any('cost' in s.lower() and 'not enough memory' in s for s in result.about['missing']) and 'distilled' in result.scores
 
@@ -333,6 +337,7 @@ def test_check_tells_what_a_run_would_meet_without_training(images, tmp_path, ca
     assert status==0 and '1 of 90 images cannot be read' in out and bad.name in out
 
 
+@pytest.mark.slow
 def test_output_that_is_no_terminal_gets_a_line_an_epoch(images, tmp_path, capsys):
     status,out,err = kdmed(capsys, *distill(images, tmp_path/'run', '--epochs', '1')[:-2])
     assert status==0
@@ -354,13 +359,15 @@ def leaking(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_report_tells_shared_groups_the_card_and_the_metric_that_was_asked_for(leaking, tmp_path, capsys):
     status,out,err = kdmed(capsys, *distill(leaking, tmp_path/'run', '--allow-leakage', '--metric', 'f1'))
     assert status==0, err
     report = (tmp_path/'run'/'report.md').read_text()
     shared = '10 groups are in more than one split: 100.0% (30/30) of the test images are of a group that is also in train; scores are optimistic.'
     for text in (out, report):
-        assert shared in text and 'in f1' in text and 'plain student in balanced accuracy' not in text
+        assert shared in text and 'the F1 of the distilled student' in text
+        assert 'the balanced accuracy of the distilled student' not in text
     assert 'split: train 30, valid 30, test 30' in report and 'binary: ' in report
     assert str(tmp_path) not in report
 
@@ -372,6 +379,7 @@ def test_groups_in_two_splits_are_refused_before_copies_are_looked_for(leaking, 
     assert status==2 and '10 groups are in more than one split' in err and '--resplit' in err and '--allow-leakage' in err, err
 
 
+@pytest.mark.slow
 def test_a_command_that_trained_nothing_does_not_hold_its_folder(images, tmp_path, capsys, monkeypatch):
     def refuses(*args, **kwargs):
         commands.write_atomic(tmp_path/'run'/'study.json', json.dumps(dict(settings=dict(options=commands.settings_of(dict(lr=.5))))))
@@ -409,6 +417,7 @@ def test_check_shows_a_split_without_validation_images_and_says_that_it_is_refus
     assert status==0 and 'kdmed distill refuses this split: the split of the data has no valid images' in out and 'All 90 images can be read' in out, err
 
 
+@pytest.mark.slow
 def test_copies_are_listed_with_their_labels(leaking, tmp_path, capsys):
     import shutil
     data = tmp_path/'images'

@@ -29,7 +29,7 @@ from kdmed.distill.callbacks import DecoupledKD, DistKD, FocalKD, LogitKD
 from kdmed.distill.features import FeatureKD, RelationalKD
 from kdmed.distill.methods import check_fit, distill, distill_callbacks, fit_classifier
 from kdmed.distill.multidim import MultiDimKD, ViTKD
-from kdmed.distill.teacher import MeanTeacher, Teacher
+from kdmed.distill.teacher import MeanTeacher, Teacher, evaluate_teacher
 from kdmed.evaluate.metrics import predict
 
 pytestmark = pytest.mark.filterwarnings('ignore:the teacher is no better', 'ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore:.*y_pred', 'ignore:You are shadowing',
@@ -84,11 +84,11 @@ def test_teacher_has_its_own_normalization(bring, stained, dls, other_dls, tmp_p
     given = dict(folder=lambda: str(save_student(model, tmp_path/'t')), loaded=lambda: load_student(save_student(model, tmp_path/'t')), learner=lambda: stained,
                  module=lambda: copy.deepcopy(model), averaged=lambda: AveragedModel(model))[bring]()
     teacher = Teacher(given)
-    np.testing.assert_allclose(teacher.voices[0].stats, find_normalization(other_dls), atol=1e-5)
-    teacher.meet(dls)
+    np.testing.assert_allclose(teacher.members[0].stats, find_normalization(other_dls), atol=1e-5)
+    teacher.match_data(dls)
     x = images_of(other_dls)
     with torch.no_grad(): expected = copy.deepcopy(model).eval()(x)
-    torch.testing.assert_close(teacher.speak((in_loaders(dls, x, other_dls),))[0], expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(teacher.forward((in_loaders(dls, x, other_dls),))[0], expected, atol=1e-3, rtol=1e-3)
     model.requires_grad_(True)
 
 
@@ -140,8 +140,8 @@ def test_peers_teacher_features_do_not_change_with_the_students_normalization(st
     for loaders in (dls, other_dls):
         teacher = Teacher(copy.deepcopy(stained.model))
         teacher.add_tap('layer4', 'map')
-        teacher.meet(loaders)
-        features.append(teacher.speak((in_loaders(loaders, images_of(other_dls), other_dls),))[1]['layer4', 'map'])
+        teacher.match_data(loaders)
+        features.append(teacher.forward((in_loaders(loaders, images_of(other_dls), other_dls),))[1]['layer4', 'map'])
     torch.testing.assert_close(*features, atol=1e-3, rtol=1e-3)
 
 
@@ -167,9 +167,9 @@ def test_teacher_outputs_of_any_form(form, dls):
     "A list, tuple, dict or object was `AttributeError: … has no attribute 'dtype'`."
     model = sharp(create_teacher('test_resnet', dls.classes, 32))
     teacher = Teacher(Gives(model, FORMS[form]), dls.classes)
-    teacher.meet(dls)
+    teacher.match_data(dls)
     x = images_of(dls)
-    with torch.no_grad(): torch.testing.assert_close(teacher.speak((x,))[0].softmax(1), model(x).softmax(1))
+    with torch.no_grad(): torch.testing.assert_close(teacher.forward((x,))[0].softmax(1), model(x).softmax(1))
     teacher.check_outputs()
     np.testing.assert_allclose(predict(Gives(model, FORMS[form]), dls.test)[0], predict(model, dls.test)[0], atol=1e-6)
 
@@ -212,11 +212,11 @@ def test_probabilities_are_not_softened_as_logits(outputs, dls):
 def test_probabilities_of_0_and_1():
     def given(p): return nn.Sequential(nn.Flatten(), Gives(nn.Identity(), lambda x: torch.tensor(p).expand(len(x), -1)))
     x = (torch.zeros(2, 3, 4, 4),)
-    z = Teacher(given([0., 1., 0.]), outputs='probabilities').speak(x)[0]
+    z = Teacher(given([0., 1., 0.]), outputs='probabilities').forward(x)[0]
     assert z.isfinite().all() and z.softmax(1)[0, 1] == 1
-    z = Teacher(given([0., 1., 1.]), outputs='probabilities').speak(x)[0]
+    z = Teacher(given([0., 1., 1.]), outputs='probabilities').forward(x)[0]
     assert z.isfinite().all() and torch.allclose(z.sigmoid(), torch.tensor([0., 1., 1.]), atol=1e-6)
-    with pytest.raises(ValueError, match="outputs='probabilities': they must be in"): Teacher(given([-1., 2., 0.]), outputs='probabilities').speak(x)
+    with pytest.raises(ValueError, match="outputs='probabilities': they must be in"): Teacher(given([-1., 2., 0.]), outputs='probabilities').forward(x)
 
 
 def test_independent_sigmoids(table):
@@ -226,8 +226,8 @@ def test_independent_sigmoids(table):
     x = images_of(findings)
     with torch.no_grad(): z = model(x)
     declared = Teacher(Gives(model, torch.sigmoid), findings.classes, outputs='probabilities')
-    declared.meet(findings)
-    torch.testing.assert_close(declared.speak((x,))[0].sigmoid(), z.sigmoid(), atol=1e-5, rtol=1e-4)
+    declared.match_data(findings)
+    torch.testing.assert_close(declared.forward((x,))[0].sigmoid(), z.sigmoid(), atol=1e-5, rtol=1e-4)
     assert any('as sigmoids are' in w for w in warned(lambda: distill(findings, 'test_resnet', Gives(model, torch.sigmoid), 'logit', epochs=1, progress=False)))
     assert not any('as sigmoids are' in w for w in warned(lambda: distill(findings, 'test_resnet', model, 'logit', epochs=1, progress=False)))
 
@@ -245,8 +245,8 @@ def test_peers_a_sigmoid_teacher_for_a_softmax_student(dls):
     with pytest.raises(ValueError, match='different tasks'): distill(dls, 'test_resnet', model, 'logit', epochs=1, progress=False)
     plain = Gives(sharp(timm.create_model('test_resnet', num_classes=3)), torch.sigmoid)
     teacher = Teacher(plain, dls.classes, outputs='probabilities')
-    teacher.meet(dls)
-    with torch.no_grad(): torch.testing.assert_close(teacher.speak((images_of(dls),))[0], plain.model(images_of(dls)), atol=1e-3, rtol=1e-3)
+    teacher.match_data(dls)
+    with torch.no_grad(): torch.testing.assert_close(teacher.forward((images_of(dls),))[0], plain.model(images_of(dls)), atol=1e-3, rtol=1e-3)
 
 
 def test_cached_teacher_reads_outputs_the_same_way(dls, tmp_path):
@@ -290,7 +290,7 @@ def test_a_wrapper_changes_neither_auto_nor_classes(wrap, dls):
     plain = distill_callbacks('auto', student, Teacher(copy.deepcopy(teacher)))
     kds = distill_callbacks('auto', student, Teacher(wrap(teacher)))
     assert [type(cb) for cb in kds]==[type(cb) for cb in plain]==[LogitKD, FeatureKD] and kds[1].pairs==plain[1].pairs
-    assert (kds[0].teacher.classes,kds[0].teacher.voices[0].size)==(plain[0].teacher.classes,plain[0].teacher.voices[0].size)
+    assert (kds[0].teacher.classes,kds[0].teacher.members[0].size)==(plain[0].teacher.classes,plain[0].teacher.members[0].size)
     check_fit(dls, student, kds)
 
 
@@ -301,11 +301,11 @@ def test_one_channel_teacher(dls):
     gray = sharp(create_teacher('test_resnet', dls.classes, 32, in_chans=1))
     set_model_stats(gray, [.4], [.2])
     teacher = Teacher(gray)
-    teacher.meet(dls)
+    teacher.match_data(dls)
     x = images_of(dls)
     pixels = renormalize(x, IMAGENET, ([0.]*3, [1.]*3))
     luminance = (torch.tensor([.299, .587, .114]).view(3, 1, 1)*pixels).sum(1, keepdim=True)
-    with torch.no_grad(): torch.testing.assert_close(teacher.speak((x,))[0], gray((luminance-.4)/.2), atol=1e-4, rtol=1e-4)
+    with torch.no_grad(): torch.testing.assert_close(teacher.forward((x,))[0], gray((luminance-.4)/.2), atol=1e-4, rtol=1e-4)
     assert len(distill(dls, 'test_resnet', teacher, epochs=1, progress=False).history)==1
     assert predict(gray, dls.test)[0].shape[1]==3
 
@@ -315,13 +315,13 @@ def test_color_teacher_of_gray_images():
     gray = DataLoaders(*[DataLoader(TensorDataset(x, y), batch_size=4) for _ in range(2)])
     model = sharp(timm.create_model('test_resnet', num_classes=3))
     teacher = Teacher(model)
-    teacher.meet(gray)
-    with torch.no_grad(): torch.testing.assert_close(teacher.speak((x,))[0], model(x.expand(-1, 3, -1, -1)))
+    teacher.match_data(gray)
+    with torch.no_grad(): torch.testing.assert_close(teacher.forward((x,))[0], model(x.expand(-1, 3, -1, -1)))
     fit_classifier(gray, timm.create_model('test_resnet', num_classes=3, in_chans=1), 1, cbs=LogitKD(model), progress=False)
 
 
 def test_student_of_other_channels_is_refused_before_training(dls):
-    with pytest.raises(ValueError, match='takes images of 1 channels, those of the loaders have 3: make it with in_chans=3'): fit_classifier(dls, create_student('test_resnet', dls.classes, 32, in_chans=1), 1, progress=False)
+    with pytest.raises(ValueError, match='takes images of 1 channels, those of the loaders have 3: create it with in_chans=3'): fit_classifier(dls, create_student('test_resnet', dls.classes, 32, in_chans=1), 1, progress=False)
     with pytest.raises(ValueError, match='takes images of 4 channels, those of the loaders have 3'): distill(dls, timm.create_model('test_resnet', num_classes=3, in_chans=4), timm.create_model('test_resnet', num_classes=3), epochs=1, progress=False)
     with pytest.raises(ValueError, match='takes images of 4 channels, these have 3'): distill(dls, 'test_resnet', timm.create_model('test_resnet', num_classes=3, in_chans=4), 'logit', epochs=1, progress=False)
 
@@ -332,17 +332,17 @@ def test_channels_are_those_the_images_meet_first(dls):
         def __init__(self): super().__init__(); self.b,self.a = nn.Conv2d(1, 3, 1),nn.Conv2d(3, 1, 1)
         def forward(self, x): return self.b(self.a(x)).mean((2, 3))
     fit_classifier(dls, Crossed, 1, progress=False)
-    assert Teacher(Crossed()).speak((images_of(dls),))[0].shape[1]==3
+    assert Teacher(Crossed()).forward((images_of(dls),))[0].shape[1]==3
 
 
 def test_teacher_of_a_fixed_size_gets_resized_images(dls):
     "A ViT of 224 pixels, not made by kdmed, under smaller images."
     vit = sharp(timm.create_model('vit_tiny_patch16_224', num_classes=3, img_size=48))
     teacher = Teacher(vit, dls.classes)
-    teacher.meet(dls)
+    teacher.match_data(dls)
     x = images_of(dls)
-    with torch.no_grad(): torch.testing.assert_close(teacher.speak((x,))[0], vit(F.interpolate(x, (48, 48), mode='bilinear', antialias=True)), atol=1e-4, rtol=1e-4)
-    assert teacher.voices[0].size==48 and predict(vit, dls.test)[0].shape[1]==3
+    with torch.no_grad(): torch.testing.assert_close(teacher.forward((x,))[0], vit(F.interpolate(x, (48, 48), mode='bilinear', antialias=True)), atol=1e-4, rtol=1e-4)
+    assert teacher.members[0].size==48 and predict(vit, dls.test)[0].shape[1]==3
     check_fit(dls, create_student('test_resnet', dls.classes, 32), LogitKD(teacher))
 
 
@@ -467,7 +467,7 @@ def test_a_learner_that_has_taught_can_be_exported_and_thawed(dls, tmp_path):
     learn.export(tmp_path/'teacher.pkl')
     assert len(learn.dls.train)==len(dls.train)
     assert load_learner(tmp_path/'teacher.pkl').model is not None
-    with pytest.raises(ValueError, match=r'model.requires_grad_\(True\) thaws it'): fit_classifier(dls, learn.model, 1, progress=False)
+    with pytest.raises(ValueError, match=r'model.requires_grad_\(True\) unfreezes it'): fit_classifier(dls, learn.model, 1, progress=False)
     learn.model.requires_grad_(True)
     fit_classifier(dls, learn.model, 1, progress=False)
 
@@ -499,7 +499,7 @@ def test_peers_pooled_features_are_not_normalized_away(dls):
     "Normalizing before pooling gave zeros (Simple-Recipe-Distillation#2)."
     teacher = Teacher(create_teacher('test_resnet', dls.classes, 32))
     for kind in ('map', 'pooled'): teacher.add_tap('layer3', kind)
-    features = teacher.speak((images_of(dls),))[1]
+    features = teacher.forward((images_of(dls),))[1]
     torch.testing.assert_close(features['layer3', 'pooled'], features['layer3', 'map'].mean((2, 3)))
     assert features['layer3', 'pooled'].abs().mean() > 1e-3
 
@@ -527,10 +527,10 @@ def test_peers_the_printed_score_is_the_one_it_is_called(capsys):
         def forward(self, x): return x[:, 0, 0, :1]+.5 # ranks right, but says yes too often
     y = (x[:, 0, 0, 0]>.3).float()[:, None]
     loader = DataLoader(TensorDataset(x, y), batch_size=8)
-    Teacher(First()).introduce(loader, exclusive=False)
+    evaluate_teacher(Teacher(First()), loader, exclusive=False)
     assert 'AUROC 1.000' in capsys.readouterr().out
     two = DataLoader(TensorDataset(x, y[:, 0].long()), batch_size=8)
-    Teacher(Gives(First(), lambda z: torch.cat([-z, z], 1))).introduce(two, exclusive=True)
+    evaluate_teacher(Teacher(Gives(First(), lambda z: torch.cat([-z, z], 1))), two, exclusive=True)
     right = [(x[:, 0, 0, 0]>-.5)[y[:, 0]==c] for c in (0, 1)]
     assert f'balanced accuracy {((~right[0]).float().mean()+right[1].float().mean())/2:.3f}' in capsys.readouterr().out
 
@@ -552,9 +552,9 @@ def test_peers_untrained_findings_are_named():
     class First(nn.Module):
         def forward(self, x): return 4*x[:, :, 0, 0]-2
     teacher = Teacher(First())
-    teacher.students_classes = ['edema', 'hernia', 'mass']
-    said = warned(lambda: teacher.introduce(DataLoader(TensorDataset(x, y), batch_size=50), exclusive=False, tell=lambda _: None))
-    assert len(said)==1 and "knows no more than chance" in said[0] and "['hernia']" in said[0]
+    teacher.student_classes = ['edema', 'hernia', 'mass']
+    said = warned(lambda: evaluate_teacher(teacher, DataLoader(TensorDataset(x, y), batch_size=50), exclusive=False, show=lambda _: None))
+    assert len(said)==1 and "no better than chance for these findings" in said[0] and "['hernia']" in said[0]
 
 
 def test_a_learning_rate_test_puts_the_optimizer_back(dls, tmp_path):

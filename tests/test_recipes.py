@@ -30,6 +30,7 @@ def test_every_row_can_be_trained_on_every_task(name, task):
     rehearse(recipe, recipe.loaders(tissue(task)), list(recipe.rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RECIPES)
 def test_run_leaves_a_report_and_the_student_it_is_about(name, tmp_path):
     table = tissue()
@@ -63,6 +64,7 @@ ablate(TINY['kd_convnext'], tissue().assign(split=None), sys.argv[1], ['features
 def predictions(folder): return {f.relative_to(folder).as_posix(): np.load(f) for f in sorted(Path(folder).glob('split-*/*/test.npy'))}
 
 
+@pytest.mark.slow(seconds=90)
 def test_killed_study_goes_on_to_the_same_predictions(tmp_path):
     def start(folder): return subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder), str(Path(__file__).parent)])
     assert start(tmp_path/'whole').wait() == 0
@@ -85,6 +87,7 @@ def test_killed_study_goes_on_to_the_same_predictions(tmp_path):
 def predictions_there(folder): return list(Path(folder).glob('split-*/*/test.npy'))
 
 
+@pytest.mark.slow
 def test_a_table_that_brings_its_split_keeps_it(tmp_path):
     table = tissue()
     study = ablate(TINY['deit_lung'], table, tmp_path, ['soft_token'], repeats=2, progress=False)

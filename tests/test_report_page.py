@@ -31,7 +31,7 @@ def page(folder, tmp_path_factory):
         driver.get((folder/'report.html').as_uri())
         yield driver
 
-pytestmark = needs_browser()
+pytestmark = [*needs_browser(), pytest.mark.slow]
 
 def test_all_pictures_are_in_the_file_and_seen(page):
     sizes = page.execute_async_script("const done = arguments[0]; Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, i.clientWidth, i.alt.length]))).then(done)")
@@ -45,7 +45,7 @@ def test_nothing_is_asked_of_the_net_and_nothing_goes_wrong(page):
 
 def test_harm_is_the_first_thing_said(page):
     harm = page.find_element('css selector', '[role=alert]')
-    assert harm.text.startswith('HARM: the distilled student lost sensitivity against the plain student for mel & <b>more</b>')
+    assert harm.text.startswith('HARM: the distilled student has a lower sensitivity than the plain student for mel & <b>more</b>')
     first = page.find_element('css selector', 'table')
     assert harm.location['y'] < first.location['y'] and harm.location['y'] < 300
     assert 'HARM' in harm.text # said in words, not by color alone

@@ -31,17 +31,20 @@ def reports(tmp_path_factory):
     return {r['script']: r | dict(seed=seed) for r in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_a_killed_script_ends_where_an_uninterrupted_one_does(name, reports):
     report = reports[name]
     assert not report['differing'], f'again with KDMED_KILL_SEED={report["seed"]}: {report}'
 
 
+@pytest.mark.slow
 def test_enough_kills_of_every_kind(reports):
     assert sum(r['kills'] for r in reports.values()) >= 12, reports
     assert reports['fine_tuned']['kills'] >= 5
 
 
+@pytest.mark.slow
 def test_processes_that_train_together_are_killed_together(tmp_path):
     "Each gets its own random numbers back"
     report, = run_helper('killed_ranks.py', tmp_path)

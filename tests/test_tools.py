@@ -4,7 +4,7 @@ import base64, json, sys
 import pytest
 from fastcore.nbio import mk_cell, new_nb, write_nb
 
-import check, install, readme
+import check, install, pages, readme, stages
 
 PNG = base64.b64encode(b'not really a picture').decode()
 SITE = 'https://kdmed.github.io/kdmed'
@@ -125,9 +125,64 @@ def test_the_table_of_the_house_counts_what_it_says(tmp_path, monkeypatch):
     for folder in ('kdmed/data', 'nbs/data', 'tests', 'tools'): (tmp_path/folder).mkdir(parents=True)
     (tmp_path/'kdmed/data/a.py').write_text("__all__ = ['f', 'g']\n@patch\ndef f(self:C): pass\ndef g():\n    return 1\ndef _h(): pass\n")
     (tmp_path/'kdmed/data/b.py').write_text("__all__ = ['g']\nfrom .a import _h, f\nfrom os import _exit\ndef g(): pass\n")
-    cells = [dict(cell_type='code', id='long', source=['#| export\n', *['x = 1\n']*40]), dict(cell_type='code', id='wide', source=['y' + ' '*120])]
+    why = '# Long because: one table, read at once\n'
+    cells = [dict(cell_type='code', id=str(i), source=lines) for i,lines in enumerate([
+        ['#| export\n', *['x = 1\n']*40], ['#| export\n', why, *['x = 1\n']*40], ['y' + ' '*120]])]
     (tmp_path/'nbs/data/00_a.ipynb').write_text(json.dumps(dict(cells=cells)))
     (tmp_path/'tests/test_a.py').write_text('z'*121 + '\n' + 'z'*120)
     found = {k: number for k,(number,_) in house.measure().items()}
-    assert found=={'lines over 120 columns': 2, 'uses of @patch': 1, 'private names imported across modules': 1, 'exported cells over 40 lines': 1,
-                   'names with two meanings': 1, 'longest function, in lines': 2, 'modules': 2, 'public names': 2}
+    assert found=={'lines over 120 columns': 1, 'lines over 120 columns in tests and tools': 1, 'uses of @patch': 1,
+                   'private names imported across modules': 1, 'exported cells over 40 lines': 1,
+                   'exported cells over 40 lines, with a reason': 1, 'names with two meanings': 1,
+                   'longest function, in lines': 2, 'modules': 2, 'public names': 2}
+
+# -- what `make test` has time for
+
+NAMES = ['nbs/index.ipynb', 'nbs/a/00_one.ipynb', 'nbs/a/05_two.ipynb', 'nbs/b/00_three.ipynb', 'nbs/tutorials/long.ipynb']
+SECONDS = dict(zip(NAMES, (60, 10, 20, 30, 40)))
+
+@pytest.mark.parametrize('changed, distance, budget, expected', [
+    ([], {}, 60, ([], [], NAMES[1:4])),
+    ([], {}, 35, ([], [], NAMES[1:3])),
+    (NAMES[3:4], {NAMES[3]: 0}, 45, (NAMES[3:4], [], NAMES[1:2])),
+    (NAMES[3:], {}, 10, (NAMES[3:], [], [])), # what changed is run, whatever it takes
+    ([], {NAMES[3]: 0, NAMES[2]: 1, NAMES[0]: 1}, 50, ([], [NAMES[3], NAMES[2]], []))])
+def test_what_changed_is_run_and_then_what_there_is_time_for(changed, distance, budget, expected):
+    choice = pages.choose(SECONDS, set(changed), distance, NAMES, budget)
+    assert (choice.changed, choice.using, choice.others)==expected
+    assert sorted([*sum(expected, []), *choice.left])==sorted(NAMES)
+
+def test_a_page_that_was_never_timed_costs_something():
+    assert pages.choose({}, set(), {}, NAMES, 2*pages.UNKNOWN).others==NAMES[1:3]
+
+def test_pages_near_to_a_change_are_known():
+    found = pages.distances({'nbs/distill/10_losses.ipynb'})
+    assert found['nbs/distill/10_losses.ipynb']==found['nbs/distill/25_callbacks.ipynb']==0 < found['nbs/cli/10_app.ipynb']
+    assert 'nbs/core/05_basics.ipynb' not in found and pages.distances({'README.md'})=={}
+
+def test_every_commit_shuffles_anew(monkeypatch):
+    orders = set()
+    for commit in 'abcdef':
+        monkeypatch.setattr(pages, 'git', lambda *args: [commit])
+        assert pages.shuffled(NAMES)==pages.shuffled(NAMES[::-1])
+        orders.add(tuple(pages.shuffled(NAMES)))
+    assert len(orders) > 3
+
+def test_times_are_kept_for_pages_that_exist(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, 'TIMES', tmp_path/'times.json')
+    known = pages.name(pages.pages()[0])
+    pages.write_times({known: 1.26, 'nbs/gone.ipynb': 1.})
+    assert pages.read_times()=={known: 1.3}
+
+def test_every_check_of_make_test_is_one_of_make_test_all():
+    def names(what): return [name for name,_ in stages.stages(what, '2', '0')]
+    assert names('ci')[:len(names('test'))]==names('test') and set(names('test')) <= set(names('all'))
+    assert stages.clock(61.9)=='1:01' and stages.clock(3600)=='60:00'
+
+def test_a_failing_check_does_not_hide_the_others(monkeypatch, capfd):
+    def some(what, workers, end=None):
+        for k,name in enumerate(('good', 'bad', 'late')): yield name, [sys.executable, '-c', f'import sys; sys.exit({k==1})']
+    monkeypatch.setattr(stages, 'stages', lambda what, *args: list(some(what, *args))[:2] if what=='test' else some(what, *args))
+    monkeypatch.setenv('KDMED_STARTED', '0')
+    assert stages.run('test', '2')==['bad'] and 'bad (FAILED)' in capfd.readouterr().out
+    assert stages.run('ci', '2')==['bad'] and 'Not run, for want of time: late' in capfd.readouterr().out

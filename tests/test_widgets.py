@@ -135,6 +135,7 @@ def shoot(driver, folder, name): driver.save_screenshot(str(folder/f'{name}.png'
 
 def temperature_of(part): return float(part.text.split('τ = ')[1].split(',')[0])
 
+@pytest.mark.slow
 class TestInABrowser:
     pytestmark = needs_browser('voila', 'ipykernel')
 

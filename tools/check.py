@@ -1,17 +1,21 @@
 """What `make test` checks in notebooks and pages. Exporting, cleaning and processing happen in a copy: the tree stays as it is.
 
     check.py sources   modules are what the notebooks export, and notebooks are as nbdev-clean leaves them
-    check.py lessons   every lesson holds, and none leaves files behind
+    check.py lint      no undefined names, unused imports or functions that hide another one (ruff, as pyproject.toml says)
+    check.py lessons   every lesson holds, and none leaves files behind: of the pages that pages.py chooses, or of --all
     check.py site      every page can be made, has one title, and its links and images lead somewhere
 """
-import argparse, ast, os, posixpath, re, shutil, subprocess, sys, tempfile
+import argparse, ast, os, posixpath, re, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fastcore.nbio import cell_frontmatter, read_nb
 from nbdev.config import get_config, nbpath2html
+from nbdev.test import test_nb
 
+import pages
 from readme import CODE, FENCED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,13 +82,50 @@ def check_sources():
         if 'Failed to clean' in said: yield said
         yield from changes(contents(ROOT, 'nbs/**/*.ipynb'), contents(tmp, 'nbs/**/*.ipynb'), 'run nbdev-clean')
 
-def check_lessons(workers):
-    "Messages about lessons that fail, which nbdev-test has then shown, and files that running them leaves behind"
+def check_lint():
+    "Ruff's messages about notebooks and modules"
+    done = subprocess.run([BIN/'ruff', 'check', '--no-cache', '--output-format', 'concise', 'nbs', 'kdmed'],
+                          cwd=ROOT, env=tools_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode: yield from (line for line in done.stdout.splitlines() if re.match(r'\S+:\S', line) or done.returncode > 1)
+
+def run_lessons(names, workers, until=None):
+    """{page: (whether its lessons hold, seconds)}, longest first; with `until`, in the order of `names`, without those
+    that would not be done by then"""
+    times,config,found = pages.read_times(),get_config(ROOT),{}
+    waiting = [*names] if until is not None else sorted(names, key=lambda n: -pages.seconds(n, times))
+    os.environ.update(tools_env())
+    os.environ.pop('IN_TEST', None)
+    with ProcessPoolExecutor(workers) as pool:
+        running = {}
+        while waiting or running:
+            fits = next((n for n in waiting if until is None or time.time() + pages.seconds(n, times) < until), None)
+            if fits is not None and len(running) < workers:
+                waiting.remove(fits)
+                settings = dict(basepath=config.config_path, cell_timeout=config.cell_timeout)
+                running[pool.submit(test_nb, ROOT/fits, skip_flags=config.tst_flags.split(), **settings)] = fits
+                continue
+            if not running: break
+            for done in wait(running, return_when=FIRST_COMPLETED).done: found[running.pop(done)] = done.result()
+    return found
+
+def check_lessons(workers, everything=False, left_out=False, until=None, budget=pages.BUDGET):
+    "Messages about lessons that fail, which have then been shown, and files that running them leaves behind"
     def files(): return {p.relative_to(ROOT).as_posix() for top in (ROOT, ROOT/'nbs') for p in top.iterdir()}
     ours = re.compile(r'(nbs/)?[._][^/]*|(.*/)?__pycache__|.*\.ipynb')
-    before = files()
-    command = [BIN/'nbdev-test', '--n-workers', str(workers), '--timing']
-    if subprocess.run(command, cwd=ROOT, env=tools_env()).returncode: yield 'nbdev-test failed (see above)'
+    choice,before = pages.chosen(budget),files()
+    names = [*choice.changed, *choice.using, *choice.others]
+    if everything: names = [pages.name(p) for p in pages.pages()]
+    elif left_out: names = pages.shuffled(choice.left)
+    else: print(pages.sentence(choice), flush=True)
+    found,times = run_lessons(names, workers, until),pages.read_times()
+    slowest = sorted(found, key=lambda n: -found[n][1])[:10]
+    print('Slowest lessons:', ', '.join(f'{n.removeprefix("nbs/")} {found[n][1]:.0f} s' for n in slowest))
+    left = [n for n in names if n not in found] if everything or left_out else choice.left
+    if left: print('Not run:', ', '.join(f'{n.removeprefix("nbs/")} ({pages.seconds(n, times):.0f} s)' for n in left))
+    all_hold = all(held for held,_ in found.values())
+    if everything and not left and all_hold: pages.write_times({n: s for n,(_,s) in found.items()})
+    for name,(held,_) in sorted(found.items()):
+        if not held: yield f'{name}: a lesson fails (see above)'
     for name in sorted(files() - before):
         if not ours.fullmatch(name): yield f'{name} appeared while the lessons ran: let them write to a temporary directory'
 
@@ -181,10 +222,16 @@ def check_site(workers):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['sources', 'lessons', 'site'])
+    parser.add_argument('what', choices=['sources', 'lint', 'lessons', 'site'])
     parser.add_argument('--workers', type=int, default=2, help='notebooks at once (default: 2)')
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument('--all', action='store_true', help='lessons of all pages; writes tools/lesson_times.json')
+    which.add_argument('--left-out', action='store_true', help='lessons of the pages that are not chosen')
+    parser.add_argument('--until', type=float, help='start no lessons that would end later, in seconds since 1970')
     args = parser.parse_args()
-    checks = {'sources': check_sources, 'lessons': lambda: check_lessons(args.workers), 'site': lambda: check_site(args.workers)}
+    def lessons(): return check_lessons(args.workers, args.all, args.left_out, args.until)
+    def site(): return check_site(args.workers)
+    checks = {'sources': check_sources, 'lint': check_lint, 'lessons': lessons, 'site': site}
     problems = list(checks[args.what]())
     if problems: sys.exit('\n'.join(problems) + f'\n{len(problems)} problem{"s"[:len(problems)>1]} in {args.what}')
     print(f'{args.what}: fine')
