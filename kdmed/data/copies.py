@@ -384,7 +384,7 @@ def _gather(features, rows, words, mirrored, most=_FEATURES, precision=np.float3
 # %% ../../nbs/data/30_copies.ipynb #33d67f65
 # Similarities computed at a time; words probed for a feature; features of an image that are searched for, and
 # images whose features are searched for at a time
-_SIMILARITIES_AT_ONCE,_PROBES,_QUERY_FEATURES,_QUERY_IMAGES = 2**20,6,128,64
+_SIMILARITIES_AT_ONCE,_PROBES,_QUERY_FEATURES,_QUERY_IMAGES = 2**20,6,128,96
 
 def _by_word(words, number):
     "Places in a flat array of words, in the order of the words, and where each word begins"
