@@ -335,6 +335,7 @@ class DistillFit(Callback):
 
     def before_fit(self):
         "Find the callbacks of this fit, share teachers, and open the log's columns"
+        if self.kept is not None: self.after_all() # a learning rate test was interrupted
         self.callbacks,self.ready = _callbacks_of(self.learn),False
         _check_together(self.callbacks)
         self.plain_loss = self.learn.loss_func # before MixUp wraps it
