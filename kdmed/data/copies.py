@@ -337,8 +337,9 @@ def _learn_words(features, seed=0):
     found = np.concatenate([features[row][2] for row in rows])
     if not len(found): return None
     mean = (found.mean(0) + found.mean(0)[_MIRRORED])/2
-    centered = np.concatenate([found, found[:, _MIRRORED]]) - mean
-    axes = np.linalg.eigh(centered.T@centered)[1][:, ::-1][:, :_CODE].astype(np.float32)
+    scatter = (found-mean).T@(found-mean)
+    scatter += scatter[_MIRRORED][:, _MIRRORED] # that of the mirrored features, whose mean is the same
+    axes = np.linalg.eigh(scatter)[1][:, ::-1][:, :_CODE].astype(np.float32)
     number = int(np.clip(len(found)/len(rows)*min(len(features), _SHARD)/_LIST, 1, min(4096, len(found))))
     return _Words(mean, axes, _Words(mean, axes).codes(found[rng.permutation(len(found))[:number]]))
 
@@ -382,9 +383,9 @@ def _gather(features, rows, words, mirrored, most=_FEATURES, precision=np.float3
     return found
 
 # %% ../../nbs/data/30_copies.ipynb #33d67f65
-# Similarities computed at a time; words probed for a feature; features of an image that are searched for, and
-# images whose features are searched for at a time
-_SIMILARITIES_AT_ONCE,_PROBES,_QUERY_FEATURES,_QUERY_IMAGES = 2**20,6,128,96
+# Similarities computed at a time; words probed for a feature; features of an image that are searched for; images
+# whose features are searched for at a time, and of these, images whose votes are counted at a time
+_SIMILARITIES_AT_ONCE,_PROBES,_QUERY_FEATURES,_QUERY_IMAGES,_VOTING_IMAGES = 2**20,6,128,96,16
 
 def _by_word(words, number):
     "Places in a flat array of words, in the order of the words, and where each word begins"
@@ -407,6 +408,14 @@ def _mask_own(similarity, image, images):
     similarity[row, np.arange(len(row)) - first[row] + begin[row]] = -1
 
 # %% ../../nbs/data/30_copies.ipynb #0e826ff5
+def _keep_best(best, which, most):
+    "The `most` largest of each row of `best`, in no order, and what stands at their places in `which`"
+    kept = np.empty((len(best), most), best.dtype),np.empty((len(best), most), which.dtype)
+    for rows in (slice(i, i+4096) for i in range(0, len(best), 4096)): # in parts: argpartition takes twice their memory
+        first = np.argpartition(-best[rows], most-1, axis=1)[:, :most]
+        for all_,some in zip((best, which), kept): some[rows] = np.take_along_axis(all_[rows], first, 1)
+    return kept
+
 def _similar_features(queries, probed, shard, filed, most=10, least=.7):
     """Features of `shard`, `filed` by word, that are similar to those of `queries`, on the words `probed` for each,
     of other images: two arrays of feature numbers, and by how much each pair exceeds the last one kept"""
@@ -426,9 +435,7 @@ def _similar_features(queries, probed, shard, filed, most=10, least=.7):
             _mask_own(similarity, queries.image[q], shard.image[s])
             row,column,rank = _most_similar(similarity, most, least)
             best[slot[row], rank],which[slot[row], rank] = similarity[row, column],s[column]
-    best,which = best.reshape(len(probed), -1),which.reshape(len(probed), -1)
-    first = np.argpartition(-best, most-1, axis=1)[:, :most]
-    best,which = np.take_along_axis(best, first, 1),np.take_along_axis(which, first, 1)
+    best,which = _keep_best(best.reshape(len(probed), -1), which.reshape(len(probed), -1), most)
     last = np.maximum(best.min(1), least) # of those kept
     q,column = np.nonzero(best>=least)
     return q,which[q, column],best[q, column]-last[q]
@@ -480,10 +487,13 @@ def _search_shard(features, rows, words, probed, part, most, progress):
     shard,n = _gather(features, rows, words, mirrored=False, precision=np.float16),len(features)
     filed = _by_word(words.nearest(shard.codes, 1).ravel(), len(words.words))
     def search(start):
-        queries = _gather(features, range(start, min(start+_QUERY_IMAGES, n)), words, True, _QUERY_FEATURES)
+        stop = min(start+_QUERY_IMAGES, n)
+        queries = _gather(features, range(start, stop), words, True, _QUERY_FEATURES)
         if start not in probed: probed[start] = words.nearest(queries.codes, _PROBES)
         q,s,more = _similar_features(queries, probed[start], shard, filed)
-        pairs = _votes(_take(queries, q), _take(shard, s), n, more)
+        voting = np.searchsorted(queries.image[q], range(start, stop+_VOTING_IMAGES, _VOTING_IMAGES))
+        pairs = [_votes(_take(queries, q[i]), _take(shard, s[i]), n, more[i]) for i in map(slice, voting, voting[1:])]
+        pairs = pd.concat(pairs, ignore_index=True)
         return _most_votes(pairs[part[pairs.a]!=part[pairs.b]], most)
     blocks = range(0, n, _QUERY_IMAGES)
     with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool: # one thread each, not a team for each
