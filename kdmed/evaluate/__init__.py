@@ -10,10 +10,10 @@ __all__ = ['HEADLINE', 'SALIENCY_METHODS', 'Calibrated', 'Comparison', 'Conclusi
            'apply_thresholds', 'browse_mistakes', 'calibrate', 'chance_levels', 'compare', 'compare_predictions',
            'confusion', 'decisions', 'default_metrics', 'deletion_insertion', 'delong_test', 'embed', 'evaluate',
            'expected_calibration_error', 'explanation_agreement', 'explore_temperature', 'find_mistakes',
-           'fit_temperature', 'fit_thresholds', 'group_weights', 'harm_check', 'harmonic_f1', 'holm', 'linear_cka',
-           'load_comparison', 'map_similarity', 'markdown_table', 'mcnemar_test', 'mean_interval', 'measure_cost',
-           'measure_costs', 'metric_names', 'metrics_table', 'more_is_better', 'neighbor_agreement', 'overlay',
-           'paired_difference', 'plot_confusion', 'plot_embedding', 'plot_explanations', 'plot_history',
+           'fit_temperature', 'fit_thresholds', 'gap_closed', 'group_weights', 'harm_check', 'harmonic_f1', 'holm',
+           'linear_cka', 'load_comparison', 'map_similarity', 'markdown_table', 'mcnemar_test', 'mean_interval',
+           'measure_cost', 'measure_costs', 'metric_names', 'metrics_table', 'more_is_better', 'neighbor_agreement',
+           'overlay', 'paired_difference', 'plot_confusion', 'plot_embedding', 'plot_explanations', 'plot_history',
            'plot_pixel_curves', 'plot_pr', 'plot_randomization', 'plot_reliability', 'plot_roc', 'plot_soft_labels',
            'plot_tradeoff', 'pool_by_group', 'predict', 'randomization_check', 'recognition_rate', 'register_metric',
            'reliability', 'saliency_layers', 'saliency_maps', 'scores', 'show_mistakes', 'show_predictions',
@@ -31,7 +31,7 @@ from .harm import harm_check
 from kdmed.evaluate.interpret import (
     PixelCurves, deletion_insertion, explanation_agreement, map_similarity, plot_pixel_curves, plot_randomization,
     randomization_check)
-from .intervals import evaluate, group_weights, paired_difference
+from .intervals import evaluate, gap_closed, group_weights, paired_difference
 from .metrics import MetricByName, agreement, pool_by_group, predict, recognition_rate
 from .plots import (
     embed, find_mistakes, linear_cka, neighbor_agreement, plot_confusion, plot_embedding, plot_history, plot_pr,
@@ -52,9 +52,9 @@ _all_ = [
     'apply_thresholds', 'browse_mistakes', 'calibrate', 'chance_levels', 'compare', 'compare_predictions',
     'confusion', 'decisions', 'default_metrics', 'deletion_insertion', 'delong_test', 'embed', 'evaluate',
     'expected_calibration_error', 'explanation_agreement', 'explore_temperature', 'find_mistakes',
-    'fit_temperature', 'fit_thresholds', 'group_weights', 'harm_check', 'harmonic_f1', 'holm', 'linear_cka',
-    'load_comparison', 'map_similarity', 'markdown_table', 'mcnemar_test', 'mean_interval', 'measure_cost',
-    'measure_costs', 'metric_names', 'metrics_table', 'more_is_better', 'neighbor_agreement', 'overlay',
+    'fit_temperature', 'fit_thresholds', 'gap_closed', 'group_weights', 'harm_check', 'harmonic_f1', 'holm',
+    'linear_cka', 'load_comparison', 'map_similarity', 'markdown_table', 'mcnemar_test', 'mean_interval',
+    'measure_cost', 'measure_costs', 'metric_names', 'metrics_table', 'more_is_better', 'neighbor_agreement', 'overlay',
     'paired_difference', 'plot_confusion', 'plot_embedding', 'plot_explanations', 'plot_history',
     'plot_pixel_curves', 'plot_pr', 'plot_randomization', 'plot_reliability', 'plot_roc', 'plot_soft_labels',
     'plot_tradeoff', 'pool_by_group', 'predict', 'randomization_check', 'recognition_rate', 'register_metric',

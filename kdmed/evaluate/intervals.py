@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/evaluate/intervals.html.md"""
 # %% auto #0
 __all__ = ['group_codes', 'group_draws', 'group_weights', 'list_runs', 'check_runs', 'seed_shares', 'Replicates',
            'percentile_pair', 'interval_of', 'check_groups', 'check_level', 'replicate', 'interval_table',
-           'difference_table', 'sensitivity_replicates', 'evaluate', 'paired_difference']
+           'difference_table', 'sensitivity_replicates', 'evaluate', 'paired_difference', 'gap_closed']
 
 # %% ../../nbs/evaluate/10_intervals.ipynb #b9ec34bc
 from typing import NamedTuple
@@ -333,3 +333,44 @@ def _p_value(draws, z0=0., a=0.):
         return norm.cdf(w/(1+a*w) - z0)
     one_sided = min(level(below) if below < 1 else 1., 1-level(1-above) if above < 1 else 1.)
     return float(min(1., 2*one_sided))
+
+# %% ../../nbs/evaluate/10_intervals.ipynb #885be152
+def gap_closed(
+    student,               # Probabilities of the distilled student, as for `evaluate`: one array, or one for each seed
+    plain,                 # Those of the student without a teacher; seeds are paired with those of `student`
+    teacher,               # Those of the teacher: one array, or one for each seed
+    targets,               # Class indices `[N]`; for a multilabel task 0, 1 or NaN (unknown), `[N, L]`
+    classes,               # Names, in the order of the columns; the second one is a binary task's positive class
+    groups=None,           # Patient, lesion or tile of each image, `[N]`; default: every image is its own group
+    task:str='multiclass', # `binary`, `multiclass` or `multilabel`
+    n_boot:int=1000,       # Bootstrap replicates
+    level:float=.95,       # Share of the replicates within the interval
+    seed:int=0,            # Of the draws
+    metrics=None,          # Names, as for `scores`
+)->pd.DataFrame: # A row for each metric: `gap`, gap_low, gap_high, and `closed`, low, high, note
+    """The gap between teacher and plain student, and the share of it that the distilled student closed
+
+    1 is all of it, and more than 1 is possible. `low` and `high` are NaN where the interval of the gap contains 0 or
+    the teacher is worse than the plain student."""
+    named = dict(student=student, plain=plain, teacher=teacher)
+    check_level(level)
+    groups = check_groups(groups, targets)
+    draws,given = group_draws(groups, n_boot, seed),dict(targets=targets, classes=classes, task=task, metrics=metrics)
+    runs = {name: check_runs(p, targets, classes, task, name) for name,p in named.items()}
+    student,plain,teacher = (_replicated(r, given, draws, seed) for r in runs.values())
+    gap,gaps,_ = _table([teacher, plain], [1, -1], level)
+    gain,gains,_ = _table([student, plain], [1, -1], level)
+    rows = {m: _share_closed(gap.loc[m], gaps[m], gain.value[m], gains[m], level) for m in gap.index}
+    frame = pd.DataFrame.from_dict(rows, orient='index', columns=['closed', 'low', 'high', 'note'])
+    gap = gap[['value', 'low', 'high']].set_axis(['gap', 'gap_low', 'gap_high'], axis=1)
+    frame = gap.join(frame)
+    frame.attrs = gain.attrs
+    return frame
+
+def _share_closed(gap, gaps, gain, gains, level):
+    "Share of a gap that was closed, with its interval, and why there is none"
+    if not np.isfinite(gap.value) or not gap.value > 0: return np.nan,np.nan,np.nan,'the teacher is not better'
+    if not gap.low > 0: return gain/gap.value,np.nan,np.nan,'the gap itself may be 0'
+    with np.errstate(invalid='ignore', divide='ignore'): shares = gains/gaps
+    low,high = np.nanquantile(shares, percentile_pair(level))
+    return gain/gap.value,low,high,gap.get('note', '')
