@@ -264,7 +264,7 @@ def test_cached_teacher_reads_outputs_the_same_way(dls, tmp_path):
 def test_number_of_classes_must_be_that_of_the_outputs(dls):
     for classes in ([*dls.classes, 'more'], dls.classes[:2]):
         with pytest.raises((TypeError, ValueError), match='the teacher has 3 outputs|does not know|different'): distill(dls, 'test_resnet', Teacher(timm.create_model('test_resnet', num_classes=3), classes=classes), 'logit', epochs=1, progress=False)
-    with pytest.raises(TypeError, match="classes must be a list of class names, got 'abc'"): Teacher(nn.Identity(), classes='abc')
+    with pytest.raises(TypeError, match="classes must be a list of class names.*, got 'abc'"): Teacher(nn.Identity(), classes='abc')
     with pytest.raises(TypeError, match='got 3'): Teacher(nn.Identity(), classes=3)
     with pytest.raises(ValueError, match='different names'): Teacher(nn.Identity(), classes=['a', 'a'])
     for size in (True, 0, -1, '32', 1.5):

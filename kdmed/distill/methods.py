@@ -27,7 +27,7 @@ from ..data.loaders import FindingsAccuracy, own_loader
 from ..models.adapt import needed_channels
 from ..models.create import create_student, find_normalization, model_stats, same_stats, set_model_stats
 from ..models.exits import ExitModel
-from ..train.resume import StopOnNaN
+from ..train.nan_guard import StopOnNaN
 from .callbacks import LogitKD
 from .features import comparable_stages
 from .fit import few_images, same_random_numbers

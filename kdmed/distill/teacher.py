@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from ..core.basics import capture_activations, get_layer, unwrap
-from ..core.checks import check_in, check_integer, check_number
+from ..core.checks import check_classes, check_in, check_integer, check_number
 from ..models.adapt import (
     OUTPUTS, OutputReader, check_normalization, fixed_size, needed_channels, prepare_images, resize_images)
 from ..models.create import (
@@ -103,7 +103,7 @@ class Teacher:
         models = list(model) if isinstance(model, (list, tuple)) else [model]
         if not models: raise ValueError('model must be a Module, a Learner or a list of them, got an empty list')
         check_in(outputs, OUTPUTS, 'outputs')
-        classes,size = _check_class_names(classes),None if size is None else check_integer(size, 'size', least=1)
+        classes,size = check_classes(classes),None if size is None else check_integer(size, 'size', least=1)
         settings = classes,size,stats,checkpoint,task,trusted,outputs
         self.members = [member for m in models for member in _members(m, *settings)]
         named = [m.classes for m in self.members if m.classes]
@@ -302,14 +302,6 @@ def as_teacher(
     return model if model is None or isinstance(model, Teacher) else Teacher(model)
 
 # %% ../../nbs/distill/15_teacher.ipynb #b406b216
-def _check_class_names(classes):
-    "Class names as a list of strings, or an error"
-    if isinstance(classes, (str, bytes)) or not hasattr(classes, '__iter__'):
-        raise TypeError(f'classes must be a list of class names, got {classes!r}')
-    names = [str(c) for c in classes]
-    if len(set(names))!=len(names): raise ValueError(f'classes must be different names, got {names}')
-    return names
-
 def _members(model, classes, size, stats, checkpoint, task, trusted, outputs):
     "The members of what a user may pass as a teacher"
     if isinstance(model, Teacher):

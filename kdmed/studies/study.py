@@ -31,7 +31,8 @@ from ..core.fingerprints import weights_checksum
 from ..core.study_folders import StudyFolder, changed_settings
 from ..data.images import name_of
 from ..models.create import create_student, load_student, save_student
-from ..train.resume import Resume, read_checkpoint, write_checkpoint
+from ..train.checkpoints import read_checkpoint, write_checkpoint
+from ..train.resume import Resume
 from ..distill.cache import TeacherCache
 from ..distill.methods import TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier
 from ..distill.registry import METHODS
