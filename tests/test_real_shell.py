@@ -400,7 +400,7 @@ def test_resplit_ignores_a_split_column_that_is_partly_blank(leaking, tmp_path, 
     table.to_csv(tmp_path/'list.csv', index=False)
     how = '--dataset', 'csv', '--images', leaking, '--size', '32', '--no-copies', '--teacher', 'test_resnet'
     status,_,err = kdmed(capsys, 'check', tmp_path/'list.csv', *how)
-    assert status==2 and '1 of 90 rows have no split' in err and 'give --resplit to split all images by groups' in err, err
+    assert status==2 and '1 of 90 rows have no split' in err and 'use --resplit to split all images by groups' in err, err
     status,out,err = kdmed(capsys, 'check', tmp_path/'list.csv', *how, '--resplit')
     assert status==0 and 'Split by groups: ' in out+err, err
 

@@ -12,7 +12,7 @@ __all__ = ['DEMO', 'DEMO_IMAGES', 'check_registered', 'check_models', 'distill_c
 from .images import (
     OPTIMIZERS, about_data, check_cache, check_own_split, choose_device, count_shared_groups, deal_out, find_readers,
     loading_arguments, look_for_copies, read_table, store_argument)
-from .options import STATE, check_numbers, check_out, option
+from .options import STATE, check_numbers, option, out_folder
 from .runs import (
     COMPLETE, COPIES, NEW, PAIRS, RUN_FILES, choose_progress, config_text, environment, kept_models, kept_recipe,
     open_run, settings_of, swap_in)
@@ -209,7 +209,6 @@ def _prepare(o):
     "Checks and defaults that `distill` and `check` share; arguments of `image_dls`"
     o['augment'] = o['augment'] or ('chest' if o['dataset']=='chestxray14' else 'dihedral')
     check_cache(o)
-    if o.get('out') is not None: check_out(o)
     check_models(o)
     return loading_arguments(o)
 
@@ -321,7 +320,7 @@ def recipe_command(
     if o['out'] is None:
         print(f'{chosen.name}: {chosen.paper}\n{chosen.note}\n{markdown_table(chosen.settings())}')
         return 0
-    out = check_out(o)
+    out = out_folder(o)
     STATE['kept'] = lambda: kept_recipe(out, o['out'])
     with _printing_to_stderr(o): study = _run_recipe(chosen, _recipe_table(o), out, o)
     _print_study(study.findings(), study.table())

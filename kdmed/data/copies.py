@@ -1133,7 +1133,8 @@ def _left_out(features, expected, seconds):
 def check_copies(
     table:pd.DataFrame,  # Image table, with `split` filled or not
     seconds:float=None,  # If a full search would take longer, fingerprints alone are compared; no limit by default
-    progress=False,      # Print the time expected, and show progress bars; `'line'` prints the time alone
+    progress:bool=False,   # Show progress bars
+    print_time:bool=False, # Print how long the search is expected to take; with `progress` in any case
 )->CopyCheck:
     "Look for copies that cross the splits of a table, and for copies with different labels"
     check_table(table)
@@ -1141,8 +1142,8 @@ def check_copies(
     images = list(table.image)
     expected = expected_seconds(images)
     features = has_opencv() and (seconds is None or expected<=seconds)
-    if progress: print(f'Looking for copies among {len(images):,} images: about {max(expected, 1):,.0f} s')
-    progress = progress is True
+    if progress or print_time:
+        print(f'Looking for copies among {len(images):,} images: about {max(expected, 1):,.0f} s')
     numbers = table.split.map(list(SPLITS).index, na_action='ignore').to_numpy(float)
     order = np.argsort(numbers, kind='stable') # `a` in the earlier split
     table = table.iloc[order].reset_index(drop=True)

@@ -26,7 +26,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 
 from ..core.basics import figure
-from ..core.checks import TASKS, check_classes, check_in, check_integer, check_seed
+from ..core.checks import TASKS, check_classes, check_in, check_integer, check_seed, written
 from .folders import check_file
 
 # %% ../../nbs/data/10_images.ipynb #666fb3a7
@@ -73,7 +73,7 @@ def check_class_name(
     odd = [c for c in name if unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp')]
     if odd:
         raise ValueError(f'class name {ascii(name)} contains {ascii(odd[0])}, which cannot be printed; '
-                         f'give another name with classes={{{ascii(name)}: ...}}')
+                         f'give another name with {written("classes")}')
 
 def class_names(
     classes, # Class names in order, a dict from labels to names, or None
@@ -81,11 +81,12 @@ def class_names(
     "Class names as text; an error for anything that is not a list of names"
     if classes is None: return None
     if isinstance(classes, (str, bytes, set, frozenset)) or not hasattr(classes, '__iter__'):
-        raise TypeError('classes must be a list of class names in order, or a dict from labels to names, '
+        raise TypeError(f'{written("classes")} must be a list of class names in order, or a dict from labels to names, '
                         f'got {classes!r}')
     pairs = list(classes.items()) if isinstance(classes, dict) else [(c, c) for c in classes]
     for value in (v for pair in pairs for v in pair):
-        if _is_missing(value): raise ValueError(f'classes must be names, got {value!r} among {list(classes)}')
+        if not _is_missing(value): continue
+        raise ValueError(f'{written("classes")} must be names, got {value!r} among {list(classes)}')
     names = {_class_text(key, 'classes')[0]: _class_text(name, 'classes')[0] for key,name in pairs}
     for name in names.values(): check_class_name(name)
     if len(names)<len(pairs): raise ValueError(f'image table: class names repeat in {list(classes)}')
@@ -171,8 +172,8 @@ def choose_positive(
     "Choose the positive class of a binary task"
     task,classes = table.attrs['task'],table.attrs['classes']
     if task!='binary':
-        raise ValueError(f'positive={positive!r} needs a binary task, got {task} with classes {classes}; '
-                         'order classes with classes=')
+        raise ValueError(f'{written("positive", positive)} needs a binary task, got {task} with classes {classes}; '
+                         f'their order is set with {written("classes")}')
     positive = _class_text(positive, 'positive')[0]
     check_in(positive, classes, 'positive')
     table = table.copy()
@@ -247,7 +248,7 @@ def _check_labels(labels, task, classes):
     found = _classes_of(labels, task)
     if '' in found:
         raise ValueError(f"image table: {(labels=='').sum()} labels are empty texts; write None for an image without a "
-                         "label, or, where '' means that no finding is present, pass task='multilabel'")
+                         f"label, or, where '' means that no finding is present, use {written('task', 'multilabel')}")
     unknown = sorted(set(found) - set(classes))
     if unknown: raise ValueError(f'image table: labels {unknown} are not among the classes {classes}')
 
@@ -262,7 +263,7 @@ def _check_findings(labels, classes):
         stray = sorted(set(unknown) - set(classes))
         if stray:
             raise ValueError(f'image table: label {label!r} marks {stray} as unknown, not among the classes {classes}; '
-                             'name all of them: classes=[…]')
+                             f'name all of them with {written("classes")}')
         both = sorted(set(unknown) & set(present))
         if both: raise ValueError(f'image table: label {label!r} marks {both} as both present and unknown')
 
@@ -274,7 +275,7 @@ def check_table(
     _check_attrs(table.attrs)
     task,classes = table.attrs['task'],table.attrs['classes']
     _check_labels(table.label, task, classes)
-    check_classes(classes, task, "image table: table.attrs['classes']")
+    check_classes(classes, task, "table.attrs['classes']")
     for name in classes: check_class_name(name)
     if task=='multilabel': _check_findings(table.label, classes)
     if table.group.isna().any(): raise ValueError(f'image table: {table.group.isna().sum()} rows have no group')
@@ -678,11 +679,11 @@ def _doubt_positive(attrs):
     negative,positive = attrs['classes']
     start = f'the positive class is {positive!r}'
     if attrs.get('class_order')=='absence first':
-        return [f'{start}, since {negative!r} sounds like its absence; positive= chooses another']
+        return [f'{start}, since {negative!r} sounds like its absence; {written("positive")} chooses another']
     if attrs.get('class_order')=='alphabet':
-        return [f'{start}, only because it comes second in the alphabet; positive= chooses the other']
+        return [f'{start}, only because it comes second in the alphabet; {written("positive")} chooses the other']
     if names_absence(positive) and not names_absence(negative):
-        return [f'{start}, which sounds like an absence; positive={negative!r} chooses the other']
+        return [f'{start}, which sounds like an absence; {written("positive", negative)} chooses the other']
     return []
 
 def _identity_of(image): return image if isinstance(image, (str, Path, WindowedImage)) else id(image)

@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from ..core.basics import capture_activations, get_layer, unwrap
-from ..core.checks import check_classes, check_in, check_integer, check_number
+from ..core.checks import check_classes, check_in, check_integer, check_number, written
 from ..models.adapt import (
     OUTPUTS, OutputReader, check_normalization, fixed_size, needed_channels, prepare_images, resize_images)
 from ..models.create import (
@@ -350,8 +350,8 @@ def _load_file(path, trusted):
     weights = 'weights alone go with the name of a timm model: Teacher(name, checkpoint=file)'
     if path.suffix=='.safetensors': raise ValueError(f'{path} is not an exported Learner; {weights}')
     if not trusted:
-        raise ValueError(f'{path} is a pickle, which can run any code when it is opened: pass trusted=True if it is '
-                         f'yours, or use a folder of save_student; {weights}')
+        raise ValueError(f'{path} is a pickle, which can run any code when it is opened: '
+                         f'pass {written("trusted", True)} if it is yours, or use a folder of save_student; {weights}')
     try: return load_learner(path)
     except AttributeError as e: raise ValueError(f'{path} is not an exported Learner ({e}); {weights}') from e
 

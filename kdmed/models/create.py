@@ -32,7 +32,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from ..core.basics import evaluating, get_layer, input_channels, model_spec, unwrap
-from ..core.checks import check_in, check_integer, check_number
+from ..core.checks import check_in, check_integer, check_number, written
 from ..core.files import check_format, write_atomic
 from ..data.images import TASKS, name_of, open_image
 from ..data.loaders import own_loader
@@ -357,7 +357,7 @@ def _check_free(folder, force):
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f'{folder} is a file; name a folder for the student')
     if not force and all((folder/name).exists() for name in (_WEIGHTS, _SETTINGS)):
-        raise FileExistsError(f'{folder} already contains a student; pass force=True to replace it, '
+        raise FileExistsError(f'{folder} already contains a student; pass {written("force", True)} to replace it, '
                               'or choose another folder')
 
 def _settings_of(model, mean, std):

@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..core.basics import COLORS, figure
-from ..core.checks import check_in, check_integer, check_number, check_seed
+from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.fingerprints import digest, value_text, weights_checksum
 from ..train.resume import Resume
 from ..distill.methods import check_fit, distill_callbacks, fit_classifier
@@ -143,7 +143,8 @@ def _check_numbers(epochs, lr, seeds):
 
 def _check_on(dls, on):
     check_in(on, ('valid', 'test'), 'on')
-    if not hasattr(dls, on): raise ValueError(f'dls has no {on} images: give split_groups three positive sizes')
+    if not hasattr(dls, on):
+        raise ValueError(f'the data has no {on} images: split it with {written("split_groups")} into three parts')
 
 # %% ../../nbs/studies/05_method_study.ipynb #8561e008
 def predict_teacher(

@@ -25,7 +25,7 @@ from fastai.optimizer import Adam
 from fastcore.foundation import L
 
 from ..core.basics import count_parameters, seed_everything, unwrap, weights_size
-from ..core.checks import check_in, check_integer, check_number, check_seed
+from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.files import check_room, write_atomic
 from ..core.fingerprints import weights_checksum
 from ..core.study_folders import StudyFolder, changed_settings
@@ -434,7 +434,8 @@ class Study:
 # %% ../../nbs/studies/00_study.ipynb #e760ccde
 def _check_data(dls, subgroups):
     "Raise an error for data without test images, or without the columns of the subgroups"
-    if not hasattr(dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
+    if not hasattr(dls, 'test'):
+        raise ValueError(f'the data has no test images: split it with {written("split_groups")} into three parts')
     if missing := [c for c in subgroups if c not in dls.test.table]:
         raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
     for c in subgroups: subgroup_labels(dls.test.table[c])
