@@ -282,7 +282,8 @@ def as_option(
     value=None, # The value that the message recommends
 )->str:
     "An argument as the command writes it: `--missing note`; as in Python, if the command has no such option"
-    if (name, value) in _OTHER_NAMES: return _OTHER_NAMES[name, value]
+    text = value if isinstance(value, str) else None
+    if (name, text) in _OTHER_NAMES: return _OTHER_NAMES[name, text]
     if name not in option_names(): return name if value is None else f'{name}={value!r}'
     if value is None or value is True: return option(name)
     values = value if isinstance(value, (list, tuple)) else [value]

@@ -34,7 +34,8 @@ from ..models.create import create_student, load_student, save_student
 from ..train.checkpoints import read_checkpoint, write_checkpoint
 from ..train.resume import Resume
 from ..distill.cache import TeacherCache
-from ..distill.methods import TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier
+from ..distill.methods import (
+    TOO_LARGE, check_fit, distill, distill_callbacks, errors_named, fit_classifier)
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
 from ..evaluate.comparison import Comparison, compare_predictions, rehearse_report, shared_groups_note
@@ -353,8 +354,8 @@ class Study:
         student = new_model(self.student, self.dls, 0)
         teacher = self.teacher if self.trained else new_model(self.teacher, self.dls, 0)
         trial = new_model(self.student, self.dls, 0)
-        try: check_fit(self.dls, trial, [*distill_callbacks(self.method, student, teacher)])
-        except ValueError as e: raise ValueError(f'method {self.method!r}: {e}') from e
+        with errors_named(f'method {self.method!r}'):
+            check_fit(self.dls, trial, [*distill_callbacks(self.method, student, teacher)])
         return teacher,student
 
     def facts(self,
