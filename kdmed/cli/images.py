@@ -36,6 +36,7 @@ from ..data.readers import NO_GROUPS, READER_OPTIONS, READERS
 from ..data.splits import official_split, split_groups
 from ..data.transforms import (
     chest_augment, deit_lung_augment, kd_convnext_augment, mskd_augment, skin_augment, tissue_augment)
+from ..evaluate.privacy import without_private
 import kdmed.data.datasets # noqa: F401 - it registers its readers
 from .options import DATASETS, option
 
@@ -268,7 +269,7 @@ def _shared_sentences(table):
 def _reasons(left_out):
     "How many images were left out for each reason, without their names"
     if left_out is None or not len(left_out): return {}
-    return left_out.reason.str.split(" '").str[0].str.split(': ').str[-1].value_counts().to_dict()
+    return without_private(left_out.reason.value_counts().to_dict())
 
 def about_data(
     table,         # With `split` filled

@@ -12,7 +12,6 @@ import random, warnings
 from contextlib import contextmanager, nullcontext
 
 import pandas as pd
-import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
