@@ -405,6 +405,29 @@ def test_resplit_ignores_a_split_column_that_is_partly_blank(leaking, tmp_path, 
     assert status==0 and 'Split by groups: ' in out+err, err
 
 
+def test_resplit_of_dicom_files_ignores_a_split_column_that_is_partly_blank(tmp_path, capsys):
+    pydicom = pytest.importorskip('pydicom')
+    table = synthetic_table(n=60, classes=2, size=32)
+    for i,row in table.iterrows():
+        ds = pydicom.Dataset()
+        ds.file_meta = pydicom.dataset.FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        ds.SOPClassUID,ds.SOPInstanceUID,ds.PatientID = '1.2.840.10008.5.1.4.1.1.2',f'1.2.{i}',row.group
+        ds.Rows,ds.Columns,ds.SamplesPerPixel,ds.PhotometricInterpretation = 32,32,1,'MONOCHROME2'
+        ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 16,16,15,0
+        ds.PixelData = row.image[..., 1].astype('uint16').tobytes()
+        (tmp_path/'films').mkdir(exist_ok=True)
+        ds.save_as(tmp_path/f'films/{i}.dcm', enforce_file_format=True)
+    splits = ['', *['train', 'valid', 'test']*20][:60] # groups are in several splits, and one row is blank
+    listed = pd.DataFrame(dict(image=[str(i) for i in table.index], label=table.label, split=splits))
+    listed.to_csv(tmp_path/'list.csv', index=False)
+    how = ['distill', '--data', tmp_path/'films', '--dataset', 'dicom', '--labels', tmp_path/'list.csv', *SMALL]
+    status,_,err = kdmed(capsys, *how, '--out', tmp_path/'run')
+    assert status==2 and '1 of 60 rows have no split' in err and 'use --resplit to split all images by groups' in err, err
+    status,out,err = kdmed(capsys, *how, '--out', tmp_path/'run', '--resplit')
+    assert status==0 and 'Split by groups: ' in out+err, err
+
+
 def test_a_file_where_class_folders_are_expected_names_the_data_sets_that_are_files(tmp_path, capsys):
     (tmp_path/'list.csv').write_text('image,label\n')
     status,_,err = kdmed(capsys, 'check', tmp_path/'list.csv')

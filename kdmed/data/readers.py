@@ -651,24 +651,24 @@ def _match_labels(path, rows, names):
     return [meant[n][0] if n in meant else None for n in names]
 
 # %% ../../nbs/data/45_readers.ipynb #fc507f5c
-def _read_dicom_list(labels, image, label, group, unlisted):
+def _read_dicom_list(labels, image, label, group, split, unlisted):
     "Rows of a list of DICOM images, with labels and splits in our form; and notes on it"
-    listed = read_list(labels, (image, label, group, 'group', 'split'))
+    listed = read_list(labels, (image, label, group, 'group', 'split', *([split] if split else [])))
     notes = listed.attrs['notes']
     need_columns(labels, listed, [image, label])
     _check_ids(labels, listed, image)
     listed[label],more = _as_findings(listed[label], '|')
-    listed['split'] = _splits_of(labels, listed, 'split', image, unlisted) if 'split' in listed else None
+    listed['split'] = _splits_of(labels, listed, split, image, unlisted) if split in listed else None
     blank = listed.split.isna()
     if blank.any() and not blank.all():
         notes = [*notes, f'{blank.sum():,} of {len(listed):,} rows have no split, left out']
         listed = listed[~blank]
     return listed.set_index(image, drop=False),[*notes, *more]
 
-def _dicom_labels(path, rows, labels, image, label, group, missing, unlisted, found):
+def _dicom_labels(path, rows, labels, image, label, group, split, missing, unlisted, found):
     "Rows with a label, and columns `label` and `split`; columns of the list replace the headers'; notes on others"
     if not labels: return _dicom_folders(path, rows, found)
-    listed,hints = _read_dicom_list(labels, image, label, group, unlisted)
+    listed,hints = _read_dicom_list(labels, image, label, group, split, unlisted)
     positions = _match_labels(path, rows, listed[image])
     listed,positions,notes = keep_found(listed, positions, missing, path)
     if unlisted_files := len(rows)-len(set(positions)):
@@ -732,6 +732,7 @@ def read_dicom_folder(
     exclude=(),           # Folders or glob patterns to leave out: one or several, in any case
     # What to do about rows of `labels` whose split is empty while others have one: `error`, `drop`, or `train` on them
     unlisted:str='error',
+    split:str='split',    # Column of `labels` with `train`, `valid`, `test`; none if empty
 )->pd.DataFrame: # Image table with age (years), sex, view, modality, body part, UID; others in `attrs['unusable']`
     "Image table from a folder of DICOM files"
     check_in(missing, ('error', 'note'), 'missing')
@@ -739,7 +740,7 @@ def read_dicom_folder(
     check_in(unlisted, _UNLISTED, 'unlisted')
     path = existing_path(path, 'DICOM folder')
     rows,unusable,found = _dicom_headers(path, keyword, exclude)
-    rows,notes = _dicom_labels(path, rows, labels, image, label, group, missing, unlisted, found)
+    rows,notes = _dicom_labels(path, rows, labels, image, label, group, split, missing, unlisted, found)
     renamed,names = rename_labels(rows.label, classes)
     rows['label'],task = _fill_empty(renamed, task, empty)
     if names: _check_labels(labels or path, rows, 'label', names, task)
