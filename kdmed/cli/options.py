@@ -120,7 +120,7 @@ def _several(group, help, type_=str):
     return Annotated[Optional[list[type_]], Parameter(help=help, group=group, consume_multiple=True, negative=())]
 
 def _perhaps(group, help):
-    "An option that may stand without a value: then it is an empty list"
+    "An option that may be given without a value: then it is an empty list"
     return Annotated[Optional[list[str]], Parameter(help=help, group=group, consume_multiple=(0, 1), negative=())]
 
 # %% ../../nbs/cli/00_options.ipynb #17581b00

@@ -1,4 +1,4 @@
-"""Pictures that are in a set twice: found by looking, checked by laying one over the other, counted across splits
+"""Images that occur more than once in a data set: found by similarity, verified by alignment, counted across splits
 
 Docs: https://kdmed.github.io/kdmed/data/copies.html.md"""
 
@@ -500,6 +500,7 @@ def _search_shard(features, rows, words, probed, part, most, progress):
         done = pool.map(search, blocks)
         return list(progress_bar(done, total=len(blocks), leave=False) if progress else done)
 
+# %% ../../nbs/data/30_copies.ipynb #9478b41d
 def _candidates(features, part, most, progress):
     "Pairs of images of different `part` with the most votes for each image: rows `a` and `b`, and whether `mirrored`"
     words,n = _learn_words(features),len(features)

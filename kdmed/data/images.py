@@ -154,7 +154,7 @@ def _tidy_group(group):
     return (group.strip() or None) if isinstance(group, str) else group
 
 def _task_and_classes(labels, classes, task):
-    "Task, class names in order, and the reason for their order where nobody chose it"
+    "Task, class names in order, and the reason for their order unless the user chose it"
     several = labels.dropna().astype(str).str.contains('|', regex=False).any()
     multilabel = task=='multilabel' or (several and task=='auto')
     found = _classes_of(labels, 'multilabel' if multilabel else 'multiclass')
@@ -674,7 +674,7 @@ def unknown_counts(
 
 # %% ../../nbs/data/10_images.ipynb #99352eee
 def _doubt_positive(attrs):
-    "Notes on a positive class that nobody chose, or whose name suggests an absence"
+    "Notes on a positive class that the user did not choose, or whose name suggests an absence"
     if attrs['task']!='binary' or attrs.get('class_order')=='chosen': return []
     negative,positive = attrs['classes']
     start = f'the positive class is {positive!r}'

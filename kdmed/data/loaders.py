@@ -376,7 +376,7 @@ def _check_loading(store, unreadable, augment, preprocess, views, stats):
 # %% ../../nbs/data/40_loaders.ipynb #e3db5d2a
 _SHARE = 4 # decoded images may take one part in so many of the free memory
 
-def available_memory()->int: # Bytes; None if the system does not tell
+def available_memory()->int: # Bytes; None if unknown
     "Memory that this process can still use: what is free, or less if a container has a limit"
     found = [_free_memory(), *map(_container_memory, _CONTAINERS)]
     return min([b for b in found if b is not None], default=None)

@@ -395,7 +395,7 @@ def match_outputs(
 def examine(
     predict,        # Function from a batch's inputs to logits
     dl,             # Loader of labeled images; those without a label do not count
-    exclusive:bool, # Whether classes exclude each other; else each output is a yes or no of its own
+    exclusive:bool, # Whether classes exclude each other; else each output is an independent binary decision
     device=None,    # Where `predict` needs its inputs; default: where the loader puts them
 # `images`, `loss` in nats, `metric`, `score`, `chance`, and `error`, the score's standard error by chance alone; NaN
 # where undefined. For findings also `at_chance`: outputs whose AUROC is not above chance
@@ -488,7 +488,7 @@ def _find_problem(teacher, theirs, ours):
 
 # %% ../../nbs/distill/15_teacher.ipynb #78deb5bd
 class WrappedTeacher(Teacher):
-    "A teacher that holds another one, `teacher`, and behaves like it except where a method is overridden"
+    "A teacher that wraps another one, `teacher`, and behaves like it except where a method is overridden"
     def __init__(self,
         teacher:Teacher, # What the rest is passed on to
     ): self.teacher = teacher

@@ -1,4 +1,4 @@
-"""The pictures of a paper on distillation, each with the numbers that say how much of it to believe
+"""The figures of a paper on distillation, each with the numbers needed to judge it
 
 Docs: https://kdmed.github.io/kdmed/evaluate/plots.html.md"""
 
@@ -971,7 +971,7 @@ def plot_embedding(
     features:dict,       # Model: features [N, D] of the same images, as from `embed`; CKA is with the first
     targets,             # Class indices [N]
     classes,             # Names
-    groups=None,         # Patient, lesion or tile of each image, `[N]`: its own images are no neighbors; default: none
+    groups=None,         # Patient, lesion or tile of each image, `[N]`: its own images are not neighbors; default: none
     method:str='tsne',   # t-SNE of up to 50 principal components, or `pca` alone
     k:int=5,             # Neighbors for trustworthiness and agreement
     max_images:int=1000, # More images than that are sampled

@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/train/checkpoints.html.md"""
 __all__ = ['CHECKPOINT_FORMAT', 'compact_copy', 'to_plain', 'from_plain', 'previous_of', 'write_checkpoint', 'read_checkpoint',
            'inner_loader', 'random_state', 'set_random_state', 'trained_parameters', 'TrainingHelper',
            'named_callbacks', 'callback_digests', 'random_states', 'learner_state', 'restore_learner',
-           'save_checkpoint', 'load_checkpoint', 'differences', 'checkpoint_size']
+           'save_checkpoint', 'load_checkpoint', 'dict_differences', 'checkpoint_size']
 
 # %% ../../nbs/train/00_checkpoints.ipynb #b3acef57
 import os, pickle, random, zlib
@@ -397,14 +397,14 @@ def load_checkpoint(
         raise ValueError(f'{file} has no state of a Learner: expected a file written by save_checkpoint or Resume')
     check_format(state.get('format'), CHECKPOINT_FORMAT, 'checkpoint', file, (1, 2))
     model = unwrap(learn.model)
-    wrong = differences(_shapes(state['model']['weights']), _shapes(model.state_dict()))
+    wrong = dict_differences(_shapes(state['model']['weights']), _shapes(model.state_dict()))
     if wrong: raise ValueError(f'{file} was saved from another model: {"; ".join(wrong)}')
     _load_model(model, state['model']) if only_model else restore_learner(learn, state)
     return learn
 
 def _shapes(weights): return {n: tuple(getattr(w, 'shape', ())) for n,w in weights.items()}
 
-def differences(
+def dict_differences(
     there:dict, # As saved
     here:dict,  # As it is now
 )->list: # Up to four sentences, and how many there are besides

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from ..core.basics import unwrap
 from ..core.fingerprints import fingerprint, is_library, weights_checksum
 from ..data.store import identify_images
-from .checkpoints import differences, inner_loader, named_callbacks, to_plain
+from .checkpoints import dict_differences, inner_loader, named_callbacks, to_plain
 
 # %% ../../nbs/train/10_description.ipynb #47bcd685
 def _crc(texts): return zlib.crc32('\n'.join(map(str, texts)).encode('utf-8', 'surrogatepass'))
@@ -207,4 +207,4 @@ def run_differences(
     here:dict,  # From `describe_run`, now
 )->list: # Up to four sentences, and how many there are besides
     "How two runs differ, in words; empty if they are the same"
-    return differences(_flat(there), _flat(here))
+    return dict_differences(_flat(there), _flat(here))
