@@ -279,13 +279,14 @@ _OTHER_NAMES = { # what messages of the package recommend: what the command offe
 
 def as_option(
     name:str,   # An argument, or a function that a message recommends
-    value=None, # The value that the message recommends
+    value=None, # The value that the message recommends; `...`: one of the user's choice
 )->str:
     "An argument as the command writes it: `--missing note`; as in Python, if the command has no such option"
     text = value if isinstance(value, str) else None
     if (name, text) in _OTHER_NAMES: return _OTHER_NAMES[name, text]
-    if name not in option_names(): return name if value is None else f'{name}={value!r}'
-    if value is None or value is True: return option(name)
+    alone = value is None or value is ...
+    if name not in option_names(): return name if alone else f'{name}={value!r}'
+    if alone or value is True: return option(name)
     values = value if isinstance(value, (list, tuple)) else [value]
     return ' '.join([option(name), *(shlex.quote(str(v)) for v in values)])
 

@@ -14,15 +14,17 @@ from contextvars import ContextVar
 from numbers import Integral, Real
 
 # %% ../../nbs/core/00_checks.ipynb #80725dc3
-def _in_python(name, value=None): return name if value is None else f'{name}={value!r}'
+def _in_python(name, value=None):
+    if value is None: return name
+    return f'{name}=…' if value is ... else f'{name}={value!r}'
 
 _WRITING = ContextVar('writing', default=_in_python)
 
 def written(
     name:str,   # An argument, or a function that the message recommends
-    value=None, # The value that the message recommends
+    value=None, # The value that the message recommends; `...`: one of the user's choice
 )->str:
-    "An argument as the user writes it, for messages: in Python `name` or `name=value`"
+    "An argument as the user writes it, for messages: in Python `name`, `name=value` or `name=…`"
     return _WRITING.get()(name, value)
 
 @contextmanager

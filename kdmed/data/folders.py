@@ -160,7 +160,7 @@ def find_files(
         visits[real] += 1
         if visits[real]>_MOST_VISITS:
             raise ValueError(f'{start}: more than {_MOST_VISITS} different links lead to {real}; '
-                             f'leave them out with {written("exclude")}')
+                             f'leave them out with {written("exclude", ...)}')
         for entry in _entries(here):
             relative = f'{below}/{entry.name}' if below else entry.name
             if entry.name[0]=='.' or entry.name in JUNK_FOLDERS: continue

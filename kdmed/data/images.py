@@ -73,7 +73,7 @@ def check_class_name(
     odd = [c for c in name if unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp')]
     if odd:
         raise ValueError(f'class name {ascii(name)} contains {ascii(odd[0])}, which cannot be printed; '
-                         f'give another name with {written("classes")}')
+                         f'give another name with {written("classes", ...)}')
 
 def class_names(
     classes, # Class names in order, a dict from labels to names, or None
@@ -173,7 +173,7 @@ def choose_positive(
     task,classes = table.attrs['task'],table.attrs['classes']
     if task!='binary':
         raise ValueError(f'{written("positive", positive)} needs a binary task, got {task} with classes {classes}; '
-                         f'their order is set with {written("classes")}')
+                         f'their order is set with {written("classes", ...)}')
     positive = _class_text(positive, 'positive')[0]
     check_in(positive, classes, 'positive')
     table = table.copy()
@@ -263,7 +263,7 @@ def _check_findings(labels, classes):
         stray = sorted(set(unknown) - set(classes))
         if stray:
             raise ValueError(f'image table: label {label!r} marks {stray} as unknown, not among the classes {classes}; '
-                             f'name all of them with {written("classes")}')
+                             f'name all of them with {written("classes", ...)}')
         both = sorted(set(unknown) & set(present))
         if both: raise ValueError(f'image table: label {label!r} marks {both} as both present and unknown')
 
@@ -679,9 +679,9 @@ def _doubt_positive(attrs):
     negative,positive = attrs['classes']
     start = f'the positive class is {positive!r}'
     if attrs.get('class_order')=='absence first':
-        return [f'{start}, since {negative!r} sounds like its absence; {written("positive")} chooses another']
+        return [f'{start}, since {negative!r} sounds like its absence; {written("positive", ...)} chooses another']
     if attrs.get('class_order')=='alphabet':
-        return [f'{start}, only because it comes second in the alphabet; {written("positive")} chooses the other']
+        return [f'{start}, only because it comes second in the alphabet; {written("positive", ...)} chooses the other']
     if names_absence(positive) and not names_absence(negative):
         return [f'{start}, which sounds like an absence; {written("positive", negative)} chooses the other']
     return []

@@ -55,11 +55,11 @@ def decode_text(
     try: text = data.decode('cp1252')
     except UnicodeDecodeError:
         raise ValueError(f'{path} is not a CSV file with a header: its text is neither UTF-8 nor UTF-16 '
-                         f'nor Windows-1252; name its encoding with {written("encoding")}') from None
+                         f'nor Windows-1252; name its encoding with {written("encoding", ...)}') from None
     odd = next((w for w in re.findall(r'\w+', text) if not w.isascii()), '')
     example = f', with words such as {odd!r}' if odd else ''
     note = (f'{Path(path).name} is not UTF-8, so it was read as Windows-1252{example}; '
-            f'if that is wrong, use {written("encoding")}')
+            f'if that is wrong, use {written("encoding", ...)}')
     return text,[note]
 
 # %% ../../nbs/data/05_lists.ipynb #c68e0e98
@@ -151,7 +151,7 @@ def need_columns(
     missing = [c for c in (by_argument.values() or needed) if c and c not in rows]
     if not missing: return
     arguments = [a for a,c in by_argument.items() if c in missing]
-    hint = f'; name yours with {", ".join(map(written, arguments))}' if arguments else ''
+    hint = f'; name yours with {", ".join(written(a, ...) for a in arguments)}' if arguments else ''
     if 'group' in arguments: hint += f" ({written('group', '')} if every image is of a different patient)"
     raise ValueError(f'{path}: missing column {missing}; it has {list(rows.columns)}{hint}')
 

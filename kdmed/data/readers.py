@@ -233,7 +233,7 @@ def _once_each(path, files, labels, splits, linked):
         if other is None: continue
         one,two = (files[i].relative_to(path).as_posix() for i in (group[0], other))
         raise ValueError(f'{path}: {one} and {two} are the same file, by a link, but differ in class or split; '
-                         f'keep one of them, or leave one out with {written("exclude")}')
+                         f'keep one of them, or leave one out with {written("exclude", ...)}')
     extra = [i for group in same for i in group[1:]]
     example = some_names([files[extra[0]].relative_to(path).as_posix()])
     note = f'{len(extra):,} files are links to others and left out, such as {example}'
@@ -264,7 +264,7 @@ def _check_folder_classes(path, labels, classes):
     for name in sorted({l for l in labels if l} - set(classes if isinstance(classes, dict) else ())):
         if '|' in name:
             raise ValueError(f'{path}: folder {name!r} cannot be a class name, since | joins findings; '
-                             f'rename it, or name the class with {written("classes")}')
+                             f'rename it, or name the class with {written("classes", ...)}')
         check_class_name(name)
 
 def _chosen_classes(path, labels, classes):
@@ -292,7 +292,7 @@ def _check_links(path, found):
     "Raise an error for links that lead nowhere"
     if found.broken:
         raise FileNotFoundError(f'{path}: {len(found.broken):,} links lead nowhere: {some_names(found.broken)}; '
-                                f'repair them, or leave them out with {written("exclude")}')
+                                f'repair them, or leave them out with {written("exclude", ...)}')
 
 def _extensions(suffix):
     "Extensions of image files, with a dot"
@@ -307,7 +307,7 @@ def _no_images(path, found):
     contains = f'; it contains {names}' if found.others else ''
     hint = ''
     if set(found.others) & {'.dcm', '.dicom', ''}: hint = '; read_dicom_folder reads DICOM files'
-    elif found.others: hint = f'; {written("suffix")} sets the extensions of images'
+    elif found.others: hint = f'; {written("suffix", ...)} sets the extensions of images'
     return f'no image files in {path}: expected one folder for each class{contains}{hint}'
 
 # %% ../../nbs/data/45_readers.ipynb #1a29d84d
@@ -440,7 +440,7 @@ def _check_kind(path, label, labels, task):
     all_differ = len(known)>=_MANY and known.nunique()==len(known)
     if all_differ and not known.str.contains('|', regex=False).any():
         raise ValueError(f'{path}: all {len(known):,} labels differ, such as {some_names(known, 3)}: '
-                         f'{label} does not contain classes; name their column with {written("label")}')
+                         f'{label} does not contain classes; name their column with {written("label", ...)}')
     measured = known.str.fullmatch(r'[-+]?\d*\.\d+([eE][-+]?\d+)?') & ~known.str.fullmatch(r'-?\d+\.0+')
     if measured.all() and known.nunique()>=_MANY:
         raise ValueError(f'{path}: {label} contains numbers such as {known.iloc[0]}, not classes')
@@ -570,8 +570,8 @@ def read_csv(
         path, image, label, group, split, task, classes, empty, separator, unlisted, encoding)
     folder = existing_path(images or path.parent, 'image folder')
     if not folder.is_dir():
-        raise NotADirectoryError(f'image folder: {folder} is a file; {written("images")} is the folder that names are '
-                                 'relative to')
+        raise NotADirectoryError(f'image folder: {folder} is a file; {written("images", ...)} is the folder '
+                                 'that names are relative to')
     files,ways = find_listed(list(rows.index), folder, suffix, path)
     _check_same(path, rows, files)
     rows,files,notes = keep_found(rows, files, missing, folder)

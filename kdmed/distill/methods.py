@@ -88,7 +88,7 @@ def _check_channels(dls, model):
 
 # %% ../../nbs/distill/45_methods.ipynb #d2171de9
 def _smallest_batch(dls):
-    "Images in the smallest batch of an epoch; None if the loader does not know"
+    "Images in the smallest batch of an epoch; None where the loader does not tell"
     train = own_loader(dls.train)
     bs,n = getattr(train, 'bs', None) or getattr(train, 'batch_size', None),len(getattr(train, 'dataset', ()))
     if not bs or not n: return None
