@@ -467,7 +467,7 @@ def test_check_says_what_a_search_for_copies_would_take(images, capsys):
 
 def test_images_whose_owners_are_unknown_are_told_of_with_the_options_that_tell(images, capsys):
     status,out,err = kdmed(capsys, 'check', images, *SMALL)
-    assert status==0 and '--group-pattern or --groups FILE says which belong together' in out+err
+    assert status==0 and '--group-pattern or --groups FILE says which images belong together' in out+err
 
 
 @pytest.mark.parametrize('more,said', [(['--data', 'nowhere'], '--data nowhere: no such file or folder'), (['--teacher-weights', 'no.pth'], '--teacher-weights no.pth: file not found'),

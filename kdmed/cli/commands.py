@@ -31,7 +31,7 @@ from fastai.torch_core import default_device
 from fastai.vision.augment import Dihedral
 
 from ..core.basics import weights_size
-from ..core.checks import check_in
+from ..core.checks import check_in, writing_as
 from ..core.extensions import load_extensions
 from ..core.files import claimed_folder, write_atomic
 from ..data.copies import expected_seconds
@@ -274,7 +274,8 @@ def _choose_recipe(o):
     if extra: raise ValueError(f'{option(extra[0])} needs --ablate')
     if o['ablate'] and o['subgroups']:
         raise ValueError('--subgroups compares models of a run; it does not concern --ablate')
-    chosen = set_values(RECIPES[o['name']].scaled(o['scale']), o['set'])
+    with writing_as(lambda name, value=None: name): # in --set, settings have their names in Python
+        chosen = set_values(RECIPES[o['name']].scaled(o['scale']), o['set'])
     for row in o['rows'] or (): check_in(row, chosen.rows, 'row')
     if o['out'] is None and o['data'] is not None:
         raise ValueError('--data is given, but no --out: give a folder for the run, or leave --data out '
