@@ -405,6 +405,7 @@ def test_resplit_ignores_a_split_column_that_is_partly_blank(leaking, tmp_path, 
     assert status==0 and 'Split by groups: ' in out+err, err
 
 
+@pytest.mark.slow
 def test_resplit_of_dicom_files_ignores_a_split_column_that_is_partly_blank(tmp_path, capsys):
     pydicom = pytest.importorskip('pydicom')
     table = synthetic_table(n=60, classes=2, size=32)

@@ -10,7 +10,6 @@ __all__ = ['TASKS', 'written', 'writing_as', 'check_in', 'check_integer', 'check
 # %% ../../nbs/core/00_checks.ipynb #ad0b5f90
 import difflib, math
 from contextlib import contextmanager
-from contextvars import ContextVar
 from numbers import Integral, Real
 
 # %% ../../nbs/core/00_checks.ipynb #80725dc3
@@ -18,23 +17,28 @@ def _in_python(name, value=None):
     if value is None: return name
     return f'{name}=…' if value is ... else f'{name}={value!r}'
 
-_WRITING = ContextVar('writing', default=_in_python)
+class _Writing:
+    "How arguments are written now; not a part of results, so neither pickles nor fingerprints contain it"
+    def __init__(self): self.write = _in_python
+    def __reduce__(self): return _Writing,()
+
+_WRITING = _Writing()
 
 def written(
     name:str,   # An argument, or a function that the message recommends
     value=None, # The value that the message recommends; `...`: one of the user's choice
 )->str:
     "An argument as the user writes it, for messages: in Python `name`, `name=value` or `name=…`"
-    return _WRITING.get()(name, value)
+    return _WRITING.write(name, value)
 
 @contextmanager
 def writing_as(
     write, # Function from name and value (None: no value) to text
 ):
-    "Within this block, `written` uses `write`"
-    token = _WRITING.set(write)
+    "Within this block, `written` uses `write`, in other threads as well"
+    before,_WRITING.write = _WRITING.write,write
     try: yield
-    finally: _WRITING.reset(token)
+    finally: _WRITING.write = before
 
 # %% ../../nbs/core/00_checks.ipynb #13dc7191
 def check_in(
