@@ -24,7 +24,9 @@ from .models.create import (
     add_distillation_token, create_fused_teacher, create_student, create_teacher, feature_map, load_student,
     save_student, stage_names, truncate_vit)
 from .models.exits import ExitModel, add_exits, early_exit, exit_curve
-from .train.resume import Resume, StopOnNaN, load_checkpoint, save_checkpoint
+from .train.checkpoints import load_checkpoint, save_checkpoint
+from .train.nan_guard import StopOnNaN
+from .train.resume import Resume
 from .distill.cache import TeacherCache
 from .distill.callbacks import DecoupledKD, DistillTokenKD, DistKD, FocalKD, LogitKD, NormalizedKD
 from kdmed.distill.feature_losses import (

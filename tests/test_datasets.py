@@ -34,7 +34,7 @@ def test_a_part_of_ham10000(tmp_path):
     (tmp_path/'HAM10000_metadata.csv').symlink_to(DATA/'ham10000/HAM10000_metadata.csv')
     (tmp_path/'part').symlink_to(DATA/'ham10000/HAM10000_images_part_1')
     held = len(os.listdir(tmp_path/'part'))
-    with pytest.raises(FileNotFoundError, match="missing='note' to go on"): read_ham10000(tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing='note' to continue"): read_ham10000(tmp_path)
     table = read_ham10000(tmp_path, missing='note')
     assert len(table) == held and f'{10015-held:,} of 10,015 listed images not found, left out' in table.attrs['anomalies']
 

@@ -42,7 +42,9 @@ from kdmed.data.splits import split_groups
 from kdmed.data.store import STORE_FORMAT, ImageStore, list_stores, pack_images
 from kdmed.data.transforms import Augment, HorizontalFlip, Rotation
 from kdmed.train import resume
-from kdmed.train.resume import Resume, load_checkpoint, read_checkpoint, write_checkpoint
+from kdmed.train.checkpoints import load_checkpoint, read_checkpoint, write_checkpoint
+from kdmed.train.description import describe_data
+from kdmed.train.resume import Resume
 from kdmed.distill import cache
 from kdmed.distill.cache import TeacherCache, list_caches
 
@@ -192,7 +194,7 @@ def interrupted(tmp_path_factory):
     "A folder with the checkpoint of a run that has two of three epochs"
     folder = tmp_path_factory.mktemp('interrupted')/'run'
     with pytest.raises(KeyboardInterrupt): quietly(learner(Resume(folder), Stop(2)), 3)
-    resume._let_go(folder)
+    resume._release_folder(folder)
     return folder
 
 @pytest.mark.parametrize('change', CHANGES)
@@ -209,15 +211,15 @@ def test_the_same_data_resumes_from_memory_store_or_moved_files(tmp_path):
     table = TISSUE.copy()
     for i,pixels in enumerate(table.image): Image.fromarray(pixels).save(files/f'{i}.png')
     table['image'] = [files/f'{i}.png' for i in range(len(table))]
-    here = resume._describe_data(loaders(table))
-    assert resume._describe_data(loaders(table, store=tmp_path/'stores'))==here
-    stock = resume._describe_data(loaders(table, store=False))
+    here = describe_data(loaders(table))
+    assert describe_data(loaders(table, store=tmp_path/'stores'))==here
+    stock = describe_data(loaders(table, store=False))
     shutil.copytree(files, tmp_path/'moved')
     table['image'] = [tmp_path/'moved'/f.name for f in table.image]
-    assert resume._describe_data(loaders(table))==here
-    assert resume._describe_data(loaders(table, store=False))==stock
+    assert describe_data(loaders(table))==here
+    assert describe_data(loaders(table, store=False))==stock
     Image.fromarray(255-TISSUE.image[np.flatnonzero(TISSUE.split=='train')[0]]).save(table.image[np.flatnonzero(TISSUE.split=='train')[0]])
-    assert resume._describe_data(loaders(table, store=False))!=stock
+    assert describe_data(loaders(table, store=False))!=stock
 
 def test_plain_pytorch_data_is_compared(tmp_path):
     x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -308,7 +310,7 @@ def test_resume_without_a_folder_is_refused(folder):
 def test_a_folder_in_the_place_of_a_checkpoint_is_refused_by_name(tmp_path):
     (tmp_path/'fit_0.pt').mkdir()
     kind,said = message_of(lambda: quietly(learner(Resume(tmp_path))))
-    assert kind=='ValueError' and f"{tmp_path/'fit_0.pt'} is no file: expected a checkpoint" in said and 'Move the content of' in said
+    assert kind=='ValueError' and f"{tmp_path/'fit_0.pt'} is not a file: expected a checkpoint" in said and 'Move the content of' in said
 
 
 # -- folders that cannot be written

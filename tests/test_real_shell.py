@@ -400,8 +400,32 @@ def test_resplit_ignores_a_split_column_that_is_partly_blank(leaking, tmp_path, 
     table.to_csv(tmp_path/'list.csv', index=False)
     how = '--dataset', 'csv', '--images', leaking, '--size', '32', '--no-copies', '--teacher', 'test_resnet'
     status,_,err = kdmed(capsys, 'check', tmp_path/'list.csv', *how)
-    assert status==2 and '1 of 90 rows have no split' in err and 'give --resplit to split all images by groups' in err, err
+    assert status==2 and '1 of 90 rows have no split' in err and 'use --resplit to split all images by groups' in err, err
     status,out,err = kdmed(capsys, 'check', tmp_path/'list.csv', *how, '--resplit')
+    assert status==0 and 'Split by groups: ' in out+err, err
+
+
+@pytest.mark.slow
+def test_resplit_of_dicom_files_ignores_a_split_column_that_is_partly_blank(tmp_path, capsys):
+    pydicom = pytest.importorskip('pydicom')
+    table = synthetic_table(n=60, classes=2, size=32)
+    for i,row in table.iterrows():
+        ds = pydicom.Dataset()
+        ds.file_meta = pydicom.dataset.FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        ds.SOPClassUID,ds.SOPInstanceUID,ds.PatientID = '1.2.840.10008.5.1.4.1.1.2',f'1.2.{i}',row.group
+        ds.Rows,ds.Columns,ds.SamplesPerPixel,ds.PhotometricInterpretation = 32,32,1,'MONOCHROME2'
+        ds.BitsAllocated,ds.BitsStored,ds.HighBit,ds.PixelRepresentation = 16,16,15,0
+        ds.PixelData = row.image[..., 1].astype('uint16').tobytes()
+        (tmp_path/'films').mkdir(exist_ok=True)
+        ds.save_as(tmp_path/f'films/{i}.dcm', enforce_file_format=True)
+    splits = ['', *['train', 'valid', 'test']*20][:60] # groups are in several splits, and one row is blank
+    listed = pd.DataFrame(dict(image=[str(i) for i in table.index], label=table.label, split=splits))
+    listed.to_csv(tmp_path/'list.csv', index=False)
+    how = ['distill', '--data', tmp_path/'films', '--dataset', 'dicom', '--labels', tmp_path/'list.csv', *SMALL]
+    status,_,err = kdmed(capsys, *how, '--out', tmp_path/'run')
+    assert status==2 and '1 of 60 rows have no split' in err and 'use --resplit to split all images by groups' in err, err
+    status,out,err = kdmed(capsys, *how, '--out', tmp_path/'run', '--resplit')
     assert status==0 and 'Split by groups: ' in out+err, err
 
 
@@ -444,7 +468,7 @@ def test_check_says_what_a_search_for_copies_would_take(images, capsys):
 
 def test_images_whose_owners_are_unknown_are_told_of_with_the_options_that_tell(images, capsys):
     status,out,err = kdmed(capsys, 'check', images, *SMALL)
-    assert status==0 and '--group-pattern or --groups FILE says which belong together' in out+err
+    assert status==0 and '--group-pattern or --groups FILE says which images belong together' in out+err
 
 
 @pytest.mark.parametrize('more,said', [(['--data', 'nowhere'], '--data nowhere: no such file or folder'), (['--teacher-weights', 'no.pth'], '--teacher-weights no.pth: file not found'),

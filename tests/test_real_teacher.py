@@ -264,7 +264,7 @@ def test_cached_teacher_reads_outputs_the_same_way(dls, tmp_path):
 def test_number_of_classes_must_be_that_of_the_outputs(dls):
     for classes in ([*dls.classes, 'more'], dls.classes[:2]):
         with pytest.raises((TypeError, ValueError), match='the teacher has 3 outputs|does not know|different'): distill(dls, 'test_resnet', Teacher(timm.create_model('test_resnet', num_classes=3), classes=classes), 'logit', epochs=1, progress=False)
-    with pytest.raises(TypeError, match="classes must be a list of class names, got 'abc'"): Teacher(nn.Identity(), classes='abc')
+    with pytest.raises(TypeError, match="classes must be a list of class names.*, got 'abc'"): Teacher(nn.Identity(), classes='abc')
     with pytest.raises(TypeError, match='got 3'): Teacher(nn.Identity(), classes=3)
     with pytest.raises(ValueError, match='different names'): Teacher(nn.Identity(), classes=['a', 'a'])
     for size in (True, 0, -1, '32', 1.5):
@@ -415,17 +415,11 @@ def test_a_batch_of_one_under_batch_norm_is_refused_before_training(n, bs):
     fit_classifier(data, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), 1, progress=False) # many places: nothing is amiss
 
 
-@pytest.mark.parametrize('error', [MemoryError, ImportError, OSError, KeyboardInterrupt, torch.OutOfMemoryError])
-def test_check_fit_keeps_errors_of_the_machine(error, dls):
+@pytest.mark.parametrize('error', [MemoryError, ImportError, OSError, KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError, TypeError])
+def test_check_fit_raises_what_a_fit_would_raise(error, dls):
     class Raises(Callback):
         def before_fit(self): raise error('no room')
     with pytest.raises(error, match='no room'): check_fit(dls, create_student('test_resnet', dls.classes, 32), Raises())
-
-
-def test_check_fit_names_what_a_fit_would_fail_at(dls):
-    class Raises(Callback):
-        def before_fit(self): raise RuntimeError('shapes')
-    with pytest.raises(ValueError, match='^shapes$'): check_fit(dls, create_student('test_resnet', dls.classes, 32), Raises())
 
 
 # -- callbacks

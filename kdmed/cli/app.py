@@ -17,10 +17,11 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from cyclopts.config import Dict
 
 from .. import __version__
+from ..core.checks import writing_as
 from .options import (
     FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions,
     RecipeOptions, RunOptions, TrainingOptions, Whole, check_concerns, check_names, check_numbers, check_paths,
-    extended_help, one_option, option_names)
+    as_option, extended_help, one_option)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
@@ -195,8 +196,8 @@ def _main(argv):
     if path is not None:
         command = next((a for a in argv if not a.startswith('-')), '')
         config = Dict(read_config(path, command), use_commands_as_keys=False, source=str(path))
-    def show(message, *_): print(f'kdmed: warning: {_in_shell_words(str(message))}', file=sys.stderr)
-    with warnings.catch_warnings():
+    def show(message, *_): print(f'kdmed: warning: {message}', file=sys.stderr)
+    with warnings.catch_warnings(), writing_as(as_option):
         warnings.showwarning = show
         status = make_app(config)(argv, exit_on_error=False, print_error=False)
     return status if isinstance(status, int) else 0
@@ -211,18 +212,13 @@ _LESS_MEMORY = 'not enough memory: choose a smaller --bs or --size, or --store t
 _HINTS = {MemoryError: _LESS_MEMORY, FloatingPointError: 'choose a smaller --lr'}
 _EXPECTED = OSError,ValueError,TypeError,ImportError,MemoryError,RuntimeError,FloatingPointError # others: their type
 
-def _in_shell_words(text):
-    "A message of a command, with options instead of arguments"
-    images = sys.modules.get('kdmed.cli.images')
-    return images.in_shell_words(text, option_names()) if images else text
-
 def _error_text(error):
     "The message of an error, without what Python and fastai put before it"
     text = str(error).strip() or type(error).__name__
     text = re.sub(r'^\[Errno \d+\] ', '', text)
     if text.startswith('Exception occured in'): # fastai names the callback first
         text = text.split(':\n\t', 1)[-1].strip()
-    return _in_shell_words(text)
+    return text
 
 def _explain(error, argv):
     "One line for an error, with a hint and what is kept"

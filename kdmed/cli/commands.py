@@ -12,7 +12,7 @@ __all__ = ['DEMO', 'DEMO_IMAGES', 'check_registered', 'check_models', 'distill_c
 from .images import (
     OPTIMIZERS, about_data, check_cache, check_own_split, choose_device, count_shared_groups, deal_out, find_readers,
     loading_arguments, look_for_copies, read_table, store_argument)
-from .options import STATE, check_numbers, check_out, option
+from .options import STATE, check_numbers, option, out_folder
 from .runs import (
     COMPLETE, COPIES, NEW, PAIRS, RUN_FILES, choose_progress, config_text, environment, kept_models, kept_recipe,
     open_run, settings_of, swap_in)
@@ -31,7 +31,7 @@ from fastai.torch_core import default_device
 from fastai.vision.augment import Dihedral
 
 from ..core.basics import weights_size
-from ..core.checks import check_in
+from ..core.checks import check_in, writing_as
 from ..core.extensions import load_extensions
 from ..core.files import claimed_folder, write_atomic
 from ..data.copies import expected_seconds
@@ -209,7 +209,6 @@ def _prepare(o):
     "Checks and defaults that `distill` and `check` share; arguments of `image_dls`"
     o['augment'] = o['augment'] or ('chest' if o['dataset']=='chestxray14' else 'dihedral')
     check_cache(o)
-    if o.get('out') is not None: check_out(o)
     check_models(o)
     return loading_arguments(o)
 
@@ -275,7 +274,8 @@ def _choose_recipe(o):
     if extra: raise ValueError(f'{option(extra[0])} needs --ablate')
     if o['ablate'] and o['subgroups']:
         raise ValueError('--subgroups compares models of a run; it does not concern --ablate')
-    chosen = set_values(RECIPES[o['name']].scaled(o['scale']), o['set'])
+    with writing_as(lambda name, value=None: name): # in --set, settings have their names in Python
+        chosen = set_values(RECIPES[o['name']].scaled(o['scale']), o['set'])
     for row in o['rows'] or (): check_in(row, chosen.rows, 'row')
     if o['out'] is None and o['data'] is not None:
         raise ValueError('--data is given, but no --out: give a folder for the run, or leave --data out '
@@ -321,7 +321,7 @@ def recipe_command(
     if o['out'] is None:
         print(f'{chosen.name}: {chosen.paper}\n{chosen.note}\n{markdown_table(chosen.settings())}')
         return 0
-    out = check_out(o)
+    out = out_folder(o)
     STATE['kept'] = lambda: kept_recipe(out, o['out'])
     with _printing_to_stderr(o): study = _run_recipe(chosen, _recipe_table(o), out, o)
     _print_study(study.findings(), study.table())

@@ -9,10 +9,11 @@ __all__ = ['DATASETS', 'METHOD_NAMES', 'RECIPE_NAMES', 'BUILT_IN', 'AUGMENTATION
            'OPTION_DATASETS', 'Whole', 'OptionalWhole', 'IMAGES', 'SPLITTING', 'MODELS', 'TRAINING', 'RUNNING', 'OUT',
            'FORCE', 'OPTION_KINDS', 'STATE', 'NUMBERS', 'extended_help', 'whole_number', 'one_option', 'DataOptions',
            'LoadingOptions', 'PixelOptions', 'ModelOptions', 'TrainingOptions', 'RunOptions', 'RecipeOptions',
-           'option_names', 'Kept', 'option', 'check_numbers', 'check_concerns', 'check_names', 'check_out',
-           'check_paths']
+           'option_names', 'Kept', 'option', 'as_option', 'check_numbers', 'check_concerns', 'check_names',
+           'out_folder', 'check_out', 'check_paths']
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d3
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
@@ -119,7 +120,7 @@ def _several(group, help, type_=str):
     return Annotated[Optional[list[type_]], Parameter(help=help, group=group, consume_multiple=True, negative=())]
 
 def _perhaps(group, help):
-    "An option that may stand without a value: then it is an empty list"
+    "An option that may be given without a value: then it is an empty list"
     return Annotated[Optional[list[str]], Parameter(help=help, group=group, consume_multiple=(0, 1), negative=())]
 
 # %% ../../nbs/cli/00_options.ipynb #17581b00
@@ -270,9 +271,26 @@ class Kept(NamedTuple):
     text:str      # For the user: what is on disk, and how the run resumes
     anything:bool # Whether a model or a checkpoint is on disk
 
-# %% ../../nbs/cli/00_options.ipynb #85ca3888
+# %% ../../nbs/cli/00_options.ipynb #be7295b0
 def option(name): return '--' + name.replace('_', '-')
 
+_OTHER_NAMES = { # what messages of the package recommend: what the command offers for it
+    ('split_groups', None): '--resplit', ('split', ''): '--resplit', ("table.attrs['classes']", None): '--classes'}
+
+def as_option(
+    name:str,   # An argument, or a function that a message recommends
+    value=None, # The value that the message recommends; `...`: one of the user's choice
+)->str:
+    "An argument as the command writes it: `--missing note`; as in Python, if the command has no such option"
+    text = value if isinstance(value, str) else None
+    if (name, text) in _OTHER_NAMES: return _OTHER_NAMES[name, text]
+    alone = value is None or value is ...
+    if name not in option_names(): return name if alone else f'{name}={value!r}'
+    if alone or value is True: return option(name)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return ' '.join([option(name), *(shlex.quote(str(v)) for v in values)])
+
+# %% ../../nbs/cli/00_options.ipynb #85ca3888
 NUMBERS = { # option: its check, and the limits
     'size': (check_integer, dict(least=8)),
     'bs': (check_integer, dict(least=1)),
@@ -339,13 +357,19 @@ def check_names(
         if o.get(name) is not None: check_in(o[name], known, 'recipe' if name=='name' else option(name))
 
 # %% ../../nbs/cli/00_options.ipynb #f398ee54
-def check_out(
+def out_folder(
     o:dict, # Options by name
 )->Path: # Absolute
+    "The folder of a run"
+    return Path(o['out']).expanduser().absolute()
+
+def check_out(
+    o:dict, # Options by name
+)->None:
     "Raise an error for a folder that a run cannot be written to"
     text = o['out']
     if not str(text).strip(): raise ValueError('--out must be a folder, got an empty text')
-    out = Path(text).expanduser().absolute()
+    out = out_folder(o)
     if out.exists() and not out.is_dir(): raise FileExistsError(f'--out {text} is a file; expected a folder')
     data = Path(o['data']).expanduser().resolve() if o.get('data') else None
     if data is not None and data.is_dir() and data in (out.resolve(), *out.resolve().parents):
@@ -353,7 +377,6 @@ def check_out(
                          'classes; choose a folder elsewhere')
     if not is_writable(out): raise PermissionError(f'--out {text} cannot be written to; choose another folder')
     check_unclaimed(out)
-    return out
 
 def check_paths(
     o:dict, # Options by name

@@ -11,7 +11,7 @@ __all__ = ['PAIRS', 'RUN_FILES', 'NOT_SETTINGS', 'NEW', 'COMPLETE', 'COPIES', 's
 
 # %% ../../nbs/cli/04_runs.ipynb #f9e8589b
 from .images import reader_arguments
-from .options import Kept, check_out, option
+from .options import Kept, option, out_folder
 
 # %% ../../nbs/cli/04_runs.ipynb #2994cb61
 import json, os, platform, shutil, sys
@@ -112,7 +112,7 @@ def open_run(
     o:dict, # Options by name
 )->Path: # The folder to build the run in; None if the run is finished already
     "Find out whether a run begins, resumes or is finished; an error if the folder holds another one"
-    out,settings = check_out(o),settings_of(o)
+    out,settings = out_folder(o),settings_of(o)
     if (out/NEW/COMPLETE).is_file():
         with claim(out, 'run'): swap_in(out)
     state = run_state(out)

@@ -49,16 +49,16 @@ def seed_everything(
 
 # %% ../../nbs/core/05_basics.ipynb #4387f850
 def _wrapped(model):
-    "The model inside a wrapper; None if `model` is no wrapper, as one that adds layers or parameters of its own"
+    "The model inside a wrapper; None if `model` is not a wrapper, or adds layers or parameters"
     children = getattr(model, '_modules', {})
     for name in ('_orig_mod', '_fsdp_wrapped_module'):
         if isinstance(children.get(name), nn.Module): return children[name]
-    if not isinstance(model, nn.Module): # timm's first ModelEma is no Module
+    if not isinstance(model, nn.Module): # timm's first ModelEma is not a Module
         inner = next((vars(model)[n] for n in ('module', 'ema') if n in getattr(model, '__dict__', {})), None)
         return inner if isinstance(inner, nn.Module) else None
     inner = getattr(model, 'module', None)
     if not isinstance(inner, nn.Module) or inner is model or model._parameters: return None
-    if any(b is not None and b.numel()>1 for b in model._buffers.values()): return None # but a counter is no layer
+    if any(b is not None and b.numel()>1 for b in model._buffers.values()): return None # but a counter is not a layer
     core = unwrap(inner)
     return inner if all(unwrap(child) is core for child in children.values()) else None
 
@@ -206,7 +206,7 @@ def _plain_settings(module):
 
 def architecture_key(
     model:nn.Module, # Any model
-)->int: # Equal for models that compute alike, whatever their weights; valid within one session
+)->int: # Equal for models with the same computation, whatever their weights; valid within one session
     "A key of an architecture: its modules, their settings, and the shapes, types and devices of its weights"
     model = unwrap(model)
     settings = tuple((name, type(m).__qualname__, _plain_settings(m)) for name,m in model.named_modules())

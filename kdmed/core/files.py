@@ -83,7 +83,7 @@ def clear_parts(
     folder,          # Folder that this process has claimed
     age:float=3600., # Seconds since a part was last written to; a process of another machine may still write it
 )->None:
-    "Remove what killed processes left half written by `write_atomic`, in the folder and below"
+    "Remove partial files of `write_atomic` that killed processes left, in the folder and below"
     for part in Path(folder).rglob('.*.part'):
         process = part.suffixes[-2][1:] if len(part.suffixes)>1 else ''
         if not process.isdigit() or _runs_here(process) and int(process)!=os.getpid(): continue

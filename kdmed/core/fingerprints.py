@@ -93,7 +93,7 @@ def _first_line(node): return min(n.lineno for n in [node, *getattr(node, 'decor
 def _parsed(text):
     "Of some source text: functions by first line and name, all code objects, and the lines"
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # of somebody else's code
+        warnings.simplefilter('ignore') # of third-party code
         tree = ast.parse(text)
         codes = _codes_in(compile(text, '<text>', 'exec', dont_inherit=True))
     found = {}

@@ -118,7 +118,7 @@ class StudyFolder:
             yield self
 
     def clear(self)->None:
-        "Remove what a killed process had half written; only while the folder is claimed"
+        "Remove partial files of a killed process; only while the folder is claimed"
         for pattern in ('.rehearsal-*', '.part-*', '.*.part', 'cells/*/.*.part'):
             for left in self.path.glob(pattern):
                 if left.is_dir(): shutil.rmtree(left, ignore_errors=True)

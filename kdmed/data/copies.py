@@ -1,4 +1,4 @@
-"""Pictures that are in a set twice: found by looking, checked by laying one over the other, counted across splits
+"""Images that occur more than once in a data set: found by similarity, verified by alignment, counted across splits
 
 Docs: https://kdmed.github.io/kdmed/data/copies.html.md"""
 
@@ -500,6 +500,7 @@ def _search_shard(features, rows, words, probed, part, most, progress):
         done = pool.map(search, blocks)
         return list(progress_bar(done, total=len(blocks), leave=False) if progress else done)
 
+# %% ../../nbs/data/30_copies.ipynb #9478b41d
 def _candidates(features, part, most, progress):
     "Pairs of images of different `part` with the most votes for each image: rows `a` and `b`, and whether `mirrored`"
     words,n = _learn_words(features),len(features)
@@ -1133,7 +1134,8 @@ def _left_out(features, expected, seconds):
 def check_copies(
     table:pd.DataFrame,  # Image table, with `split` filled or not
     seconds:float=None,  # If a full search would take longer, fingerprints alone are compared; no limit by default
-    progress=False,      # Print the time expected, and show progress bars; `'line'` prints the time alone
+    progress:bool=False,   # Show progress bars
+    print_time:bool=False, # Print how long the search is expected to take; with `progress` in any case
 )->CopyCheck:
     "Look for copies that cross the splits of a table, and for copies with different labels"
     check_table(table)
@@ -1141,8 +1143,8 @@ def check_copies(
     images = list(table.image)
     expected = expected_seconds(images)
     features = has_opencv() and (seconds is None or expected<=seconds)
-    if progress: print(f'Looking for copies among {len(images):,} images: about {max(expected, 1):,.0f} s')
-    progress = progress is True
+    if progress or print_time:
+        print(f'Looking for copies among {len(images):,} images: about {max(expected, 1):,.0f} s')
     numbers = table.split.map(list(SPLITS).index, na_action='ignore').to_numpy(float)
     order = np.argsort(numbers, kind='stable') # `a` in the earlier split
     table = table.iloc[order].reset_index(drop=True)

@@ -204,7 +204,7 @@ def _lc25000_groups(files, groups, near, progress):
 def read_lc25000(
     path=None,            # The set's folder or one above it; default: the input folder is searched
     tissue:str='lung',    # `lung` (3 classes), `colon` (2) or `both` (5)
-    # List of source tiles (file or folder), `fingerprint` (guess by look) or `none`; default: searched, else guessed
+    # List of source tiles (file or folder), `fingerprint` (estimated by similarity) or `none`; default: searched
     groups=None,
     print_card:bool=True, # Print the card of the set
     positive:str='',      # Class of a binary task (`colon`) whose probability models give; default: cancer

@@ -181,7 +181,7 @@ def _estimate_stains(pixels, light, least_density):
     return stains,estimate.maxCRef
 
 def _rounded(values, digits=4):
-    "Nested tuples of plain numbers, which print alike everywhere"
+    "Nested tuples of plain numbers, which print the same everywhere"
     return round(float(values), digits) if np.ndim(values)==0 else tuple(_rounded(v, digits) for v in values)
 
 # %% ../../nbs/data/20_filters.ipynb #e8bbe6a2

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from fastcore.basics import listify
 
+from ..core.checks import written
+
 # %% ../../nbs/data/00_folders.ipynb #d748c80f
 _KINDS = { # by the type bits of a file's mode
     stat.S_IFDIR: 'a folder',
@@ -100,7 +102,8 @@ def _patterns(exclude):
     "Patterns as a list, without a slash at their end"
     patterns = listify(exclude)
     if wrong := [p for p in patterns if not isinstance(p, str) or not p.strip('/ ')]:
-        raise ValueError(f"exclude must be folders or patterns, such as 'masks' or '*_mask*', got {wrong[0]!r}")
+        raise ValueError(f"{written('exclude')} must be folders or patterns, such as 'masks' or '*_mask*', "
+                         f'got {wrong[0]!r}')
     return [p.rstrip('/') for p in patterns]
 
 def _excluding(relative, patterns):
@@ -114,8 +117,8 @@ def _entries(folder):
     try:
         with os.scandir(folder) as entries: return sorted(entries, key=lambda e: e.name)
     except OSError as e:
-        raise type(e)(f'{folder} cannot be read ({e.strerror}), so its images would be missing; '
-                      f'change its permissions, or leave it out with exclude={os.path.basename(folder)!r}') from e
+        way_out = f'change its permissions, or leave it out with {written("exclude", os.path.basename(folder))}'
+        raise type(e)(f'{folder} cannot be read ({e.strerror}), so its images would be missing; {way_out}') from e
 
 def _is_folder(entry):
     "Whether an entry is a folder, or a link to one"
@@ -157,7 +160,7 @@ def find_files(
         visits[real] += 1
         if visits[real]>_MOST_VISITS:
             raise ValueError(f'{start}: more than {_MOST_VISITS} different links lead to {real}; '
-                             'leave them out with exclude=')
+                             f'leave them out with {written("exclude", ...)}')
         for entry in _entries(here):
             relative = f'{below}/{entry.name}' if below else entry.name
             if entry.name[0]=='.' or entry.name in JUNK_FOLDERS: continue
@@ -171,7 +174,7 @@ def find_files(
                 found.linked |= entry.is_symlink() or entry.inode() in inodes
                 inodes.add(entry.inode())
     unused = [p for p in patterns if not found.excluded[p]]
-    if unused: raise ValueError(f'{start}: exclude={unused[0]!r} matches nothing below it')
+    if unused: raise ValueError(f'{start}: {written("exclude", unused[0])} matches nothing below it')
     found.files = [Path(p) for p in sorted(found.files)]
     return found
 

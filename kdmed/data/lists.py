@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.checks import check_in
+from ..core.checks import check_in, written
 from .folders import check_file, find_files, some_names
 
 # %% ../../nbs/data/05_lists.ipynb #6620c755
@@ -55,10 +55,11 @@ def decode_text(
     try: text = data.decode('cp1252')
     except UnicodeDecodeError:
         raise ValueError(f'{path} is not a CSV file with a header: its text is neither UTF-8 nor UTF-16 '
-                         'nor Windows-1252; pass encoding=') from None
+                         f'nor Windows-1252; name its encoding with {written("encoding", ...)}') from None
     odd = next((w for w in re.findall(r'\w+', text) if not w.isascii()), '')
     example = f', with words such as {odd!r}' if odd else ''
-    note = f'{Path(path).name} is not UTF-8, so it was read as Windows-1252{example}; pass encoding= if that is wrong'
+    note = (f'{Path(path).name} is not UTF-8, so it was read as Windows-1252{example}; '
+            f'if that is wrong, use {written("encoding", ...)}')
     return text,[note]
 
 # %% ../../nbs/data/05_lists.ipynb #c68e0e98
@@ -149,9 +150,9 @@ def need_columns(
     by_argument = needed if isinstance(needed, dict) else {}
     missing = [c for c in (by_argument.values() or needed) if c and c not in rows]
     if not missing: return
-    arguments = [f'{a}=' for a,c in by_argument.items() if c in missing]
-    hint = f'; name yours with {", ".join(arguments)}' if arguments else ''
-    if 'group=' in arguments: hint += " (group='' if every image is of a different patient)"
+    arguments = [a for a,c in by_argument.items() if c in missing]
+    hint = f'; name yours with {", ".join(written(a, ...) for a in arguments)}' if arguments else ''
+    if 'group' in arguments: hint += f" ({written('group', '')} if every image is of a different patient)"
     raise ValueError(f'{path}: missing column {missing}; it has {list(rows.columns)}{hint}')
 
 # %% ../../nbs/data/05_lists.ipynb #4c93e99f
@@ -260,7 +261,8 @@ def keep_found(
     if found.all(): return rows,list(paths),[]
     absent = list(rows.index[~found])
     if missing=='error' or not found.any():
-        hint = f"; pass missing='note' to go on with the {found.sum():,} that are there" if found.any() else ''
+        way_out = f"; use {written('missing', 'note')} to continue with the {found.sum():,} that are there"
+        hint = way_out if found.any() else ''
         raise FileNotFoundError(f'{where}: {len(absent):,} images of the list not found: {some_names(absent)}{hint}')
     note = f'{len(absent):,} of {len(rows):,} listed images not found, left out'
     return rows[found],[p for p in paths if p is not None],[note]

@@ -36,7 +36,7 @@ from fasttransform import Transform
 from torch import nn
 
 from ..core.basics import UNLABELED
-from ..core.checks import check_in, check_integer
+from ..core.checks import check_in, check_integer, written
 from ..core.fingerprints import digest, value_text
 from .folders import file_identity, some_names
 from kdmed.data.images import (
@@ -269,8 +269,9 @@ def _check_trainable(table, allow_leakage):
         raise ValueError(f'no image in split {without} has a label')
     counts = class_counts(labeled[labeled.split=='train'])
     if absent := [c for c,n in counts.items() if not n]:
+        classes = written("table.attrs['classes']")
         raise ValueError(f'classes {absent} have no training image; try another split seed, '
-                         "or take them out of table.attrs['classes'] with their images")
+                         f'or remove them from {classes} with their images')
     if not allow_leakage:
         check_leakage(table)
         _check_files(table)
@@ -278,12 +279,12 @@ def _check_trainable(table, allow_leakage):
 def _check_split(table):
     "Raise an error for rows without a split, and for training or validation without images, and suggest remedies"
     blank,n = table.split.isna(),len(table)
-    if blank.all(): raise ValueError(f'{n} of {n} rows have no split; assign one with split_groups')
+    if blank.all(): raise ValueError(f'{n} of {n} rows have no split; assign one with {written("split_groups")}')
     if blank.any():
         examples = some_names(map(name_of, table.image[blank]), 3)
         raise ValueError(f'{blank.sum()} of {n} rows have no split, such as {examples}; leave them out with '
                          "official_split(table, 'split', unlisted='drop'), fill the column, "
-                         'or split all rows anew with split_groups')
+                         f'or split all rows again with {written("split_groups")}')
     if (~table.split.isin(SPLITS)).any():
         found = sorted(map(str, set(table.split)-set(SPLITS)))
         raise ValueError(f'split must be one of {SPLITS} in every row, got {found}')
@@ -300,12 +301,12 @@ def _remedy(table, absent):
     if groups<3:
         return (f': there are only {groups} groups, and a group is never split; '
                 'train, valid and test need at least one each')
-    if 'train' in absent: return '; split all images anew with split_groups(table)'
+    if 'train' in absent: return f'; split all images again with {written("split_groups")}'
     if table.group[table.split=='train'].nunique()<2:
         return (': all training images are of one group, so none can be used for validation; '
-                'split all images anew with split_groups(table)')
+                f'split all images again with {written("split_groups")}')
     return ("; official_split(table, 'split') moves some groups from train to validation, "
-            'split_groups(table) splits all images anew')
+            f'{written("split_groups")} splits all images again')
 
 # %% ../../nbs/data/40_loaders.ipynb #7c630ddf
 def _check_files(table):
@@ -316,7 +317,8 @@ def _check_files(table):
     if not len(shared): return
     where = next(i for i,f in zip(table.image, files) if f==shared[0])
     raise ValueError(f'{len(shared)} images are in more than one split, such as {name_of(where)}; '
-                     'keep one row of each, or allow_leakage=True to go on')
+                     f'keep one row of each, use {written("split_groups")}, or '
+                     f'{written("allow_leakage", True)} to continue')
 
 def _identity(image):
     "What identifies an image: its file, or the array itself"
@@ -374,7 +376,7 @@ def _check_loading(store, unreadable, augment, preprocess, views, stats):
 # %% ../../nbs/data/40_loaders.ipynb #e3db5d2a
 _SHARE = 4 # decoded images may take one part in so many of the free memory
 
-def available_memory()->int: # Bytes; None if the system does not tell
+def available_memory()->int: # Bytes; None if unknown
     "Memory that this process can still use: what is free, or less if a container has a limit"
     found = [_free_memory(), *map(_container_memory, _CONTAINERS)]
     return min([b for b in found if b is not None], default=None)
@@ -442,7 +444,8 @@ def _read_images(table, size, preprocess, store, unreadable, progress):
     "Images by row of the table (None for the stock way), and row: reason of those that cannot be read"
     if store is False:
         if unreadable!='error':
-            raise ValueError("unreadable='quarantine' needs the images read beforehand: store='memory' or True")
+            raise ValueError(f"{written('unreadable', 'quarantine')} needs {written('store', 'memory')} or True, "
+                             'where images are read beforehand')
         return None,{}
     store = _fitting_store(store, len(table), size)
     if store=='memory':

@@ -20,7 +20,7 @@ import pandas as pd
 from fastai.data.transforms import image_extensions
 from fastcore.basics import listify
 
-from ..core.checks import check_in
+from ..core.checks import check_in, written
 from .folders import existing_path, find_files, find_masks, repeated_files, some_names
 from .images import (
     SPLITS, WindowedImage, card, check_class_name, check_table, check_window, choose_positive, class_names,
@@ -189,20 +189,21 @@ _UNLABELED_NAMES = 'unlabeled','unlabelled' # hardly the name of a class
 def _looks_unlabeled(labels):
     "Notes on classes that may be images without a label"
     named = [c for c in sorted({l for l in labels if l}) if c.lower() in _UNLABELED_NAMES]
-    return [f"{c!r} counts as a class; unlabeled={c!r} reads its images as ones without a label" for c in named]
+    return [f"{c!r} counts as a class; {written('unlabeled', c)} reads its images as unlabeled" for c in named]
 
 # %% ../../nbs/data/45_readers.ipynb #8cfedb6c
 def _groups_from_names(path, files, pattern):
     "First bracket of `pattern` that matches each file's name, or its path below `path` if the pattern has a slash"
+    start = f'{written("group_pattern")} {pattern!r}'
     try: brackets = re.compile(pattern).groups
-    except re.error as e: raise ValueError(f'group_pattern {pattern!r} is not a valid regular expression: {e}') from e
-    if not brackets: raise ValueError(f'group_pattern {pattern!r} has no bracket around the group')
+    except re.error as e: raise ValueError(f'{start} is not a valid regular expression: {e}') from e
+    if not brackets: raise ValueError(f'{start} has no bracket around the group')
     names = pd.Series([f.relative_to(path).as_posix() if '/' in pattern else f.name for f in files], dtype=object)
     matched = names.str.extract(pattern).replace('', None)
     groups = matched.bfill(axis=1).iloc[:, 0]
     odd = names[groups.isna()]
     if len(odd):
-        raise ValueError(f'group_pattern {pattern!r} does not match {len(odd)} file names, such as {odd.iloc[0]}')
+        raise ValueError(f'{start} does not match {len(odd)} file names, such as {odd.iloc[0]}')
     return groups
 
 # %% ../../nbs/data/45_readers.ipynb #f1ea0ec2
@@ -217,8 +218,9 @@ def _without_masks(path, files, masks):
     example = some_names([f'{mask.relative_to(path).as_posix()} of {image.name}'])
     if masks=='error':
         raise ValueError(f"{path}: {len(found):,} files look like masks of others, such as {example}; "
-                         "masks='exclude' leaves them out, masks='keep' reads them as images")
-    note = f"{len(found):,} masks left out, such as {example}; masks='keep' reads them as images"
+                         f"{written('masks', 'exclude')} leaves them out, "
+                         f"{written('masks', 'keep')} reads them as images")
+    note = f"{len(found):,} masks left out, such as {example}; {written('masks', 'keep')} reads them as images"
     return [f for f in files if f not in found],[note]
 
 def _once_each(path, files, labels, splits, linked):
@@ -231,7 +233,7 @@ def _once_each(path, files, labels, splits, linked):
         if other is None: continue
         one,two = (files[i].relative_to(path).as_posix() for i in (group[0], other))
         raise ValueError(f'{path}: {one} and {two} are the same file, by a link, but differ in class or split; '
-                         'keep one of them, or leave one out with exclude=')
+                         f'keep one of them, or leave one out with {written("exclude", ...)}')
     extra = [i for group in same for i in group[1:]]
     example = some_names([files[extra[0]].relative_to(path).as_posix()])
     note = f'{len(extra):,} files are links to others and left out, such as {example}'
@@ -253,7 +255,7 @@ def _check_empty(path, folders, files, unlabeled, hint=''):
     if lost:
         each,value = ('it is not a class', lost[0]) if len(lost)==1 else ('they are not classes', lost)
         raise FileNotFoundError(f'{path}: no images in {some_names(lost)}, so a class would be missing; '
-                                f'if {each}, leave out with exclude={value!r}{hint}')
+                                f'if {each}, use {written("exclude", value)}{hint}')
     empty = sorted({*empty, *(s for s in splits if is_empty(s))})
     return [f'no images in {some_names(empty)}'] if empty else []
 
@@ -262,7 +264,7 @@ def _check_folder_classes(path, labels, classes):
     for name in sorted({l for l in labels if l} - set(classes if isinstance(classes, dict) else ())):
         if '|' in name:
             raise ValueError(f'{path}: folder {name!r} cannot be a class name, since | joins findings; '
-                             f"rename it, or name the class: classes={{{name!r}: 'name', ...}}")
+                             f'rename it, or name the class with {written("classes", ...)}')
         check_class_name(name)
 
 def _chosen_classes(path, labels, classes):
@@ -290,13 +292,13 @@ def _check_links(path, found):
     "Raise an error for links that lead nowhere"
     if found.broken:
         raise FileNotFoundError(f'{path}: {len(found.broken):,} links lead nowhere: {some_names(found.broken)}; '
-                                'repair them, or leave them out with exclude=')
+                                f'repair them, or leave them out with {written("exclude", ...)}')
 
 def _extensions(suffix):
     "Extensions of image files, with a dot"
     given = listify(suffix)
     if wrong := [s for s in given if not isinstance(s, str) or not s.strip('. ')]:
-        raise ValueError(f"suffix must be file extensions, such as '.png', got {wrong[0]!r}")
+        raise ValueError(f"{written('suffix')} must be file extensions, such as '.png', got {wrong[0]!r}")
     return ['.'+s.strip().lstrip('.') for s in given] or sorted(image_extensions)
 
 def _no_images(path, found):
@@ -305,7 +307,7 @@ def _no_images(path, found):
     contains = f'; it contains {names}' if found.others else ''
     hint = ''
     if set(found.others) & {'.dcm', '.dicom', ''}: hint = '; read_dicom_folder reads DICOM files'
-    elif found.others: hint = '; suffix= sets the extensions of images'
+    elif found.others: hint = f'; {written("suffix", ...)} sets the extensions of images'
     return f'no image files in {path}: expected one folder for each class{contains}{hint}'
 
 # %% ../../nbs/data/45_readers.ipynb #1a29d84d
@@ -330,7 +332,7 @@ def read_folder(
     path,unlabeled = existing_path(path, 'image folder'),[u.lower() for u in listify(unlabeled)]
     found = _found_files(path, suffix, exclude)
     files,notes = _without_masks(path, found.files, masks)
-    hint = "; masks='keep' reads what was taken for masks" if notes else ''
+    hint = f"; {written('masks', 'keep')} reads what was taken for masks" if notes else ''
     notes = [*_check_empty(path, found.folders, files, unlabeled, hint), *found.notes(), *notes]
     labels,splits = _with_unlabeled(path, files, unlabeled)
     _check_folder_classes(path, labels, classes)
@@ -363,7 +365,7 @@ def _check_ids(path, rows, image, group=''):
     nobody = rows[group].isna() | rows[group].astype(str).str.strip().str.lower().isin(_NOBODY)
     if nobody.any():
         raise ValueError(f"{path}: {nobody.sum()} rows have no {group}, such as {rows[image][nobody].iloc[0]}; "
-                         "fill it in, or pass group='' if every image is of another patient")
+                         f"fill it in, or use {written('group', '')} if every image is of another patient")
 
 # %% ../../nbs/data/45_readers.ipynb #f8904f2a
 def _check_labels(path, rows, label, classes, task):
@@ -390,8 +392,8 @@ def _splits_of(path, rows, column, image, unlisted):
     if unlisted=='error':
         raise ValueError(f'{path}: {blank.sum():,} of {len(rows):,} rows have no {column}, '
                          f'such as {some_names(rows[image][blank], 3)}; fill it in, leave them out with '
-                         "unlisted='drop', train on them with unlisted='train', "
-                         "or pass split='' to deal all images out anew with split_groups")
+                         f"{written('unlisted', 'drop')}, train on them with {written('unlisted', 'train')}, "
+                         f"or use {written('split', '')} to split all images by groups")
     return splits.where(~blank, 'train') if unlisted=='train' else splits
 
 # %% ../../nbs/data/45_readers.ipynb #67c7391f
@@ -402,7 +404,8 @@ def _fill_empty(labels, task, empty):
     check_in(empty, _EMPTY, 'empty')
     if empty=='none' and task=='auto': task = 'multilabel'
     if empty=='none' and task!='multilabel':
-        raise ValueError(f"empty='none' (no finding) needs task='multilabel', got {task!r}; "
+        raise ValueError(f"{written('empty', 'none')} (no finding) needs {written('task', 'multilabel')}, "
+                         f'got {task!r}; '
                          'every image of another task has a class, or no label')
     return labels.fillna('') if task=='multilabel' and empty!='unlabeled' else labels,task
 
@@ -423,7 +426,8 @@ def _as_findings(labels, separator):
 def _other_separators(labels):
     "Notes on signs in labels that may join findings"
     found = [(s, labels[labels.str.contains(s, regex=False)]) for s in ';,']
-    return [f'labels contain {s!r}, such as {some.iloc[0]!r}: if it joins several findings, pass separator={s!r}'
+    return [f'labels contain {s!r}, such as {some.iloc[0]!r}: '
+            f'if it joins several findings, use {written("separator", s)}'
             for s,some in found if len(some)]
 
 # %% ../../nbs/data/45_readers.ipynb #5ab56c74
@@ -436,7 +440,7 @@ def _check_kind(path, label, labels, task):
     all_differ = len(known)>=_MANY and known.nunique()==len(known)
     if all_differ and not known.str.contains('|', regex=False).any():
         raise ValueError(f'{path}: all {len(known):,} labels differ, such as {some_names(known, 3)}: '
-                         f'{label} does not contain classes; name their column with label=')
+                         f'{label} does not contain classes; name their column with {written("label", ...)}')
     measured = known.str.fullmatch(r'[-+]?\d*\.\d+([eE][-+]?\d+)?') & ~known.str.fullmatch(r'-?\d+\.0+')
     if measured.all() and known.nunique()>=_MANY:
         raise ValueError(f'{path}: {label} contains numbers such as {known.iloc[0]}, not classes')
@@ -470,7 +474,7 @@ def _from_columns(path, rows, columns, image, task):
     if task in ('binary', 'multiclass') and not single:
         row = rows[image][~exact].iloc[0] if (~exact).any() else rows[image].iloc[0]
         raise ValueError(f'{path}: a {task} task needs exactly one 1 in {list(columns)} for every image, '
-                         f"{row} has another number of them; pass task='multilabel'")
+                         f"{row} has another number of them; use {written('task', 'multilabel')}")
     def join(row): return '|'.join(f'{_MARKS[v]}{c}' for c,v in zip(columns, row) if _MARKS[v] is not None)
     joined = [None if b else join(row) for row,b in zip(cells.itertuples(index=False), blank)]
     labels = pd.Series(joined, rows.index, dtype=object)
@@ -566,7 +570,8 @@ def read_csv(
         path, image, label, group, split, task, classes, empty, separator, unlisted, encoding)
     folder = existing_path(images or path.parent, 'image folder')
     if not folder.is_dir():
-        raise NotADirectoryError(f'image folder: {folder} is a file; images= is the folder that names are relative to')
+        raise NotADirectoryError(f'image folder: {folder} is a file; {written("images", ...)} is the folder '
+                                 'that names are relative to')
     files,ways = find_listed(list(rows.index), folder, suffix, path)
     _check_same(path, rows, files)
     rows,files,notes = keep_found(rows, files, missing, folder)
@@ -579,8 +584,9 @@ def read_csv(
 def _check_text(suffix, separator):
     "Raise an error for a suffix that is not text, or an empty separator"
     if not isinstance(suffix, str):
-        raise TypeError(f"suffix must be text to add to image names, such as '.jpg', got {suffix!r}")
-    if not separator: raise ValueError("separator must not be empty; findings are joined by a sign such as '|'")
+        raise TypeError(f"{written('suffix')} must be text to add to image names, such as '.jpg', got {suffix!r}")
+    if not separator:
+        raise ValueError(f"{written('separator')} must not be empty; findings are joined by a sign such as '|'")
 
 def _check_same(path, rows, files):
     "Raise an error for two rows whose images are one file by a link"
@@ -645,24 +651,24 @@ def _match_labels(path, rows, names):
     return [meant[n][0] if n in meant else None for n in names]
 
 # %% ../../nbs/data/45_readers.ipynb #fc507f5c
-def _read_dicom_list(labels, image, label, group, unlisted):
+def _read_dicom_list(labels, image, label, group, split, unlisted):
     "Rows of a list of DICOM images, with labels and splits in our form; and notes on it"
-    listed = read_list(labels, (image, label, group, 'group', 'split'))
+    listed = read_list(labels, (image, label, group, 'group', 'split', *([split] if split else [])))
     notes = listed.attrs['notes']
     need_columns(labels, listed, [image, label])
     _check_ids(labels, listed, image)
     listed[label],more = _as_findings(listed[label], '|')
-    listed['split'] = _splits_of(labels, listed, 'split', image, unlisted) if 'split' in listed else None
+    listed['split'] = _splits_of(labels, listed, split, image, unlisted) if split in listed else None
     blank = listed.split.isna()
     if blank.any() and not blank.all():
         notes = [*notes, f'{blank.sum():,} of {len(listed):,} rows have no split, left out']
         listed = listed[~blank]
     return listed.set_index(image, drop=False),[*notes, *more]
 
-def _dicom_labels(path, rows, labels, image, label, group, missing, unlisted, found):
+def _dicom_labels(path, rows, labels, image, label, group, split, missing, unlisted, found):
     "Rows with a label, and columns `label` and `split`; columns of the list replace the headers'; notes on others"
     if not labels: return _dicom_folders(path, rows, found)
-    listed,hints = _read_dicom_list(labels, image, label, group, unlisted)
+    listed,hints = _read_dicom_list(labels, image, label, group, split, unlisted)
     positions = _match_labels(path, rows, listed[image])
     listed,positions,notes = keep_found(listed, positions, missing, path)
     if unlisted_files := len(rows)-len(set(positions)):
@@ -726,6 +732,7 @@ def read_dicom_folder(
     exclude=(),           # Folders or glob patterns to leave out: one or several, in any case
     # What to do about rows of `labels` whose split is empty while others have one: `error`, `drop`, or `train` on them
     unlisted:str='error',
+    split:str='split',    # Column of `labels` with `train`, `valid`, `test`; none if empty
 )->pd.DataFrame: # Image table with age (years), sex, view, modality, body part, UID; others in `attrs['unusable']`
     "Image table from a folder of DICOM files"
     check_in(missing, ('error', 'note'), 'missing')
@@ -733,7 +740,7 @@ def read_dicom_folder(
     check_in(unlisted, _UNLISTED, 'unlisted')
     path = existing_path(path, 'DICOM folder')
     rows,unusable,found = _dicom_headers(path, keyword, exclude)
-    rows,notes = _dicom_labels(path, rows, labels, image, label, group, missing, unlisted, found)
+    rows,notes = _dicom_labels(path, rows, labels, image, label, group, split, missing, unlisted, found)
     renamed,names = rename_labels(rows.label, classes)
     rows['label'],task = _fill_empty(renamed, task, empty)
     if names: _check_labels(labels or path, rows, 'label', names, task)

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import pandas as pd
 
-from ..core.checks import check_in, check_integer, check_number, check_seed
+from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from .images import SPLITS, check_table, is_unlabeled, present_classes
 
 # %% ../../nbs/data/15_splits.ipynb #5e977976
@@ -170,13 +170,13 @@ def official_split(
     missing = int(split.isna().sum())
     if missing and unlisted=='error':
         raise ValueError(f"{column}: {missing:,} of {len(table):,} rows are not in the official split; "
-                         "unlisted='drop' leaves them out")
+                         f"{written('unlisted', 'drop')} leaves them out")
     table = table.assign(split=split)[split.notna().to_numpy()]
     if valid and 'valid' not in set(split): table = _move_to_valid(table, valid, seed)
     notes = [f'{missing:,} images that {column} does not list are left out'] if missing else []
     if shared := len(_shared_groups(table)):
         notes.append(f'{shared:,} groups are in more than one part of the official split ({column}): '
-                     'scores are optimistic; to avoid that, use split_groups')
+                     f'scores are optimistic; to avoid that, use {written("split_groups")}')
         warnings.warn(notes[-1], stacklevel=2)
     table.attrs['anomalies'] = [*table.attrs.get('anomalies', []), *notes]
     return table
@@ -192,6 +192,6 @@ def check_leakage(
         first = shared[0]
         where = sorted(table.split[table.group==first].dropna().unique(), key=SPLITS.index)
         raise ValueError(f'{len(shared):,} groups are in more than one split, so scores would be optimistic '
-                         f'(group {first!r} is in {" and ".join(where)}); use split_groups, '
-                         'or allow_leakage=True to go on')
+                         f'(group {first!r} is in {" and ".join(where)}); use {written("split_groups")}, '
+                         f'or {written("allow_leakage", True)} to continue')
     return table

@@ -25,7 +25,7 @@ from fastcore.basics import chunked, listify
 from fastprogress.fastprogress import progress_bar
 from numpy.lib.format import open_memmap
 
-from ..core.checks import check_in, check_integer
+from ..core.checks import check_in, check_integer, written
 from ..core.files import (
     check_format, check_room, claim, existing_parent, flush_to_disk, is_writable, write_atomic)
 from ..core.fingerprints import array_text, digest, identify_file, value_text
@@ -69,7 +69,7 @@ def _unreadable_message(unreadable, total):
     "All images that cannot be read, in one message that any terminal can print"
     reasons = [unreadable[i].encode('utf-8', 'backslashreplace').decode() for i in sorted(unreadable)]
     first = (f'{len(unreadable)} of {total} images cannot be read; '
-             "leave them out, or set them aside with unreadable='quarantine':")
+             f"leave them out, or set them aside with {written('unreadable', 'quarantine')}:")
     return '\n'.join([first, *reasons])
 
 # %% ../../nbs/data/25_store.ipynb #5b706ede

@@ -1,0 +1,1 @@
+"The modules of distillation; what users import is in `kdmed.kd`"

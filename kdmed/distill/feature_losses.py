@@ -42,7 +42,7 @@ def _check_same_places(student, teacher):
                          '(F.adaptive_avg_pool2d), or use similarity_loss')
 
 def _check_same_shape(student, teacher, instead, what='features'):
-    "Raise `ValueError` with the way out unless shapes are equal"
+    "Raise `ValueError` with a remedy unless shapes are equal"
     if student.shape==teacher.shape: return
     raise ValueError(f'expected equal shapes, got {_shapes(student, teacher, what)}: a trained projector takes the '
                      'student to the width of its teacher, F.adaptive_avg_pool2d a finer map to the coarser; '
@@ -144,7 +144,7 @@ def relational_angle_loss(
     "Huber loss between cosines of the angles in student and teacher embeddings"
     s,t = _embeddings(student_features, teacher_features)
     b = len(s)
-    apart = ~torch.eye(b, dtype=torch.bool, device=s.device) # i = k is no angle
+    apart = ~torch.eye(b, dtype=torch.bool, device=s.device) # i = k is not an angle
     total = (F.smooth_l1_loss(_cosines(s), _cosines(t), reduction='none') * apart).sum()
     return total / max(1, b*(b-1)*(b-2))
 

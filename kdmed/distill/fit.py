@@ -510,7 +510,7 @@ class DistillFit(Callback):
 
     # The task
     @property
-    def exclusive(self)->bool: # Else each output is a yes or no of its own
+    def exclusive(self)->bool: # Else each output is an independent binary decision
         "Whether classes exclude each other; not so for a single logit and for multilabel tasks"
         if self.columns==1: return False
         task = getattr(self.dls, 'task', None)

@@ -1,4 +1,4 @@
-"""How far a student's answers are from its teacher's, as one number to minimize
+"""Distances between the logits of a student and those of its teacher, as one number to minimize
 
 Docs: https://kdmed.github.io/kdmed/distill/logit_losses.html.md"""
 
@@ -23,7 +23,7 @@ from ..core.basics import UNLABELED, check_same_shape
 def plain_tensor(
     tensor:Tensor, # Of any subclass
 )->Tensor: # The same memory
-    "`tensor` without its subclass: fastai's images and categories refuse to meet in one operation"
+    "`tensor` without its subclass: fastai's images and categories cannot be combined in one operation"
     return tensor.as_subclass(Tensor)
 
 def promote_precision(
@@ -114,7 +114,7 @@ def mask_tensors(
     mask,     # Bool tensor, or None
     *tensors, # Of the shape of the mask
 ): # The tensors, as a list or tuple
-    "`tensors` with zeros where `mask` is False: what stood there, NaN included, reaches neither loss nor gradient"
+    "`tensors` with zeros where `mask` is False: the values there, NaN included, affect neither loss nor gradient"
     check_mask(mask, tensors[0])
     return tensors if mask is None else [t.masked_fill(~plain_tensor(mask), 0) for t in tensors]
 

@@ -1,4 +1,4 @@
-"""What the labels say, whether all, some or none are known
+"""Losses on the labels, whether all, some or none are known
 
 Docs: https://kdmed.github.io/kdmed/distill/losses.html.md"""
 
@@ -77,12 +77,12 @@ def inverse_frequency_weights(
 def bernoulli_focal_loss(
     logits:Tensor,  # Unnormalized scores: [B, L] for L labels, [B, 1] or [B] for one
     targets:Tensor, # Same shape: 1 present, 0 absent, between them a blend of both; NaN is left out
-    gamma:float=2., # How strongly easy answers are turned down, ≥ 0; 0 is binary cross entropy
-    class_weights:Tensor|None=None, # Factor on each label's column, [L]: its presences and its absences alike
+    gamma:float=2., # How strongly easy predictions are down-weighted, ≥ 0; 0 is binary cross entropy
+    class_weights:Tensor|None=None, # Factor on each label's column, [L]: for present and absent alike
     mask:Tensor|None=None,          # True where an entry counts, bool, shape of the logits; default: known targets
     image_weights:Tensor|None=None, # Factor on the loss of each image, [B]
 )->Tensor: # Scalar, in nats: weighted sum divided by the number of entries that count
-    "Binary cross entropy, each answer turned down by its easiness and scaled by the weight of its label"
+    "Binary cross entropy, each prediction down-weighted by how easy it is, and scaled by the weight of its label"
     check_same_shape(logits=logits, targets=targets)
     check_mask(mask, logits)
     known = is_known(targets) if mask is None else is_known(targets) & mask

@@ -73,7 +73,7 @@ class MultiDimKD(SeveralTerms, FeatureKD):
     def __init__(self,
         teacher,                # `Teacher`, or what it can be created from; a ViT
         pairs=None,             # `[(student block, teacher block), …]`; default: those of `pair_blocks`
-        # Factor on the term of attention maps; a number or a function of progress, 0 leaves it out. The others alike
+        # Factor on the term of attention maps; a number or a function of progress, 0 leaves it out. The others likewise
         spatial_weight=FEATURE_WEIGHTS['attention'],
         channel_weight=FEATURE_WEIGHTS['channel'],     # Factor on the term of channels
         class_token_weight=FEATURE_WEIGHTS['cosine'],  # Factor on the term of class tokens

@@ -72,7 +72,7 @@ class MultiStageKD(SeveralTerms, DistillCallback):
         # are the target of its exits
         teacher=None,
         temperature=10.,     # Softens all logits; a number or a function of progress
-        # Factor on the teacher's term of the final logits; a number or a function of progress. The others alike
+        # Factor on the teacher's term of the final logits; a number or a function of progress. The others likewise
         final_weight=.3,
         exit_label_weight=.3, # Factor on the label losses of all exits together
         exit_weight=.3,      # Factor on the teacher's terms of all exits together

@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from ..core.basics import capture_activations, get_layer, unwrap
-from ..core.checks import check_in, check_integer, check_number
+from ..core.checks import check_classes, check_in, check_integer, check_number, written
 from ..models.adapt import (
     OUTPUTS, OutputReader, check_normalization, fixed_size, needed_channels, prepare_images, resize_images)
 from ..models.create import (
@@ -103,7 +103,7 @@ class Teacher:
         models = list(model) if isinstance(model, (list, tuple)) else [model]
         if not models: raise ValueError('model must be a Module, a Learner or a list of them, got an empty list')
         check_in(outputs, OUTPUTS, 'outputs')
-        classes,size = _check_class_names(classes),None if size is None else check_integer(size, 'size', least=1)
+        classes,size = check_classes(classes),None if size is None else check_integer(size, 'size', least=1)
         settings = classes,size,stats,checkpoint,task,trusted,outputs
         self.members = [member for m in models for member in _members(m, *settings)]
         named = [m.classes for m in self.members if m.classes]
@@ -302,14 +302,6 @@ def as_teacher(
     return model if model is None or isinstance(model, Teacher) else Teacher(model)
 
 # %% ../../nbs/distill/15_teacher.ipynb #b406b216
-def _check_class_names(classes):
-    "Class names as a list of strings, or an error"
-    if isinstance(classes, (str, bytes)) or not hasattr(classes, '__iter__'):
-        raise TypeError(f'classes must be a list of class names, got {classes!r}')
-    names = [str(c) for c in classes]
-    if len(set(names))!=len(names): raise ValueError(f'classes must be different names, got {names}')
-    return names
-
 def _members(model, classes, size, stats, checkpoint, task, trusted, outputs):
     "The members of what a user may pass as a teacher"
     if isinstance(model, Teacher):
@@ -358,8 +350,8 @@ def _load_file(path, trusted):
     weights = 'weights alone go with the name of a timm model: Teacher(name, checkpoint=file)'
     if path.suffix=='.safetensors': raise ValueError(f'{path} is not an exported Learner; {weights}')
     if not trusted:
-        raise ValueError(f'{path} is a pickle, which can run any code when it is opened: pass trusted=True if it is '
-                         f'yours, or use a folder of save_student; {weights}')
+        raise ValueError(f'{path} is a pickle, which can run any code when it is opened: '
+                         f'pass {written("trusted", True)} if it is yours, or use a folder of save_student; {weights}')
     try: return load_learner(path)
     except AttributeError as e: raise ValueError(f'{path} is not an exported Learner ({e}); {weights}') from e
 
@@ -403,7 +395,7 @@ def match_outputs(
 def examine(
     predict,        # Function from a batch's inputs to logits
     dl,             # Loader of labeled images; those without a label do not count
-    exclusive:bool, # Whether classes exclude each other; else each output is a yes or no of its own
+    exclusive:bool, # Whether classes exclude each other; else each output is an independent binary decision
     device=None,    # Where `predict` needs its inputs; default: where the loader puts them
 # `images`, `loss` in nats, `metric`, `score`, `chance`, and `error`, the score's standard error by chance alone; NaN
 # where undefined. For findings also `at_chance`: outputs whose AUROC is not above chance
@@ -496,7 +488,7 @@ def _find_problem(teacher, theirs, ours):
 
 # %% ../../nbs/distill/15_teacher.ipynb #78deb5bd
 class WrappedTeacher(Teacher):
-    "A teacher that holds another one, `teacher`, and behaves like it except where a method is overridden"
+    "A teacher that wraps another one, `teacher`, and behaves like it except where a method is overridden"
     def __init__(self,
         teacher:Teacher, # What the rest is passed on to
     ): self.teacher = teacher

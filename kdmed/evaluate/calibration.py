@@ -21,14 +21,14 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from ..core.basics import COLORS, figure
-from ..core.checks import check_in
+from ..core.checks import check_classes, check_in
 from ..data.images import TASKS
-from .scores import check_probs, check_targets, check_task_classes
+from .scores import check_probs, check_targets
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #df4c3527
 def _predicted_and_true(probs, targets, classes, task, by):
     "Predicted probabilities and labels, each `[n]`, and the axis names of both"
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     probs = check_probs(probs, classes, task).clip(0, 1)
     actual,known = check_targets(targets, len(probs), classes, task)
     check_in(by, ['confidence', *classes], 'by')
@@ -270,7 +270,7 @@ def calibrate(
     per_label:bool=False,  # A temperature for each label of a multilabel task, not one for all
 )->Calibrated: # Test probabilities in their shape, and the temperature
     "Temperature scaling from validation to test images; the labels of the test images are not needed"
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     for probs in (valid_probs, test_probs): check_probs(probs, classes, task)
     scaling = TemperatureScaling('probs', per_label).fit(valid_probs, valid_targets, task)
     return Calibrated(scaling.transform(test_probs), scaling.temperature_)
@@ -300,7 +300,7 @@ def _best_cut(p, actual, criterion, at_least):
 # %% ../../nbs/evaluate/05_calibration.ipynb #ec330517
 def _by_class(probs, targets, classes, task):
     "By class that gets a threshold: its probabilities and labels, of the images where the label is known"
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     probs = check_probs(probs, classes, task).clip(0, 1)
     actual,known = check_targets(targets, len(probs), classes, task)
     columns = {c: i for i,c in enumerate(classes) if task != 'binary' or i == 1}
@@ -341,7 +341,7 @@ def apply_thresholds(
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->pd.DataFrame: # 0 or 1: a row for each image, a column for each threshold
     "Which images are above the threshold of a class; in a multiclass task that may be several classes, or none"
-    classes,thresholds = check_task_classes(classes, task),pd.Series(thresholds, dtype=float)
+    classes,thresholds = check_classes(classes, task),pd.Series(thresholds, dtype=float)
     probs = check_probs(probs, classes, task)
     for c in thresholds.index: check_in(c, classes, 'class in thresholds')
     undefined = list(thresholds.index[thresholds.isna()])

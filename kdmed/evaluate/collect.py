@@ -17,14 +17,14 @@ from importlib.metadata import version
 import numpy as np
 import pandas as pd
 
-from ..core.checks import check_integer, check_number, check_seed
+from ..core.checks import check_classes, check_integer, check_number, check_seed
 from .calibration import calibrate, temperature_note
 from .harm import harm_check
 from .intervals import check_groups, check_runs, difference_table, group_draws, interval_table, replicate
 from .metrics import agreement
 from .privacy import attempt
 from .scores import (
-    check_probs, check_targets, check_task_classes, decisions, default_metrics, scores)
+    check_probs, check_targets, decisions, default_metrics, scores)
 from .subgroups import subgroup_labels, subgroup_scores
 
 # %% ../../nbs/evaluate/41_collect.ipynb #1f502dea
@@ -206,7 +206,7 @@ def collect_comparison(
     metrics=(),          # Names of further metrics, as for `kdmed.evaluate.scores`
 )->ComparisonData: # Without costs; `about['missing']` says what could not be made
     "All numbers of a comparison, from predictions alone"
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     columns = _check_columns(columns, len(targets))
     n_boot = check_integer(n_boot, 'n_boot', 1)
     seed = check_seed(seed)

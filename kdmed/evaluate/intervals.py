@@ -17,8 +17,8 @@ import pandas as pd
 from scipy.sparse import csr_array
 from scipy.stats import norm
 
-from ..core.checks import check_in, check_integer, check_number
-from .scores import check_probs, check_targets, check_task_classes, decisions, safe_ratio, scores
+from ..core.checks import check_classes, check_in, check_integer, check_number
+from .scores import check_probs, check_targets, decisions, safe_ratio, scores
 
 # %% ../../nbs/evaluate/10_intervals.ipynb #2f005690
 def group_codes(
@@ -71,7 +71,7 @@ def check_runs(
     name:str='probs', # What errors call the probabilities
 )->list:
     "Arrays of all training seeds; raises an error that names the first array that does not match classes and targets"
-    runs,classes = list_runs(probs),check_task_classes(classes, task)
+    runs,classes = list_runs(probs),check_classes(classes, task)
     for i,p in enumerate(runs):
         which = f'{name}[{i}]' if len(runs) > 1 else name
         check_targets(targets, len(check_probs(p, classes, task, which)), classes, task, which)
@@ -267,7 +267,7 @@ def sensitivity_replicates(
     seed:int=0,            # Of the draws
 )->Replicates:
     "`replicate` for the sensitivity of every class alone: fast enough for hundreds of classes and ten thousand draws"
-    runs,classes = check_runs(probs, targets, classes, task),check_task_classes(classes, task)
+    runs,classes = check_runs(probs, targets, classes, task),check_classes(classes, task)
     draws,codes = draws
     n_boot,n = draws.shape
     actual,known = check_targets(targets, len(codes), classes, task)

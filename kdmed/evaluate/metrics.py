@@ -16,13 +16,13 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric
 
 from ..core.basics import evaluating, unwrap
-from ..core.checks import check_in
+from ..core.checks import check_classes, check_in
 from ..models.adapt import OutputReader, prepared_for
 from ..distill.teacher import loader_classes
 from .intervals import (
     check_runs, group_codes, group_draws, group_weights, list_runs, percentile_pair, seed_shares)
 from .scores import (
-    check_probs, check_targets, check_task_classes, decisions, resolve_metric, safe_ratio, scores)
+    check_probs, check_targets, decisions, resolve_metric, safe_ratio, scores)
 
 # %% ../../nbs/evaluate/20_metrics.ipynb #de245d52
 def _probabilities(logits, task):
@@ -148,7 +148,7 @@ class MetricByName(Metric):
     def name(self): return self.metric + (f'_{self.pool}_by_group' if self.pool else '')
 
 # %% ../../nbs/evaluate/20_metrics.ipynb #b0010001
-def _check_metric(name, classes, task): resolve_metric(name, check_task_classes(classes, task), task)
+def _check_metric(name, classes, task): resolve_metric(name, check_classes(classes, task), task)
 
 def _metric_of(by_name):
     "The value of a `MetricByName`, of the predictions that it has accumulated"
@@ -171,7 +171,7 @@ def pool_by_group(
     "One prediction for each patient"
     check_in(how, POOLS, 'how')
     if groups is None: raise ValueError('groups must name the patient of each image, got None')
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     probs = check_probs(probs, classes, task)
     actual,known = check_targets(targets, len(probs), classes, task)
     codes,names = group_codes(groups),pd.unique(pd.Series(np.asarray(groups)))
@@ -268,7 +268,7 @@ def agreement(
     def summed(counts): # within groups, then over them
         of_groups = np.bincount(codes, counts.sum(1), minlength=draws.shape[1])
         return np.concatenate([w.astype(float) @ of_groups for w in weights])
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     parts = [_agreements(s, t, targets, classes, task) for s,t in zip(student, teacher)]
     rows = {name: _agreement_row([part[name] for part in parts], summed, n_boot, level, seed) for name in parts[0]}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('measure')

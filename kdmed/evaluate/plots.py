@@ -1,4 +1,4 @@
-"""The pictures of a paper on distillation, each with the numbers that say how much of it to believe
+"""The figures of a paper on distillation, each with the numbers needed to judge it
 
 Docs: https://kdmed.github.io/kdmed/evaluate/plots.html.md"""
 
@@ -29,13 +29,13 @@ from sklearn.manifold import TSNE, trustworthiness
 from torch import Tensor, nn
 
 from ..core.basics import COLORS, capture_activations, evaluating, figure, unwrap
-from ..core.checks import check_in, check_integer
+from ..core.checks import check_classes, check_in, check_integer
 from ..data.store import decode_images
 from ..models.adapt import prepared_for
 from ..models.create import pooled_features, stage_names
 from .intervals import check_groups, check_level, check_runs, group_draws, percentile_pair, seed_shares
 from .metrics import check_loader, module_of, predict
-from .scores import check_probs, check_targets, check_task_classes, confusion, safe_ratio
+from .scores import check_probs, check_targets, confusion, safe_ratio
 
 # %% ../../nbs/evaluate/25_plots.ipynb #688ae6f8
 STYLES = {'teacher': dict(color=COLORS['teacher'], linestyle='-', marker='o'),
@@ -194,7 +194,7 @@ def plot_confusion(
 ): # The axes; for a multilabel task the Figure
     "Counts and shares of true and predicted classes"
     check_in(normalize, ('true', 'pred', None), 'normalize')
-    runs,classes = check_runs(probs, targets, classes, task),check_task_classes(classes, task)
+    runs,classes = check_runs(probs, targets, classes, task),check_classes(classes, task)
     if task!='multilabel':
         ax = ax or figure(height=min(6.5, 1.2+.46*len(classes)))[1]
         size = 8 if len(classes) < 7 else 7 if len(classes) < 10 else 5.5
@@ -388,7 +388,7 @@ def _named(probs, targets, classes, task):
 
 def _curves(kind, probs, targets, classes, groups, task, n_boot, level, seed, vertices=None):
     "Points and areas of every curve of every model"
-    models,classes = _named(probs, targets, classes, task),check_task_classes(classes, task)
+    models,classes = _named(probs, targets, classes, task),check_classes(classes, task)
     groups = np.arange(len(targets)) if groups is None else groups
     if {'micro', 'macro'} & set(classes): raise ValueError(f'classes must not be called micro or macro, got {classes}')
     check_groups(groups, targets)
@@ -552,7 +552,7 @@ def _checked_predictions(model, dl):
     "Probabilities, what is true and what is known, each `[N, C]`, classes and task of the images of a loader"
     check_loader(dl)
     task = dl.table.attrs['task']
-    classes = check_task_classes(dl.table.attrs['classes'], task)
+    classes = check_classes(dl.table.attrs['classes'], task)
     probs = predict(model, dl)[0] if isinstance(model, (nn.Module, Learner)) else model
     probs = check_probs(probs, classes, task)
     targets = torch.stack([y.as_subclass(Tensor) for y in dl.dataset.tls[1]]).numpy()
@@ -671,7 +671,7 @@ def _soft_labels(logits, task, temperatures):
 
 def _check_soft_labels(logits, classes, temperatures, task):
     "Logits of one image as float64, classes and temperatures"
-    classes,temperatures = check_task_classes(classes, task),[float(t) for t in temperatures]
+    classes,temperatures = check_classes(classes, task),[float(t) for t in temperatures]
     if isinstance(logits, Tensor): logits = logits.detach().cpu().float()
     logits,n = np.asarray(logits, dtype=float).reshape(-1),1 if task=='binary' else len(classes)
     if logits.shape!=(n,):
@@ -971,7 +971,7 @@ def plot_embedding(
     features:dict,       # Model: features [N, D] of the same images, as from `embed`; CKA is with the first
     targets,             # Class indices [N]
     classes,             # Names
-    groups=None,         # Patient, lesion or tile of each image, `[N]`: its own images are no neighbors; default: none
+    groups=None,         # Patient, lesion or tile of each image, `[N]`: its own images are not neighbors; default: none
     method:str='tsne',   # t-SNE of up to 50 principal components, or `pca` alone
     k:int=5,             # Neighbors for trustworthiness and agreement
     max_images:int=1000, # More images than that are sampled

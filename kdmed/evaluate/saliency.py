@@ -42,7 +42,7 @@ class ClassScores(nn.Module):
     def forward(self, x):
         self.n,self.calls = len(x),0
         z = self._logits(x)
-        self.exclusive = z.shape[1]>1 and self.task!='multilabel' # else each logit is a yes or no of its own
+        self.exclusive = z.shape[1]>1 and self.task!='multilabel' # else each logit is an independent binary decision
         if z.shape[1]==1 and self.task!='multilabel': z = torch.cat([-z, z], 1)
         if self.watched: self._check_watched(z)
         if self.highest>=z.shape[1]: raise ValueError(f'targets must be in [0, {z.shape[1]}), got {self.highest}')
@@ -301,7 +301,7 @@ def _places(t, owner, name):
     "A layer's output as a map [B, C, H, W] with more than one place; a copy: later layers may overwrite it"
     places = feature_map(t, owner)
     if places.shape[2:].numel()>1: return places.float().clone()
-    raise ValueError(f'layer {name!r} ends in one place, 1 × 1, and cannot tell where: name {_earlier(owner, name)}, '
+    raise ValueError(f'layer {name!r} ends in one place, 1 × 1, and cannot show where: name {_earlier(owner, name)}, '
                      'pass larger images, or make a CNN with output_stride=8')
 
 def _earlier(owner, name):

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm, rankdata, t as student_t
 
-from ..core.checks import check_in
+from ..core.checks import check_classes, check_in
 from .intervals import group_codes
-from .scores import check_probs, check_targets, check_task_classes
+from .scores import check_probs, check_targets
 
 # %% ../../nbs/evaluate/15_significance.ipynb #eeca661b
 class SignificanceResult(NamedTuple):
@@ -53,7 +53,7 @@ def _clustered_variance(off, actual, codes):
 # %% ../../nbs/evaluate/15_significance.ipynb #9ff64a0d
 def _one_vs_rest(probs, targets, classes, task, of):
     "Scores, labels and which images are known, of one class"
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     if of is None and (task == 'multilabel' or len(classes) > 2):
         raise ValueError(f'DeLong compares one class with the rest: pass one of {classes} as `of`')
     of = classes[1] if of is None else of
@@ -109,7 +109,7 @@ def _right_of(probs, targets, classes, task, c):
 
 def _both_right(probs_a, probs_b, targets, classes, groups, task, of):
     "Which images each model gets right, and their groups, of the images that count"
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     if of is not None: check_in(of, classes, 'class')
     if task == 'multilabel' and of is None:
         raise ValueError(f'McNemar compares one finding: pass one of {classes} as `of`')

@@ -24,10 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.special import log_expit, log_softmax
 
 from ..core.basics import COLORS
-from ..core.checks import check_in
+from ..core.checks import check_classes, check_in
 from ..data.images import open_image
 from .saliency import overlay
-from .scores import check_probs, check_targets, check_task_classes
+from .scores import check_probs, check_targets
 
 # %% ../../nbs/evaluate/50_widgets.ipynb #3dfaed1f
 _DOTS = 2 # each way in a screen pixel
@@ -272,7 +272,7 @@ def _covered(image, heat, alpha=.45):
 # %% ../../nbs/evaluate/50_widgets.ipynb #2f36af3b
 def _predictions(probs, targets, classes, task, name='probs'):
     "Names of the labels; for each row its image, its true and its predicted label, and the probability of the latter"
-    classes = check_task_classes(classes, task)
+    classes = check_classes(classes, task)
     probs = check_probs(_array(probs), classes, task, name)
     actual,known = check_targets(_array(targets), len(probs), classes, task, name)
     if task != 'multilabel':
@@ -477,7 +477,7 @@ def _check_logits(logits, classes, task):
     """Logits as float64 `[N, C]`, and the names of their columns.
 
     A single column of a binary task is that of the second class"""
-    classes,logits = check_task_classes(classes, task),_array(logits).astype(np.float64)
+    classes,logits = check_classes(classes, task),_array(logits).astype(np.float64)
     single = task == 'binary' and (logits.ndim == 1 or logits.shape[1:] == (1,))
     if not single and logits.shape[1:] != (len(classes),):
         raise ValueError(f'logits must be [N, {len(classes)}] for classes {classes}, got {list(logits.shape)}')
@@ -623,7 +623,7 @@ def explore_temperature(
                          f'of {model}')
     actual,n = None,len(first)
     if targets is not None:
-        actual = check_targets(_array(targets), n, check_task_classes(classes, task), task)[0]
+        actual = check_targets(_array(targets), n, check_classes(classes, task), task)[0]
         actual = actual[:, len(classes)-len(names):]
     if groups is None and hasattr(images, 'decoded'): groups = images.table.group
     if groups is not None:

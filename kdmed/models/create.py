@@ -32,7 +32,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from ..core.basics import evaluating, get_layer, input_channels, model_spec, unwrap
-from ..core.checks import check_in, check_integer, check_number
+from ..core.checks import check_in, check_integer, check_number, written
 from ..core.files import check_format, write_atomic
 from ..data.images import TASKS, name_of, open_image
 from ..data.loaders import own_loader
@@ -255,7 +255,7 @@ def _metadata_of(path):
         if isinstance(noted, dict): return noted
     return {}
 
-def _check_classes(checkpoint, classes):
+def _check_checkpoint_classes(checkpoint, classes):
     "Compare `classes` with those in the `.json` next to a checkpoint, if there is one"
     theirs = _metadata_of(checkpoint).get('classes')
     if isinstance(classes, (int, np.integer)) or not isinstance(theirs, list): return
@@ -289,7 +289,7 @@ def create_student(
     n_out,size = _n_outputs(classes, task),check_integer(size, 'size', least=1, most=16_384)
     _check_name(name)
     source,path = _source_of(pretrained, checkpoint, weights)
-    if source=='whole': _check_classes(path, classes)
+    if source=='whole': _check_checkpoint_classes(path, classes)
     if source in ('hub', 'pip'): model = _pretrained(name, n_out, size, source, options)
     else: model = _build(name, n_out, size, options)
     _check_size(model, name, size, n_out)
@@ -357,7 +357,7 @@ def _check_free(folder, force):
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f'{folder} is a file; name a folder for the student')
     if not force and all((folder/name).exists() for name in (_WEIGHTS, _SETTINGS)):
-        raise FileExistsError(f'{folder} already contains a student; pass force=True to replace it, '
+        raise FileExistsError(f'{folder} already contains a student; pass {written("force", True)} to replace it, '
                               'or choose another folder')
 
 def _settings_of(model, mean, std):
@@ -671,7 +671,7 @@ def create_fused_teacher(
     n_out,size = _n_outputs(classes, task),check_integer(size, 'size', least=1, most=16_384)
     hidden,dropout = check_integer(hidden, 'hidden', least=0),check_number(dropout, 'dropout', least=0, below=1)
     source,path = _source_of(pretrained, checkpoint, None)
-    if path is not None: _check_classes(path, classes)
+    if path is not None: _check_checkpoint_classes(path, classes)
     if options is not None and len(options)!=len(names):
         raise ValueError(f'options must be a dict for each of {len(names)} backbones, got {len(options)}')
     make = partial(_pretrained, source=source) if source=='hub' else _build

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.basics import unwrap
-from ..core.checks import check_in
+from ..core.checks import check_in, written
 from ..core.files import check_room, write_atomic
 
 # %% ../../nbs/models/00_weights.ipynb #wts00012
@@ -88,9 +88,8 @@ def read_weights(
     try: content = _read_content(path, trusted)
     except Exception as e:
         if trusted or not isinstance(e, pickle.UnpicklingError): raise ValueError(f'{path} cannot be read: {e}') from e
-        raise ValueError(
-            f'{path} contains more than tensors; reading it would unpickle it, which runs any code that its author put '
-            'there. If you trust the file, pass trusted=True; it is safer to save the weights as safetensors') from e
+        raise ValueError(f'{path} contains more than tensors; reading it would unpickle it, which runs any code in it. '
+                         f'If you trust the file, pass {written("trusted", True)}; safetensors are safer') from e
     found = dict(_find_states(content))
     if found: return found
     keys = f' with the keys {[str(k) for k in content][:12]}' if isinstance(content, dict) else ''

@@ -18,10 +18,10 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..core.basics import COLORS, figure
-from ..core.checks import check_in, check_integer, check_number, check_seed
+from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.fingerprints import digest, value_text, weights_checksum
 from ..train.resume import Resume
-from ..distill.methods import check_fit, distill_callbacks, fit_classifier
+from ..distill.methods import check_fit, distill_callbacks, errors_named, fit_classifier
 from ..distill.registry import METHODS, SEVERAL
 from ..distill.teacher import Teacher
 from ..evaluate.intervals import evaluate, paired_difference
@@ -130,8 +130,7 @@ def _rehearse(dls, model, teacher, methods, taps):
     for name,method in methods.items():
         teacher.taps,teacher.capture = taps,None
         student = deepcopy(model)
-        try: check_fit(dls, student, _callbacks(method, student, teacher))
-        except (ValueError, TypeError) as e: raise ValueError(f'method {name!r}: {e}') from e
+        with errors_named(f'method {name!r}'): check_fit(dls, student, _callbacks(method, student, teacher))
 
 def _check_numbers(epochs, lr, seeds):
     "Raise an error for numbers that are out of range"
@@ -143,7 +142,8 @@ def _check_numbers(epochs, lr, seeds):
 
 def _check_on(dls, on):
     check_in(on, ('valid', 'test'), 'on')
-    if not hasattr(dls, on): raise ValueError(f'dls has no {on} images: give split_groups three positive sizes')
+    if not hasattr(dls, on):
+        raise ValueError(f'the data has no {on} images: split it with {written("split_groups")} into three parts')
 
 # %% ../../nbs/studies/05_method_study.ipynb #8561e008
 def predict_teacher(

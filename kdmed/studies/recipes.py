@@ -48,7 +48,7 @@ from ..distill.callbacks import DistillTokenKD, FocalKD, LogitKD
 from ..distill.feature_losses import FEATURE_WEIGHTS
 from ..distill.features import FeatureKD
 from ..distill.losses import bernoulli_focal_loss, focal_loss, inverse_frequency_weights, is_known
-from ..distill.methods import check_fit, fit_classifier
+from ..distill.methods import check_fit, errors_named, fit_classifier
 from ..distill.multidim import MultiDimKD
 from ..distill.multistage import MultiStageKD, during
 from ..distill.teacher import Teacher
@@ -861,7 +861,5 @@ def rehearse(
     for row in rows:
         if row=='teacher': continue
         model,cbs = _model_and_callbacks(recipe, row, dls, teacher, 0)
-        try: check_fit(dls, model, [*recipe.label_callbacks(dls), *cbs])
-        except ValueError as e:
-            message = f'recipe {recipe.name!r}, row {row!r}, cannot be trained on these images: {e}'
-            raise ValueError(message) from e
+        with errors_named(f'recipe {recipe.name!r}, row {row!r}, cannot be trained on these images'):
+            check_fit(dls, model, [*recipe.label_callbacks(dls), *cbs])

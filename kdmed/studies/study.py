@@ -25,15 +25,17 @@ from fastai.optimizer import Adam
 from fastcore.foundation import L
 
 from ..core.basics import count_parameters, seed_everything, unwrap, weights_size
-from ..core.checks import check_in, check_integer, check_number, check_seed
+from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.files import check_room, write_atomic
 from ..core.fingerprints import weights_checksum
 from ..core.study_folders import StudyFolder, changed_settings
 from ..data.images import name_of
 from ..models.create import create_student, load_student, save_student
-from ..train.resume import Resume, read_checkpoint, write_checkpoint
+from ..train.checkpoints import read_checkpoint, write_checkpoint
+from ..train.resume import Resume
 from ..distill.cache import TeacherCache
-from ..distill.methods import TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier
+from ..distill.methods import (
+    TOO_LARGE, check_fit, distill, distill_callbacks, errors_named, fit_classifier)
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
 from ..evaluate.comparison import Comparison, compare_predictions, rehearse_report, shared_groups_note
@@ -352,8 +354,8 @@ class Study:
         student = new_model(self.student, self.dls, 0)
         teacher = self.teacher if self.trained else new_model(self.teacher, self.dls, 0)
         trial = new_model(self.student, self.dls, 0)
-        try: check_fit(self.dls, trial, [*distill_callbacks(self.method, student, teacher)])
-        except ValueError as e: raise ValueError(f'method {self.method!r}: {e}') from e
+        with errors_named(f'method {self.method!r}'):
+            check_fit(self.dls, trial, [*distill_callbacks(self.method, student, teacher)])
         return teacher,student
 
     def facts(self,
@@ -433,7 +435,8 @@ class Study:
 # %% ../../nbs/studies/00_study.ipynb #e760ccde
 def _check_data(dls, subgroups):
     "Raise an error for data without test images, or without the columns of the subgroups"
-    if not hasattr(dls, 'test'): raise ValueError('dls has no test images: give split_groups three positive sizes')
+    if not hasattr(dls, 'test'):
+        raise ValueError(f'the data has no test images: split it with {written("split_groups")} into three parts')
     if missing := [c for c in subgroups if c not in dls.test.table]:
         raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
     for c in subgroups: subgroup_labels(dls.test.table[c])
