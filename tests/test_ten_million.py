@@ -1,4 +1,6 @@
-"""What a set of ten million images asks of stores, caches and loaders, by simulation: memory, 64 processes of one training, outputs written once.
+"""What ten million images ask of stores, caches and loaders, by simulation.
+
+Memory; what 64 processes of one training see; outputs that they write once.
 
 Run as a script, this file is a process that opens one thing and prints by how many MB its memory grew."""
 import collections
@@ -34,9 +36,9 @@ def megabytes():
 
 
 def made_store(home, n=N):
-    "A store of `n` black images, as packing leaves it, without decoding them: for memory only the number of rows counts"
+    "A store of `n` black images, as packing leaves it; for memory only the number of rows counts"
     shape,names = (n, 3, SIZE, SIZE),np.full(1, b'folder_of_a_slide/tile_0000000.png')
-    about = dict(format=stores.STORE_FORMAT, key=home.name, images=n, size=SIZE, preprocess=[], unreadable={}, pillow='')
+    about = dict(format=stores.STORE_FORMAT, key=home.name, images=n, size=SIZE, preprocess=[], unreadable={})
     crc = stores.zlib.crc32(bytes(math.prod(shape[1:])))
     if isinstance(home, ZarrFolder):
         chunk,shard = shard_rows(math.prod(shape[1:]))
@@ -47,9 +49,10 @@ def made_store(home, n=N):
         home.finish(about)
     else:
         home.mkdir(parents=True)
-        for name,array_shape,dtype in (('images', shape, np.uint8), ('checksums', (n,), np.uint32), ('names', (n,), names.dtype)):
-            array = np.lib.format.open_memmap(home/f'{name}.npy', 'w+', dtype, array_shape)
-            if name!='images': array[:] = crc if name=='checksums' else names[0]
+        def array(name, dtype, shape): return np.lib.format.open_memmap(home/f'{name}.npy', 'w+', dtype, shape)
+        array('images', np.uint8, shape)
+        array('checksums', np.uint32, (n,))[:] = crc
+        array('names', names.dtype, (n,))[:] = names[0]
         (home/'store.json').write_text(json.dumps(about))
     return home
 
@@ -60,7 +63,8 @@ def compact_table(n=N, groups=10_000):
     group = np.arange(n)//(n//groups)
     split = pd.Categorical.from_codes((group%10).clip(7)-7, ['train', 'valid', 'test'])
     label = pd.Categorical.from_codes((np.arange(n)%3).astype(np.int8), ['a', 'b', 'c'])
-    table = pd.DataFrame(dict(image=np.arange(n, dtype=np.int32), label=label, group=group.astype(np.int16), split=split))
+    image = np.arange(n, dtype=np.int32)
+    table = pd.DataFrame(dict(image=image, label=label, group=group.astype(np.int16), split=split))
     table.attrs = dict(synthetic_table(6, classes=3, size=8).attrs, classes=['a', 'b', 'c'], task='multiclass')
     return table
 
@@ -91,7 +95,8 @@ def grown(what, place):
         batch = dls.train.gather(np.arange(64))
         assert batch[0].shape==(64, 3, SIZE, SIZE) and batch[1].tolist()[:4]==[0, 1, 2, 0]
     if what=='cache':
-        about = dict(format=caches.CACHE_FORMAT, teacher={}, images=dict(number=N, views=1), answers=dict(logits=(3,)))
+        images,answers = dict(number=N, views=1),dict(logits=(3,))
+        about = dict(format=caches.CACHE_FORMAT, teacher={}, images=images, answers=answers)
         home = ZarrFolder(place)/'teacher-0' if place.endswith('.zarr') else Path(place)/'teacher-0'
         if isinstance(home, ZarrFolder): home.finish(about)
         else: caches._make_files(home, about)
@@ -104,7 +109,8 @@ def grown(what, place):
 
 def measured(what, place):
     command = [sys.executable, '-W', 'ignore', str(Path(__file__).resolve()), what, str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode==0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -156,7 +162,7 @@ def seen(dl, seed=0, processes=RANKS):
 @pytest.mark.parametrize('views', [None, 4])
 @pytest.mark.parametrize('n', [1280, 1301, 1343])
 def test_64_processes_see_each_image_once_an_epoch(n, views):
-    "Sizes that 64 divides, and others: then the first samples of the epoch fill up, fewer than there are processes"
+    "Where 64 does not divide their number, the first samples fill up: fewer than there are processes"
     table = synthetic_table(n+64, classes=3, size=8, tiles_per_patient=1)
     table['split'] = ['train']*n + ['valid']*64
     dls = image_dls(table, 8, bs=4, augment=tissue_augment(), views=views, device='cpu')
@@ -176,8 +182,9 @@ def test_64_processes_see_each_image_once_an_epoch(n, views):
 def test_64_processes_write_each_output_once(place, tmp_path, monkeypatch):
     "Each with outputs of its own; all of them then read what the others wrote"
     n,views,classes = 1301,4,3
-    about = dict(format=caches.CACHE_FORMAT, teacher={}, images=dict(number=n, views=views), answers=dict(logits=(classes,), layer=(5,)))
-    home = ZarrFolder(tmp_path/place)/'teacher-0' if place.endswith('.zarr') else tmp_path/place/'teacher-0'
+    images,answers = dict(number=n, views=views),dict(logits=(classes,), layer=(5,))
+    about = dict(format=caches.CACHE_FORMAT, teacher={}, images=images, answers=answers)
+    home = (ZarrFolder(tmp_path/place) if place.endswith('.zarr') else tmp_path/place)/'teacher-0'
     written = collections.Counter()
     if isinstance(home, ZarrFolder): home.finish(about)
     else:

@@ -157,9 +157,12 @@ def zarr():
     images = list(synthetic_table(40, classes=3, size=32).image)
     dls = small_dls(device='cpu')
     with tempfile.TemporaryDirectory() as folder:
-        stores = [pack_images(images, 32, folder=f, progress=False) for f in (folder, f'{folder}/images.zarr', 'memory://images.zarr')]
-        for store in stores: assert (store[[5, 1, 5]]==np.stack([images[i] for i in (5, 1, 5)]).transpose(0, 3, 1, 2)).all(), store
-        cache = TeacherCache(create_teacher('test_resnet', dls.classes, 32), 'memory://outputs.zarr').fill(dls, progress=False)
+        wanted = np.stack([images[i] for i in (5, 1, 5)]).transpose(0, 3, 1, 2)
+        for place in (folder, f'{folder}/images.zarr', 'memory://images.zarr'):
+            store = pack_images(images, 32, folder=place, progress=False)
+            assert (store[[5, 1, 5]]==wanted).all(), store
+        teacher = create_teacher('test_resnet', dls.classes, 32)
+        cache = TeacherCache(teacher, 'memory://outputs.zarr').fill(dls, progress=False)
         assert cache.filled==1, cache
     return f'images and outputs in Zarr arrays, zarr {version("zarr")}'
 
@@ -214,7 +217,8 @@ def distributed():
     assert all(process.returncode==0 for process in ranks), '\n'.join(said)
     return 'two processes train one student'
 
-USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights, copies=copies, distributed=distributed, zarr=zarr)
+USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
+            copies=copies, distributed=distributed, zarr=zarr)
 
 def main(name, *rank):
     if name=='several_processes': return several_processes(int(*rank))

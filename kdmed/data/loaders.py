@@ -477,12 +477,14 @@ def _rows_in_store(table, size, store, unreadable):
     "Images of an opened store, whose rows the table names; and row: reason of those that could not be read"
     rows,n = table.image.to_numpy(),len(store)
     if rows.dtype.kind not in 'iu' or len(rows) and not (0<=rows.min() and rows.max()<n):
-        raise ValueError(f'with store=ImageStore(…), the column image must hold numbers of its rows, from 0 to {n-1}, '
-                         f'got {table.image.dtype}{f" up to {rows.max()}" if rows.dtype.kind in "iu" else ""}')
+        found = f'{rows.dtype}, up to {rows.max()}' if rows.dtype.kind in 'iu' else rows.dtype
+        raise ValueError('with store=ImageStore(…), the column image must hold numbers of its rows, '
+                         f'from 0 to {n-1}, got {found}')
     if size!=store.size: raise ValueError(f'size must be that of the store, {store.size}, got {size}')
     bad = {i: store.unreadable[r] for i,r in enumerate(rows) if r in store.unreadable} if store.unreadable else {}
     if bad and unreadable=='error':
-        raise ValueError(f"{len(bad)} images of {store.home} could not be read; unreadable='quarantine' leaves them out")
+        raise ValueError(f'{len(bad)} images of {store.home} could not be read; '
+                         "unreadable='quarantine' leaves them out")
     return _Part(store, rows),bad
 
 _NO_LABEL = 'no label'

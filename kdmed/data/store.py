@@ -387,6 +387,7 @@ def _open_growing(home, n, size):
                      journal=home.make('journal', *wanted['journal'], min(shard, n)))
     return there['images'],there['journal'],min(shard, n)
 
+# %% ../../nbs/data/25_store.ipynb #af121a34
 class _ZarrPacker:
     "Decodes images and writes them a shard at a time, then notes their checksums"
     def __init__(self, home, images, size, preprocess):
@@ -454,6 +455,7 @@ def _mapped(home, about):
     listed = about['images'] if isinstance(about['images'], list) else None # by older formats
     return pixels,sums,np.load(home/'names.npy', mmap_mode='r') if listed is None else listed
 
+# %% ../../nbs/data/25_store.ipynb #0ffcda43
 class _ShardedPixels:
     "The pixels of a store of Zarr arrays, read like an array, the images of a batch at the same time"
     def __init__(self, array, home):
@@ -472,6 +474,7 @@ def _sharded(home, about):
         raise ValueError(f'shards of {" and ".join(missing)} are missing')
     return _ShardedPixels(pixels, home),sums[:],names
 
+# %% ../../nbs/data/25_store.ipynb #063d3436
 def _opened(home, about):
     "Pixels, checksums and names of a store; `ValueError` if they are damaged"
     n,size = _count_images(about),about['size']
