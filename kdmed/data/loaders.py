@@ -458,6 +458,21 @@ def _fitting_store(store, n, size):
           f'{_bytes_text(free)} of memory that are free: they are kept in a packed store in {default_store_folder()}')
     return True
 
+# %% ../../nbs/data/40_loaders.ipynb #35ba4209
+def _rows_in_store(table, size, store, unreadable):
+    "Images of an opened store, whose rows the table names; and row: reason of those that could not be read"
+    rows,n = table.image.to_numpy(),len(store)
+    if rows.dtype.kind not in 'iu' or len(rows) and not (0<=rows.min() and rows.max()<n):
+        found = f'{rows.dtype}, up to {rows.max()}' if rows.dtype.kind in 'iu' else rows.dtype
+        raise ValueError('with store=ImageStore(…), the column image must hold numbers of its rows, '
+                         f'from 0 to {n-1}, got {found}')
+    if size!=store.size: raise ValueError(f'size must be that of the store, {store.size}, got {size}')
+    bad = {i: store.unreadable[r] for i,r in enumerate(rows) if r in store.unreadable} if store.unreadable else {}
+    if bad and unreadable=='error':
+        raise ValueError(f'{len(bad)} images of {store.home} could not be read; '
+                         "unreadable='quarantine' leaves them out")
+    return _Part(store, rows),bad
+
 # %% ../../nbs/data/40_loaders.ipynb #d2f68f26
 def _read_images(table, size, preprocess, store, unreadable, progress):
     "Images by row of the table (None for the stock way), and row: reason of those that cannot be read"
@@ -472,20 +487,6 @@ def _read_images(table, size, preprocess, store, unreadable, progress):
         return decode_images(table.image, size, preprocess, progress, bad),bad or {}
     images = pack_images(table.image, size, preprocess, None if store is True else store, progress, unreadable)
     return images,images.unreadable
-
-def _rows_in_store(table, size, store, unreadable):
-    "Images of an opened store, whose rows the table names; and row: reason of those that could not be read"
-    rows,n = table.image.to_numpy(),len(store)
-    if rows.dtype.kind not in 'iu' or len(rows) and not (0<=rows.min() and rows.max()<n):
-        found = f'{rows.dtype}, up to {rows.max()}' if rows.dtype.kind in 'iu' else rows.dtype
-        raise ValueError('with store=ImageStore(…), the column image must hold numbers of its rows, '
-                         f'from 0 to {n-1}, got {found}')
-    if size!=store.size: raise ValueError(f'size must be that of the store, {store.size}, got {size}')
-    bad = {i: store.unreadable[r] for i,r in enumerate(rows) if r in store.unreadable} if store.unreadable else {}
-    if bad and unreadable=='error':
-        raise ValueError(f'{len(bad)} images of {store.home} could not be read; '
-                         "unreadable='quarantine' leaves them out")
-    return _Part(store, rows),bad
 
 _NO_LABEL = 'no label'
 
