@@ -67,6 +67,7 @@ def hints():
     from kdmed.data.datasets import read_medmnist
     from kdmed.data.filters import CLAHE
     from kdmed.data.images import read_dicom
+    from kdmed.data.store import store_folder
     from kdmed.models.create import create_student
     from kdmed.evaluate.saliency import saliency_maps
     import torch
@@ -78,6 +79,7 @@ def hints():
     with tempfile.TemporaryDirectory() as empty:
         os.environ['KDMED_INPUT'] = empty
         yield 'medmnist', said(read_medmnist, 'breastmnist')
+    yield 'zarr', said(store_folder, 's3://bucket/images.zarr')
     os.environ['WORLD_SIZE'] = '2'
     yield 'distributed', said(load_distributed)
 

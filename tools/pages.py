@@ -1,8 +1,8 @@
 """Which pages' lessons are run when there is not time for all of them, and how long each took.
 
 Those that changed against main, always. Then, as far as the budget goes, pages that use a module that changed,
-nearest first, and then all others, quickest first. Tutorials, papers and README are left to `make test-all`, unless
-they changed. The times stand in tools/lesson_times.json, which `make test-all` writes. The same files on the same
+nearest first, and then all others, quickest first. Tutorials, papers, explanations and README are left to
+`make test-all`, unless they changed. The times stand in tools/lesson_times.json, which `make test-all` writes. The same files on the same
 commit always give the same choice.
 """
 import ast, hashlib, json, re, subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT/'tools'/'lesson_times.json'
 UNKNOWN = 20 # seconds that a page is taken to need which has not been timed
 BUDGET = 300 # seconds of lessons, all pages together: half as long on two cores
-LONG = 'tutorials', 'papers', 'nbs' # the folders of pages that are run when they changed
+LONG = 'tutorials', 'papers', 'explanations', 'nbs' # the folders of pages that are run when they changed
 
 Choice = namedtuple('Choice', 'changed using others left base')
 

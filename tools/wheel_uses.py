@@ -146,6 +146,26 @@ def copies():
     assert list(zip(found.a, found.b))==[(2, 6)] and abs(abs(found.angle[0])-30)<=2, found
     return f'a copy turned by 30° matched, turned by {found.angle[0]:.0f}°; no stranger'
 
+def zarr():
+    "Images and teacher outputs in Zarr arrays, behind a path and a URL"
+    import numpy as np
+    if sys.version_info < (3, 11): return 'nothing: zarr needs Python 3.11'
+    from kdmed.data.images import synthetic_table
+    from kdmed.data.store import pack_images
+    from kdmed.distill.cache import TeacherCache
+    from kdmed.models.create import create_teacher
+    images = list(synthetic_table(40, classes=3, size=32).image)
+    dls = small_dls(device='cpu')
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = np.stack([images[i] for i in (5, 1, 5)]).transpose(0, 3, 1, 2)
+        for place in (folder, f'{folder}/images.zarr', 'memory://images.zarr'):
+            store = pack_images(images, 32, folder=place, progress=False)
+            assert (store[[5, 1, 5]]==wanted).all(), store
+        teacher = create_teacher('test_resnet', dls.classes, 32)
+        cache = TeacherCache(teacher, 'memory://outputs.zarr').fill(dls, progress=False)
+        assert cache.filled==1, cache
+    return f'images and outputs in Zarr arrays, zarr {version("zarr")}'
+
 def several_processes(rank):
     "What each of two processes does: one epoch on its half of every batch"
     import torch
@@ -197,7 +217,8 @@ def distributed():
     assert all(process.returncode==0 for process in ranks), '\n'.join(said)
     return 'two processes train one student'
 
-USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights, copies=copies, distributed=distributed)
+USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
+            copies=copies, distributed=distributed, zarr=zarr)
 
 def main(name, *rank):
     if name=='several_processes': return several_processes(int(*rank))

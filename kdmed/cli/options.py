@@ -177,7 +177,7 @@ class LoadingOptions:
     copies:Annotated[bool, Parameter(help='search for copies of images across splits, and list them in copies.csv',
                                      group=SPLITTING)] = True
     store:_perhaps(SPLITTING, 'keep decoded images in a packed store on disk, in this folder or the default one, '
-                   'instead of in memory') = None
+                   'instead of in memory; as Zarr arrays if the path or URL ends in .zarr') = None
     unreadable:_one_of(SPLITTING, 'stop if images cannot be read, or continue without them',
                        'error', 'quarantine', optional=False) = 'error'
     workers:_whole(SPLITTING, 'processes that make batches; 0 is enough for images in memory or in a store') = 0

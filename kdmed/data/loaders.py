@@ -130,7 +130,7 @@ class ImageDL(TfmdDL):
         if 'decoded_' not in self.dataset.__dict__:
             labels = self.dataset.tls[1:]
             if images is None: images = decode_images(self.images(), self.size, self.preprocess)
-            self.dataset.decoded_ = images,*(torch.stack(list(encoded)) for encoded in labels)
+            self.dataset.decoded_ = images,*map(_encode_labels, labels)
         return self.dataset.decoded_
 
     def gather(self, samples):
@@ -246,6 +246,24 @@ class TableLoaders(DataLoaders):
 # %% ../../nbs/data/40_loaders.ipynb #45fb925f
 ImageRow = namedtuple('ImageRow', 'image label')
 
+class _Rows:
+    "Rows of a table, each an `ImageRow` when it is read; fastai takes this for an array"
+    iloc = property(lambda self: self)
+    def __init__(self, image, label): self.image,self.label = image,label # pandas arrays
+    def __len__(self): return len(self.image)
+    def __iter__(self): return (ImageRow(*r) for r in zip(self.image, self.label))
+    def __getitem__(self, i):
+        if isinstance(i, (int, np.integer)): return ImageRow(self.image[i], self.label[i])
+        i = i if isinstance(i, slice) else np.asarray(i, int)
+        return _Rows(self.image[i], self.label[i])
+
+def _encode_labels(items):
+    "Encoded labels of a fastai list, [N, …]; each different label is encoded once"
+    if not isinstance(items.items, _Rows): return torch.stack(list(items))
+    codes,_ = pd.factorize(items.items.label, use_na_sentinel=False)
+    first = np.unique(codes, return_index=True)[1]
+    return torch.stack([items[int(i)] for i in first])[torch.from_numpy(codes)]
+
 def _image_of(row):
     "The image of a table row; a path, an array or a PIL image is returned as it is"
     return getattr(row, 'image', row)
@@ -311,7 +329,9 @@ def _remedy(table, absent):
 # %% ../../nbs/data/40_loaders.ipynb #7c630ddf
 def _check_files(table):
     "Raise an error for a file that is in more than one split, by whatever name"
-    files = [_identity(i) for i in table.image]
+    files = table.image.to_numpy()
+    if files.dtype.kind not in 'iu': files = [_identity(i) for i in files]
+    elif (np.diff(np.sort(files))>0).all(): return # rows of a store, each once
     splits = pd.Series(table.split.to_numpy()).groupby(files).nunique()
     shared = splits.index[splits>1]
     if not len(shared): return
@@ -353,7 +373,8 @@ def _sampling_weights(sampling, train):
 # %% ../../nbs/data/40_loaders.ipynb #a8515203
 def _check_store(store):
     "Raise an error for what names no place for images"
-    message = f"store must be 'memory', True, a folder or False, got {store!r}"
+    message = f"store must be 'memory', True, a folder, an ImageStore or False, got {store!r}"
+    if isinstance(store, ImageStore): return
     if not isinstance(store, (bool, str, Path)): raise TypeError(message)
     if not isinstance(store, str) or store=='memory': return
     mistyped = store.lower() in ('true', 'false', 'none') or get_close_matches(store.lower(), ['memory'])
@@ -439,6 +460,21 @@ def _fitting_store(store, n, size):
           f'{_bytes_text(free)} of memory that are free: they are kept in a packed store in {default_store_folder()}')
     return True
 
+# %% ../../nbs/data/40_loaders.ipynb #35ba4209
+def _rows_in_store(table, size, store, unreadable):
+    "Images of an opened store, whose rows the table names; and row: reason of those that could not be read"
+    rows,n = table.image.to_numpy(),len(store)
+    if rows.dtype.kind not in 'iu' or len(rows) and not (0<=rows.min() and rows.max()<n):
+        found = f'{rows.dtype}, up to {rows.max()}' if rows.dtype.kind in 'iu' else rows.dtype
+        raise ValueError('with store=ImageStore(…), the column image must hold numbers of its rows, '
+                         f'from 0 to {n-1}, got {found}')
+    if size!=store.size: raise ValueError(f'size must be that of the store, {store.size}, got {size}')
+    bad = {i: store.unreadable[r] for i,r in enumerate(rows) if r in store.unreadable} if store.unreadable else {}
+    if bad and unreadable=='error':
+        raise ValueError(f'{len(bad)} images of {store.home} could not be read; '
+                         "unreadable='quarantine' leaves them out")
+    return _Part(store, rows),bad
+
 # %% ../../nbs/data/40_loaders.ipynb #d2f68f26
 def _read_images(table, size, preprocess, store, unreadable, progress):
     "Images by row of the table (None for the stock way), and row: reason of those that cannot be read"
@@ -447,6 +483,7 @@ def _read_images(table, size, preprocess, store, unreadable, progress):
             raise ValueError(f"{written('unreadable', 'quarantine')} needs {written('store', 'memory')} or True, "
                              'where images are read beforehand')
         return None,{}
+    if isinstance(store, ImageStore): return _rows_in_store(table, size, store, unreadable)
     store = _fitting_store(store, len(table), size)
     if store=='memory':
         bad = None if unreadable=='error' else {}
@@ -461,12 +498,12 @@ def _read_table(table, *how):
     positions of the rows that can be used"""
     bad = dict.fromkeys(np.flatnonzero(is_unlabeled(table) & (table.split!='train').to_numpy()), _NO_LABEL)
     rows = np.setdiff1d(np.arange(len(table)), list(bad))
-    images,unreadable = _read_images(table.iloc[rows], *how)
+    images,unreadable = _read_images(table.iloc[rows] if bad else table, *how)
     bad.update({rows[i]: why for i,why in unreadable.items()})
     kept = np.setdiff1d(rows, list(bad))
     images = None if images is None else _Part(images, np.searchsorted(rows, kept))
     left_out = table.iloc[sorted(bad)].assign(reason=[bad[i] for i in sorted(bad)])
-    return images,table.iloc[kept],left_out,kept
+    return images,table.iloc[kept] if bad else table,left_out,kept
 
 # %% ../../nbs/data/40_loaders.ipynb #c41d07a6
 def load_distributed()->None:
@@ -487,7 +524,8 @@ def image_dls(
     batch_tfms=(),       # fastai augmentations, applied to whole training batches on the device; not replayable
     preprocess=(),       # Functions from uint8 [H, W, 3] to the same, applied once to every image before it is resized
     # Where images are kept once read: `memory` (packed if they would take more than a quarter of what is free),
-    # True (packed, in `default_store_folder()`), a folder for packed stores, or False: nowhere, fastai's stock way
+    # True (packed, in `default_store_folder()`), a folder for packed stores (Zarr arrays if its path or URL ends in
+    # `.zarr`), an `ImageStore` whose row numbers are in the column `image`, or False: nowhere, fastai's stock way
     store='memory',
     sampling='natural',  # Training images of an epoch: each once (`natural`), classes evenly (`balanced`), or weights
     views=None,          # Number of different views of each image, which then repeat; default: always new ones
@@ -526,11 +564,12 @@ def _batch_pipeline(augment, batch_tfms, stats):
 
 def _make_loaders(table, ids, images, weights, after_batch, loader, device):
     "A loader for each split of a table whose rows are `ids` of all images"
-    rows = [ImageRow(*r) for r in zip(table.image, table.label)]
     parts = [np.flatnonzero(table.split==s) for s in SPLITS]
+    order,ends = np.concatenate(parts),np.cumsum([0, *map(len, parts)])
+    rows = _Rows(table.image.array.take(order), table.label.array.take(order))
     open_rows = [_image_of, _OpenImage(loader['size'], loader['preprocess'])]
     tfms = [open_rows, _label_tfms(table.attrs['classes'], table.attrs['task'])]
-    dsets = Datasets(rows, tfms, splits=[p.tolist() for p in parts])
+    dsets = Datasets(rows, tfms, splits=[slice(a, b) for a,b in zip(ends, ends[1:])])
     dsets.tls[0].types = [object] # any image will do for `learn.predict` and `test_dl`
     common = dict(after_item=[ToTensor()], after_batch=after_batch, **loader)
     train = dict(shuffle=True, drop_last=len(parts[0])>loader['bs'], weights=weights)
@@ -574,8 +613,7 @@ def _checksums(dl):
     else:
         images = dl.decoded()[0]
         if isinstance(images, _Part) and isinstance(images.images, ImageStore):
-            store = images.images
-            return np.asarray(store._sums[store.rows[images.rows]])
+            return images.images.checksums(images.rows)
         decoded = (images[np.array(some)] for some in chunked(range(dl.n), 512))
     return np.array([zlib.crc32(image) for some in decoded for image in some], np.uint32)
 

@@ -1,4 +1,4 @@
-"""Every image is opened and resized once; from then on a batch is one read from a memory-mapped file
+"""Every image is opened and resized once; from then on a batch is one read from a memory-mapped file, or from sharded Zarr arrays
 
 Docs: https://kdmed.github.io/kdmed/data/store.html.md"""
 
@@ -12,7 +12,7 @@ __all__ = ['STORE_FORMAT', 'decode_images', 'identify_images', 'store_key', 'def
 import errno, json, mmap, os, shutil, stat, threading, time, warnings, zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,8 @@ from ..core.checks import check_in, check_integer, written
 from ..core.files import (
     check_format, check_room, claim, existing_parent, flush_to_disk, is_writable, write_atomic)
 from ..core.fingerprints import array_text, digest, identify_file, value_text
+from ..core.sharded import (
+    ZarrFolder, check_zarr_room, claim_zarr, forget_claims, import_zarr, is_whole, is_zarr, read_rows, shard_rows)
 from .images import WindowedImage, name_of, open_image
 
 # %% ../../nbs/data/25_store.ipynb #9b3a6e50
@@ -56,9 +58,9 @@ def _cores():
     "Processor cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-def _run_threads(work, rows, progress):
-    "Run `work` on all cores, on 64 of the rows at a time; the first error stops it"
-    parts = list(chunked(rows, 64))
+def _run_threads(work, rows, progress, at_once=64):
+    "Run `work` on all cores, on some of the rows at a time; the first error stops it"
+    parts = list(chunked(rows, at_once))
     pool = ThreadPoolExecutor(_cores())
     try:
         done = as_completed([pool.submit(work, part) for part in parts])
@@ -111,8 +113,9 @@ def _identify(image, path, common, dated):
     return f'{text}|{window}' if window else text
 
 # %% ../../nbs/data/25_store.ipynb #0980ca3b
-STORE_FORMAT = 2
-_READABLE_STORES = 1, # older formats: this one differs in how its key is computed
+STORE_FORMAT = 3
+_READABLE_STORES = 1, 2 # older formats: they have the names of images in `store.json`, and 1 another key
+_KEY_FORMAT = 2 # how keys are computed
 
 def store_key(
     images,        # Cells of a table's `image` column, in any order
@@ -126,7 +129,7 @@ def _key(names, size, preprocess):
     "The key for images that have been identified"
     try: how = [value_text(f) for f in listify(preprocess)]
     except TypeError as e: raise TypeError(f'preprocess: {e}') from e
-    return digest(STORE_FORMAT, size, how, *sorted(set(names)))
+    return digest(_KEY_FORMAT, size, how, *sorted(set(names)))
 
 # %% ../../nbs/data/25_store.ipynb #289f8492
 def default_store_folder()->Path:
@@ -136,13 +139,15 @@ def default_store_folder()->Path:
 
 def store_folder(
     folder=None, # As the user passed it
-)->Path:
+): # `Path`, or `ZarrFolder` for a path or URL that ends in `.zarr`
     "A folder for stores and caches, `default_store_folder()` by default"
     if folder is None: return default_store_folder()
     if not isinstance(folder, (str, Path)) or not str(folder).strip():
         raise ValueError('folder must be the name of a folder, or None for the default '
                          f'{default_store_folder()}, got {folder!r}')
-    return Path(folder).expanduser()
+    if not is_zarr(folder): return Path(folder).expanduser()
+    import_zarr() # is it installed?
+    return ZarrFolder(folder)
 
 @contextmanager
 def writing_to(path):
@@ -253,7 +258,8 @@ def pack_images(
     images,               # Cells of a table's `image` column
     size:int,             # Side, in pixels
     preprocess=(),        # Functions from uint8 [H, W, 3] to the same, applied in turn before resizing
-    folder=None,          # Where stores are kept; `default_store_folder()` by default
+    # Where stores are kept; `default_store_folder()` by default. A path or URL that ends in `.zarr`: as Zarr arrays
+    folder=None,
     progress:bool=True,   # Show a progress bar
     # What to do about images that cannot be read: one `error` that lists them, or `quarantine`: note them in the store
     unreadable:str='error',
@@ -270,7 +276,8 @@ def pack_images(
     stored = sorted(first)
     home = store_folder(folder)/f'{size}px-{_key(names, size, preprocess)}'
     if not home.exists():
-        _make_store(home, [images[first[name]] for name in stored], size, preprocess, progress, unreadable)
+        make = _make_zarr if isinstance(home, ZarrFolder) else _make_store
+        make(home, [images[first[name]] for name in stored], size, preprocess, progress, unreadable)
     row = {name: r for r,name in enumerate(stored)}
     return ImageStore(home, [row[name] for name in names], unreadable)
 
@@ -283,7 +290,7 @@ def _make_store(home, *what):
     if not is_writable(home.parent):
         message = f'{home.parent} contains no finished store {home.name}, and cannot be written; choose another folder'
         raise PermissionError(errno.EACCES, message)
-    with _IN_TURN[home], _claim_part(part):
+    with _IN_TURN[home], _in_turn_with_others(lambda: claim(part, 'image store')):
         if not home.exists(): return _pack(home, part, *what)
         shutil.rmtree(part, ignore_errors=True)
 
@@ -291,14 +298,20 @@ def _is_distributed():
     "Whether this process trains together with others"
     return num_distrib()>1 or (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1)
 
-def _claim_part(part):
-    "Lock an unfinished store; processes of one training wait for the first of them, for any other it is an error"
-    while True:
-        try: return claim(part, 'image store')
-        except FileNotFoundError: continue # it was finished and renamed at this moment
-        except RuntimeError:
-            if not _is_distributed(): raise
-            time.sleep(.1)
+@contextmanager
+def _in_turn_with_others(claim_it):
+    "Hold a claim; processes of one training wait for the first of them, for any other it is an error"
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(claim_it())
+                break
+            except FileNotFoundError: continue # it was finished and renamed at this moment
+            except RuntimeError:
+                if not _is_distributed(): raise
+                time.sleep(.1)
+        yield
+
 
 # %% ../../nbs/data/25_store.ipynb #0b803c3d
 def _pack(home, part, images, size, preprocess, progress, unreadable):
@@ -309,14 +322,22 @@ def _pack(home, part, images, size, preprocess, progress, unreadable):
     if packer.unreadable and unreadable=='error': raise ValueError(_unreadable_message(packer.unreadable, len(images)))
     sums = (packer.journal & np.uint64(0xffffffff)).astype(np.uint32)
     write_atomic(part/'checksums.npy', partial(_save_array, sums))
-    about = dict(
-        format=STORE_FORMAT, key=home.name, images=[name_of(i) for i in images], size=size,
-        preprocess=[repr(f) for f in listify(preprocess)],
-        unreadable={str(i): why for i,why in packer.unreadable.items()}, pillow=version('pillow'))
+    write_atomic(part/'names.npy', partial(_save_array, _encoded_names(images)))
+    about = _describe_store(home, images, size, preprocess, packer.unreadable)
     write_atomic(part/'store.json', json.dumps(about, indent=1))
     with writing_to(part/'images.npy'): flush_to_disk(part/'images.npy')
     os.replace(part, home)
     for name in ('journal.npy', '.lock.json', '.lock'): (home/name).unlink(missing_ok=True)
+
+def _describe_store(home, images, size, preprocess, unreadable):
+    "What a store says of itself"
+    return dict(format=STORE_FORMAT, key=home.name, images=len(images), size=size,
+                preprocess=[repr(f) for f in listify(preprocess)],
+                unreadable={str(i): why for i,why in unreadable.items()}, pillow=version('pillow'))
+
+def _encoded_names(images):
+    "Names of images in UTF-8, as an array of bytes of equal length, which can be mapped: [N]"
+    return np.array([name_of(i).encode('utf-8', 'surrogateescape') for i in images])
 
 def _save_array(array, path):
     "`np.save` to exactly this path"
@@ -324,16 +345,16 @@ def _save_array(array, path):
 
 # %% ../../nbs/data/25_store.ipynb #st_about
 # What `store.json` must contain, beside its format
-_ABOUT = dict(images=list, size=int, unreadable=dict, preprocess=list)
+_ABOUT = dict(images=(int, list), size=int, unreadable=dict, preprocess=list)
 
 def _read_about(home):
-    "Content of a store's `store.json`; `ValueError` if it is damaged, or has another format"
-    file = home/'store.json'
-    damaged = 'not an image store, or a damaged one'
-    try: about = json.loads(file.read_text(encoding='utf-8'))
+    "What a store says of itself; `ValueError` if that is damaged, or of another format"
+    in_zarr,damaged = isinstance(home, ZarrFolder),'not an image store, or a damaged one'
+    file = home/('zarr.json' if in_zarr else 'store.json')
+    try: about = home.about() if in_zarr else json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
         raise ValueError(f'{home}: {damaged}; delete the folder to pack again ({e})') from e
-    if isinstance(about, dict):
+    if isinstance(about, dict) and (about or not in_zarr):
         remedy = 'delete the folder to pack again'
         check_format(about.get('format'), STORE_FORMAT, 'image store', file, _READABLE_STORES, remedy)
     else: about = {}
@@ -343,38 +364,152 @@ def _read_about(home):
                          f'delete the folder {home.name} to pack again')
     return about
 
+def _count_images(about):
+    "Number of images, of which older formats list the names"
+    return about['images'] if isinstance(about['images'], int) else len(about['images'])
+
+# %% ../../nbs/data/25_store.ipynb #b04b03ac
+def _sums_of(pixels):
+    "What the journal notes of images: their CRC-32, and that they are there; uint64 [N]"
+    return np.array([zlib.crc32(p) | _DONE for p in pixels], np.uint64)
+
+def _open_growing(home, n, size):
+    "Arrays `images` and `journal` of an unfinished store; unless both fit, they are made anew"
+    chunk,shard = shard_rows(3*size*size)
+    group,wanted = home.group('a'),dict(images=((n, 3, size, size), np.uint8), journal=((n,), np.uint64))
+    try: there = {name: group[name] for name in wanted if name in group}
+    except (ValueError, KeyError, TypeError): there = dict.fromkeys(wanted)
+    unfit = [name for name,a in there.items() if (getattr(a, 'shape', None), getattr(a, 'dtype', None))!=wanted[name]]
+    if unfit:
+        warnings.warn(f'{home}: {" and ".join(unfit)} of an interrupted packing cannot be used; packing starts again')
+    if unfit or len(there)<2:
+        there = dict(images=home.make('images', *wanted['images'], chunk, shard, compress=True),
+                     journal=home.make('journal', *wanted['journal'], min(shard, n)))
+    return there['images'],there['journal'],min(shard, n)
+
+# %% ../../nbs/data/25_store.ipynb #af121a34
+class _ZarrPacker:
+    "Decodes images and writes them a shard at a time, then notes their checksums"
+    def __init__(self, home, images, size, preprocess):
+        self.images,self.size,self.preprocess,self.unreadable = images,size,preprocess,{}
+        self.home = home
+        self.pixels,self.journal,self.each = _open_growing(home, len(images), size)
+
+    def kept(self, start, stop):
+        "Pixels of a shard, and which of them are there and match the journal, bool"
+        pixels,noted = np.zeros((stop-start, *self.pixels.shape[1:]), np.uint8),self.journal[start:stop]
+        if (noted & _DONE).any():
+            try: pixels[:] = self.pixels[start:stop]
+            except (ValueError, RuntimeError, TypeError, IndexError): pass # half written
+        return pixels,_sums_of(pixels)==noted
+
+    def pack(self, starts):
+        "Decode what is missing of the shards that begin at these rows, and write them"
+        for start in starts:
+            stop = min(start+self.each, len(self.images))
+            pixels,there = self.kept(start, stop)
+            if there.all(): continue
+            bad = []
+            for k in np.flatnonzero(~there):
+                try: pixels[k] = _pixels(self.images[start+k], self.size, self.preprocess)
+                except (ValueError, OSError) as e:
+                    self.unreadable[int(start+k)] = str(e)
+                    bad.append(k)
+            pixels[bad],sums = 0,_sums_of(pixels)
+            sums[bad] = 0
+            with writing_to(self.home): self.pixels[start:stop],self.journal[start:stop] = pixels,sums
+
+# %% ../../nbs/data/25_store.ipynb #dbd5dbbc
+def _make_zarr(home, *what):
+    "Make the store `home` of Zarr arrays, unless another process has just done so"
+    if home.local is not None and not is_writable(home.local):
+        message = f'{home} is no finished store, and cannot be written; choose another folder'
+        raise PermissionError(errno.EACCES, message)
+    with _IN_TURN[home], _in_turn_with_others(lambda: claim_zarr(home, 'image store')):
+        if not home.exists(): _pack_zarr(home, *what)
+    forget_claims(home)
+
+def _pack_zarr(home, images, size, preprocess, progress, unreadable):
+    "Make the store `home`, or finish what an earlier process began"
+    n = len(images)
+    check_zarr_room(home, n*3*size*size, f'the packed store {home.name}')
+    packer = _ZarrPacker(home, images, size, preprocess)
+    _run_threads(packer.pack, range(0, n, packer.each), progress, at_once=1)
+    if packer.unreadable and unreadable=='error': raise ValueError(_unreadable_message(packer.unreadable, n))
+    sums = (packer.journal[:] & np.uint64(0xffffffff)).astype(np.uint32)
+    names = _encoded_names(images)
+    names = names.view(np.uint8).reshape(n, -1)
+    with writing_to(home):
+        home.make('checksums', sums.shape, np.uint32, 2**18)[:] = sums
+        home.make('names', names.shape, np.uint8, 2**12, 2**20, compress=True)[:] = names
+        home.finish(_describe_store(home, images, size, preprocess, packer.unreadable))
+    del home.group('a')['journal']
+
 # %% ../../nbs/data/25_store.ipynb #f2b20c0a
 _RELEASE_BYTES = 128*2**20
+_DAMAGED,_REMEDY = 'damaged image store','delete the folder to pack again'
 
-def _mapped(home, n, size):
-    "Pixels and checksums of a store, mapped from disk; `ValueError` if they are damaged"
-    damaged,remedy = f'{home}: damaged image store','delete the folder to pack again'
-    try: pixels,sums = (np.load(home/f'{name}.npy', mmap_mode='r') for name in ('images', 'checksums'))
-    except (OSError, ValueError, EOFError) as e: raise ValueError(f'{damaged}; {remedy} ({e})') from e
-    shape = n,3,size,size
-    if pixels.shape!=shape: raise ValueError(f'{damaged}: expected images {shape}, found {pixels.shape}; {remedy}')
-    if sums.shape!=(n,): raise ValueError(f'{damaged}: expected {n} checksums, found {sums.shape}; {remedy}')
-    return pixels,sums
+def _mapped(home, about):
+    "Pixels, checksums and names of a store, mapped from disk"
+    pixels,sums = (np.load(home/f'{name}.npy', mmap_mode='r') for name in ('images', 'checksums'))
+    listed = about['images'] if isinstance(about['images'], list) else None # by older formats
+    return pixels,sums,np.load(home/'names.npy', mmap_mode='r') if listed is None else listed
+
+# %% ../../nbs/data/25_store.ipynb #0ffcda43
+class _ShardedPixels:
+    "The pixels of a store of Zarr arrays, read like an array, the images of a batch at the same time"
+    def __init__(self, array, home):
+        self.array,self.home = array,home
+        self.shape,self.dtype = array.shape,array.dtype
+
+    def __getitem__(self, rows):
+        try: return read_rows(self.array, rows)
+        except ValueError as e: raise ValueError(f'{self.home}: {_DAMAGED}; {_REMEDY} ({e})') from e
+
+def _sharded(home, about):
+    "Pixels, checksums and names of a store of Zarr arrays"
+    group = home.group()
+    pixels,sums,names = (group[name] for name in ('images', 'checksums', 'names'))
+    if missing := [a.basename for a in (pixels, sums, names) if not is_whole(a)]:
+        raise ValueError(f'shards of {" and ".join(missing)} are missing')
+    return _ShardedPixels(pixels, home),sums[:],names
+
+# %% ../../nbs/data/25_store.ipynb #063d3436
+def _opened(home, about):
+    "Pixels, checksums and names of a store; `ValueError` if they are damaged"
+    n,size = _count_images(about),about['size']
+    try: pixels,sums,names = (_sharded if isinstance(home, ZarrFolder) else _mapped)(home, about)
+    except (OSError, ValueError, EOFError, KeyError, AttributeError) as e:
+        raise ValueError(f'{home}: {_DAMAGED}; {_REMEDY} ({e})') from e
+    shape,found = (n, 3, size, size),pixels.shape
+    if found!=shape or pixels.dtype!=np.uint8:
+        kind = '' if pixels.dtype==np.uint8 else f' of {pixels.dtype}'
+        raise ValueError(f'{home}: {_DAMAGED}: expected images {shape}, found {found}{kind}; {_REMEDY}')
+    if sums.shape!=(n,): raise ValueError(f'{home}: {_DAMAGED}: expected {n} checksums, found {sums.shape}; {_REMEDY}')
+    named = len(names) if isinstance(names, list) else names.shape[0]
+    if named!=n: raise ValueError(f'{home}: {_DAMAGED}: expected {n} names, found {named}; {_REMEDY}')
+    return pixels,sums,names
 
 # %% ../../nbs/data/25_store.ipynb #6771cd8a
 # Long because: what a store opens, gives out, checks and hands back is one object
+_CHECK_BYTES = 32*2**20 # read at a time to verify
 class ImageStore:
-    "Packed images, uint8 [N, 3, size, size], memory-mapped; each is compared with its checksum when it is first read"
+    "Packed images, uint8 [N, 3, size, size], on disk; each is compared with its checksum when it is first read"
     def __init__(self,
-        home,      # Folder of the store
+        home,      # Folder of the store, or its group in a place that ends in `.zarr`, such as `s3://b/i.zarr/224px-…`
         rows=None, # Stored rows, in the order in which they are numbered; default: all of them
         unreadable:str='error', # What to do about images that could not be read: `error` or `quarantine`
     ):
-        self.home = Path(home)
+        self.home = _home_of(home)
         self.about = _read_about(self.home)
-        n,self.size = len(self.about['images']),self.about['size']
-        self.rows = np.arange(n) if rows is None else np.asarray(rows)
+        n,self.size = _count_images(self.about),self.about['size']
+        self.rows = np.arange(n, dtype=np.int32 if n<2**31 else np.int64) if rows is None else np.asarray(rows)
         reasons = self.about['unreadable']
-        self.unreadable = {i: reasons[str(r)] for i,r in enumerate(self.rows) if str(r) in reasons}
+        self.unreadable = {i: reasons[str(r)] for i,r in enumerate(self.rows) if str(r) in reasons} if reasons else {}
         if self.unreadable and unreadable=='error':
             raise ValueError(_unreadable_message(self.unreadable, len(self.rows)))
-        self._pixels,self._sums = _mapped(self.home, n, self.size)
-        self._seen,self._touched = np.zeros(n, bool),0
+        self._pixels,self._sums,self._names = _opened(self.home, self.about)
+        self._seen,self._touched,self._far = np.zeros(n, bool),0,isinstance(self.home, ZarrFolder)
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f'ImageStore of {len(self):,} images, {self.size} pixels: {self.home}'
@@ -383,24 +518,36 @@ class ImageStore:
     def __getitem__(self, idxs):
         "Images at `idxs` (a number, list or slice), in the order they were given to `pack_images`"
         rows = self.rows[idxs]
-        self.check(np.atleast_1d(rows))
+        pixels = np.asarray(self._pixels[rows])
+        self._compare(np.atleast_1d(rows), pixels.reshape(-1, *self._pixels.shape[1:]))
         self._release(np.size(rows))
-        return np.asarray(self._pixels[rows])
+        return pixels
 
-    def check(self, rows):
-        "Raise an error if a byte of these stored images has changed; each is checked once"
-        for r in rows[~self._seen[rows]]:
-            changed = zlib.crc32(self._pixels[r])!=self._sums[r]
-            if changed and str(r) not in self.about['unreadable']:
-                name = self.about['images'][r]
-                raise ValueError(f'{self.home}: the copy of image {r} ({name}) is damaged; '
-                                 'delete the folder to pack again')
+    def name_of(self, row:int)->str:
+        "Name of a stored image"
+        name = self._names[row]
+        if isinstance(name, str): return name
+        return bytes(name).rstrip(b'\0').decode('utf-8', 'surrogateescape')
+
+    def _compare(self, rows, pixels):
+        "Raise an error if a byte of these stored images has changed; mapped ones are checked once, others each time"
+        for k in np.flatnonzero(~self._seen[rows] | self._far):
+            r = rows[k]
+            if zlib.crc32(pixels[k])!=self._sums[r] and str(r) not in self.about['unreadable']:
+                raise ValueError(f'{self.home}: the copy of image {r} ({self.name_of(r)}) is damaged; {_REMEDY}')
             self._seen[r] = True
+
+    def checksums(self, idxs=slice(None)):
+        "CRC-32 of images, uint32 [N]"
+        return np.asarray(self._sums[self.rows[idxs]])
 
     def verify(self):
         "Check all images now, by reading the whole store"
         self._seen[:] = False
-        self.check(np.unique(self.rows))
+        rows,each = np.unique(self.rows),max(1, _CHECK_BYTES//(3*self.size**2))
+        for some in (rows[i:i+each] for i in range(0, len(rows), each)):
+            self._compare(some, self._pixels[some])
+            self._release(len(some))
         return self
 
     def _release(self, n):
@@ -408,9 +555,15 @@ class ImageStore:
 
         Otherwise reading a large store would look like using that much memory."""
         self._touched += n*3*self.size**2
-        if self._touched < _RELEASE_BYTES: return
+        if self._touched < _RELEASE_BYTES or not hasattr(self._pixels, '_mmap'): return
         self._touched = 0
         if hasattr(mmap, 'MADV_DONTNEED'): self._pixels._mmap.madvise(mmap.MADV_DONTNEED)
+
+def _home_of(home):
+    "A store's folder, or its group where a part of the path ends in `.zarr`"
+    if isinstance(home, ZarrFolder): return home
+    root,found,inside = str(home).rpartition('.zarr/')
+    return ZarrFolder(root+'.zarr')/inside if found else Path(home)
 
 # %% ../../nbs/data/25_store.ipynb #e11d94fc
 def _count_begun(journal):
@@ -418,15 +571,24 @@ def _count_begun(journal):
     try: return len(np.load(journal, mmap_mode='r'))
     except (OSError, ValueError, EOFError, TypeError): return 0
 
+def _megabytes(home):
+    "What a store takes on disk"
+    if not isinstance(home, ZarrFolder): return round(sum(f.lstat().st_size for f in home.iterdir())/1e6, 1)
+    return round(sum(a.nbytes_stored() for _,a in home.group().arrays())/1e6, 1)
+
 def _row_of(home):
     "A store's row in the list, whatever its state"
-    megabytes = round(sum(f.lstat().st_size for f in home.iterdir())/1e6, 1)
-    row = dict(store=home.name, images=0, size=_size_of(home), MB=megabytes, preprocess='', whole=False)
-    if home.suffix=='.part': return row | dict(images=_count_begun(home/'journal.npy'), note='unfinished')
+    in_zarr = isinstance(home, ZarrFolder)
+    row = dict(store=home.name, images=0, size=_size_of(home), MB=_megabytes(home), preprocess='', whole=False)
+    if in_zarr and not home.exists():
+        journal = dict(home.group().arrays()).get('journal')
+        return row | dict(images=0 if journal is None else journal.shape[0], note='unfinished')
+    if not in_zarr and home.suffix=='.part':
+        return row | dict(images=_count_begun(home/'journal.npy'), note='unfinished')
     try: about = ImageStore(home, unreadable='quarantine').about
     except (ValueError, OSError) as e: return row | dict(note=str(e))
     preprocess = ', '.join(map(str, about['preprocess']))
-    return row | dict(images=len(about['images']), preprocess=preprocess, whole=True, note='')
+    return row | dict(images=_count_images(about), preprocess=preprocess, whole=True, note='')
 
 def _size_of(home):
     "Image side that the name of a store's folder begins with, or None"
@@ -437,6 +599,9 @@ def list_stores(
     folder=None, # Where stores are kept; `default_store_folder()` by default
 )->pd.DataFrame: # One row per store; `note` says what is wrong with one that is not whole
     "Stores on disk; delete the folder of one that is no longer needed"
-    homes = [h for h in sorted(store_folder(folder).glob('*px-*')) if h.is_dir() and _size_of(h) is not None]
+    place = store_folder(folder)
+    if isinstance(place, ZarrFolder): homes = place.groups()
+    else: homes = [h for h in sorted(place.glob('*px-*')) if h.is_dir()]
+    homes = [h for h in homes if _size_of(h) is not None]
     columns = ['store', 'images', 'size', 'MB', 'preprocess', 'whole', 'note']
     return pd.DataFrame([_row_of(home) for home in homes], columns=columns)

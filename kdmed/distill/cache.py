@@ -1,4 +1,4 @@
-"""A teacher's outputs for each view of an image are computed once, written to disk, and read from then on
+"""A teacher's outputs for each view of an image are computed once, written to disk or to object storage, and read from then on
 
 Docs: https://kdmed.github.io/kdmed/distill/cache.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/distill/cache.html.md"""
 __all__ = ['CACHE_FORMAT', 'TeacherCache', 'list_caches']
 
 # %% ../../nbs/distill/20_cache.ipynb #b982f0f8
-import errno, json, math, os, shutil, time, types, warnings, zlib
+import errno, json, math, os, shutil, time, types, uuid, warnings, zlib
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..core.basics import unwrap
 from ..core.checks import check_integer
 from ..core.files import check_format, check_room, claim, is_writable, write_atomic
 from ..core.fingerprints import digest, structure_digest, weights_digest
+from ..core.sharded import ZarrFolder, at_once, check_zarr_room, claim_zarr, is_whole, read_rows, shard_rows
 from ..data.loaders import ImageDL, ReplayMixUp, ReplayTransform
 from ..data.store import store_folder, writing_to
 from .teacher import WrappedTeacher, as_teacher
@@ -249,6 +250,109 @@ class _StoredOutputs:
         for some in chunked(np.flatnonzero(self.there()), 1024): self.read(np.array(some))
         return self
 
+# %% ../../nbs/distill/20_cache.ipynb #bf72de5f
+# Long because: one class, what is in storage
+class _ZarrOutputs(_StoredOutputs):
+    "Half-precision outputs for views of images, in parts that were written one after the other"
+    def __init__(self, home):
+        self.home,self.about = home,home.about()
+        try:
+            check_format(self.about.get('format'), CACHE_FORMAT, 'teacher cache', home, _READABLE_CACHES, _DELETE)
+            (_,size,_),*files = _files_of(self.about)
+        except _UNREADABLE as e:
+            raise ValueError(f'{home}: not a teacher cache, or a damaged one; {_DELETE} ({e})') from e
+        self.files = {file.removesuffix('.npy'): (shape[2:], dtype) for file,shape,dtype in files}
+        n = math.prod(size)
+        self.where,self.sums = np.zeros(n, np.int64),np.zeros(n, np.uint32) # 1 + row among those of all parts; CRC-32
+        self.waiting,self.damaged = np.zeros(n, bool),np.zeros(n, bool)
+        self.pending,self.nbytes = [],0
+        self.read_only = home.local is not None and not is_writable(home.local)
+        self.parts,self.starts,self.opened = [],np.zeros(1, np.int64),{}
+        self.refresh()
+
+    def there(self, entries=slice(None)): return (self.where[entries]!=0) & ~self.damaged[entries]
+
+    def refresh(self):
+        "Look for parts that other processes, or earlier ones, have finished"
+        new = [part for part in self.home.groups('part-') if part not in self.parts]
+        for part,noted in zip(new, at_once(self._read_journal, new)):
+            if noted is None: continue
+            entries,sums = noted[:, 0].astype(np.int64),noted[:, 1]
+            self.where[entries] = self.starts[-1] + 1 + np.arange(len(entries))
+            self.sums[entries],self.damaged[entries] = sums.astype(np.uint32),False
+            self.parts.append(part)
+            self.starts = np.append(self.starts, self.starts[-1]+len(entries))
+
+    def _read_journal(self, part):
+        "Number and checksum of each output of a part, uint64 [N, 2]; None if it is unfinished, or damaged"
+        try:
+            journal = part.group()['journal']
+            if not is_whole(journal): return None
+            noted = journal[:]
+        except _UNREADABLE: return None
+        return noted if noted.ndim==2 and noted.shape[1]==2 and (noted[:, 0]<len(self.where)).all() else None
+
+    def flush(self):
+        "Write what is waiting as a part: first the outputs, then the journal"
+        if not self.pending: return
+        entries = np.concatenate([e for e,_ in self.pending])
+        values = [np.concatenate(parts) for parts in zip(*(v for _,v in self.pending))]
+        self.refresh()
+        order = np.argsort(entries)
+        order = order[~self.there(entries[order])] # another process may have been first
+        if len(order): self._write(entries[order], [v[order] for v in values])
+        self.waiting[entries],self.pending,self.nbytes = False,[],0
+
+    def _write(self, entries, values):
+        "A new part of these outputs"
+        part = self.home/f'part-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}'
+        with writing_to(part):
+            for name,v in zip(self.files, values):
+                chunk,shard = shard_rows(max(v[0].nbytes, 1))
+                part.make(name, v.shape, v.dtype, chunk, shard)[:] = v
+            noted = np.stack([entries.astype(np.uint64), _checksums(entries, values)], 1)
+            part.make('journal', noted.shape, noted.dtype, len(noted))[:] = noted
+        self.refresh()
+
+    def read(self, entries):
+        "Outputs `entries`, an array for each file, and which of them are there, bool [B]"
+        if self.waiting[entries].any(): self.flush()
+        there,at = self.there(entries),self.where[entries]-1
+        values = [np.zeros((len(entries), *shape), dtype) for shape,dtype in self.files.values()]
+        of_part = np.searchsorted(self.starts, at, side='right')-1
+        parts = [(p,np.flatnonzero(there & (of_part==p))) for p in np.unique(of_part[there])]
+        def fetch(p, among, name, into):
+            try: into[among] = read_rows(self._array(p, name), at[among]-self.starts[p])
+            except _UNREADABLE: pass # zeros do not match their checksum
+        work = [(p, among, name, v) for p,among in parts for name,v in zip(self.files, values)]
+        if work: at_once(fetch, *zip(*work))
+        return values,self._without_damaged(entries, values, there)
+
+    def _array(self, p, name):
+        "An array of a part, opened once"
+        if (p, name) not in self.opened: self.opened[p, name] = self.parts[p].group()[name]
+        return self.opened[p, name]
+
+    def _without_damaged(self, entries, values, there):
+        "Which outputs are there and match their checksums; the others will be computed again"
+        k = np.flatnonzero(there)
+        same = _checksums(entries[k], [v[k] for v in values]).astype(np.uint32)==self.sums[entries[k]]
+        bad = k[~same]
+        if len(bad): warnings.warn(f'{self.home}: {len(bad)} cached outputs are damaged; they are computed again')
+        self.damaged[entries[bad]],there[bad] = True,False
+        return there
+
+    def verify(self):
+        "Check every output that is there, by reading the whole cache"
+        self.flush()
+        self.refresh()
+        for some in chunked(np.flatnonzero(self.there()), 1024): self.read(np.array(some))
+        return self
+
+def _open_outputs(home):
+    "The outputs in a folder, or in a group of Zarr arrays"
+    return (_ZarrOutputs if isinstance(home, ZarrFolder) else _StoredOutputs)(home)
+
 # %% ../../nbs/distill/20_cache.ipynb #5e17876e
 # Long because: one class: a teacher whose outputs are read from disk
 _NOT_OPEN = dict(stored=None, claimed=None, opened=None, entries=None, dl=None, mixes=(), modules=(), show=noop,
@@ -258,7 +362,9 @@ class TeacherCache(WrappedTeacher):
     "A teacher whose outputs for each view of each training image are computed once, and then read from disk"
     def __init__(self,
         teacher,      # `Teacher`, or what it can be created from
-        folder=None,  # Where outputs are kept, in a folder for each key; default: `default_store_folder()`
+        # Where outputs are kept, in a folder for each key; default: `default_store_folder()`. A path or URL that ends
+        # in `.zarr`: as Zarr arrays
+        folder=None,
         every:int=50, # Batches whose outputs may wait in memory; a kill loses at most these
     ):
         teacher = as_teacher(teacher)
@@ -333,7 +439,8 @@ class TeacherCache(WrappedTeacher):
                   f'will take {size}: {home}')
         self.announced.add(home)
         _check_disk(home, about)
-        _make_once(home, lambda: _make_files(home, about))
+        if isinstance(home, ZarrFolder): home.finish(about)
+        else: _make_once(home, lambda: _make_files(home, about))
 
     def _open(self):
         "Open the outputs of this teacher for these images, or create files for them; nothing to do if they are open"
@@ -343,9 +450,9 @@ class TeacherCache(WrappedTeacher):
         home = self.folder/f'teacher-{digest(json.dumps(about))}'
         try:
             if not home.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if isinstance(self.folder, Path): self.folder.mkdir(parents=True, exist_ok=True)
                 self._make(home, about)
-            self.stored,self.opened = _StoredOutputs(home),(self.taps, self.shares())
+            self.stored,self.opened = _open_outputs(home),(self.taps, self.shares())
             if not self.stored.read_only and len(self.stored.missing()): _check_disk(home, about)
         except OSError as e:
             raise OSError(e.errno, f'{self.folder}: teacher outputs cannot be kept here ({e}); '
@@ -363,7 +470,8 @@ class TeacherCache(WrappedTeacher):
                 warnings.warn(f'{home} cannot be written: {self.filled:.1%} of its outputs are there, '
                               'the others are computed each time')
             return
-        try: self.claimed = claim(home, 'teacher cache', grace=.5)
+        hold = claim_zarr if isinstance(home, ZarrFolder) else claim
+        try: self.claimed = hold(home, 'teacher cache', grace=.5)
         except RuntimeError as e: warnings.warn(f'{str(e).partition(";")[0]}; the two processes share their outputs')
 
     @property
@@ -469,7 +577,8 @@ class TeacherCache(WrappedTeacher):
         if self.claimed is not None: self.claimed.release()
         self.close()
         self.announced = set()
-        if home is not None: shutil.rmtree(home)
+        if isinstance(home, ZarrFolder): home.delete()
+        elif home is not None: shutil.rmtree(home)
 
     def fill(self,
         dls,        # `DataLoaders` of `image_dls`, as they will be trained with
@@ -497,6 +606,7 @@ def _room_of(file):
 
 def _check_disk(home, about):
     "Raise an error if the disk cannot hold the outputs that are not written yet"
+    if isinstance(home, ZarrFolder): return check_zarr_room(home, _bytes_of(about)+_SPARE_BYTES, 'the teacher cache')
     written = sum(_room_of(file) for file in home.glob('*.npy')) if home.exists() else 0
     if (left := _bytes_of(about)-written)<=0: return
     what = f'{_in_words(left)} of teacher outputs, with {_in_words(_SPARE_BYTES)} to spare,'
@@ -531,12 +641,14 @@ def list_caches(
 # full), `note` (what is wrong with it)
 )->pd.DataFrame:
     "Teacher caches on disk; delete the folder of one that is not needed any more"
-    homes = [h for h in sorted(store_folder(folder).glob('teacher-*')) if h.is_dir() and h.suffix!='.part']
+    place = store_folder(folder)
+    if isinstance(place, ZarrFolder): homes = place.groups('teacher-')
+    else: homes = [h for h in sorted(place.glob('teacher-*')) if h.is_dir() and h.suffix!='.part']
     return pd.DataFrame([_row_of(h) for h in homes], columns=list(_COLUMNS))
 
 def _row_of(home):
     "The row of `list_caches` for one, whatever state it is in"
-    try: stored = _StoredOutputs(home)
+    try: stored = _open_outputs(home)
     except _UNREADABLE as e: return dict(zip(_COLUMNS, (home.name, '', 0, 0, '', 0., 0., str(e))))
     images,models = stored.about['images'],stored.about['teacher']['models']
     filled,size = round(float(stored.there().mean()), 3),round(_bytes_of(stored.about)/1e6, 2)
