@@ -215,8 +215,8 @@ def _source_of(pretrained, checkpoint, weights):
     if pretrained or weights is True: return 'hub',None
     if not has_weights: return 'new',None
     if weights=='pip': return 'pip',None
-    expected = ("weights must be True (timm's own), 'pip', the name of a repository such as 'hf-hub:timm/resnet18.a1_in1k', "
-                'or the path of a file or folder')
+    expected = ("weights must be True (timm's own), 'pip', the name of a repository such as "
+                "'hf-hub:timm/resnet18.a1_in1k', or the path of a file or folder")
     if not isinstance(weights, (str, os.PathLike)): raise TypeError(f'{expected}, got {weights!r}')
     if is_hub_name(weights): return 'start',hub_file(weights)
     path = Path(str(weights).removeprefix('local-dir:')).expanduser()
@@ -297,16 +297,17 @@ def _package_card(model, name, source):
     adapted = {k: f'for {channels} channels' for k in own if channels!=3 and k in first}
     loaded = [k for k in own if k not in fresh and k not in adapted]
     head = 'head of ImageNet' if kept_head else f'head is new, and must be trained (the head was for {n} classes)'
-    where = f'pip package for {name}' if source=='pip' else f"timm's pretrained weights {cfg.get('tag') or ''} of {name}"
+    where = f"{'a pip package' if source=='pip' else 'timm'} for {name} {cfg.get('tag') or ''}"
     return WeightsCard(' '.join(where.split()), '', '', loaded, adapted, fresh, [], head)
 
 _SHOWN = set() # cards that were printed in this process
 
 def _note_weights(model, card, given, stats):
     "Note a card on the model and in its spec, and print it the first time"
-    shown = '' if stats is None else ', '.join(f'{v:g}' for v in stats[0]) + ' / ' + ', '.join(f'{v:g}' for v in stats[1])
-    card.normalization = f'normalization {"given" if given else "of the weights"}: {shown}' if stats else (
-        'no normalization comes with them: that of the images is used, or pass mean= and std=')
+    card.normalization = 'no normalization comes with them: pass mean= and std= if you know it'
+    if stats:
+        mean,std = (', '.join(f'{v:g}' for v in np.ravel(values)) for values in stats)
+        card.normalization = f'normalization {"given" if given else "of the weights"}: mean {mean}, std {std}'
     model.weights_card,model.spec['weights'] = card,card.as_dict()
     body = [n for n in card.notes if 'backbone are new' in n]
     if body: warnings.warn(f'{card.source}: {body[0]}')
@@ -337,7 +338,8 @@ def create_student(
     _check_name(name)
     given = check_stats(mean, std, options.get('in_chans', 3))
     source,path = _source_of(pretrained, checkpoint, weights)
-    if weights_key is not None and path is None: raise ValueError('weights_key needs a file: pass weights= or checkpoint=')
+    if weights_key is not None and path is None:
+        raise ValueError('weights_key needs a file: pass weights= or checkpoint=')
     if source=='whole': _check_classes(path, classes)
     if source in ('hub', 'pip'): model = _pretrained(name, n_out, size, source, options)
     else: model = _build(name, n_out, size, options)
@@ -465,7 +467,8 @@ def _wrap(model, entry, value):
     return WRAPPERS[entry](model, value) if entry in WRAPPERS else model
 
 # arguments of create_student, which cannot be options of timm
-_OWN_ARGUMENTS = {'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights', 'weights_key', 'mean', 'std'}
+_OWN_ARGUMENTS = {
+    'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights', 'weights_key', 'mean', 'std'}
 _ENTRIES = dict(fusion={'hidden', 'dropout', 'freeze', 'options'}, exits={'layers', 'fuse', 'dropout'})
 _KINDS = dict(model=(str, list), classes=(int, list), size=int, task=str)
 

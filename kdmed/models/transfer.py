@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/models/transfer.html.md"""
 # %% auto #0
 __all__ = ['WeightsCard', 'match_layers', 'head_layers', 'transfer_weights']
 
-# %% ../../nbs/models/02_transfer.ipynb #716612e8
+# %% ../../nbs/models/02_transfer.ipynb #9a99cb97
 import re, sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from ..core.checks import check_in
 from .weights import (
     MisfitError, check_checkpoint, check_finite, complete_tied, few_names, preferred_set, read_weights, weight_sets)
 
-# %% ../../nbs/models/02_transfer.ipynb #618ca9aa
+# %% ../../nbs/models/02_transfer.ipynb #cb37c015
 @dataclass
 class WeightsCard:
     "Which tensors of a model came from a file, and which did not"
@@ -72,7 +72,7 @@ class WeightsCard:
         rows = [f'{kind:>10} {row.tensors:>5}  {row.which}'.rstrip() for kind,row in self.table().iterrows()]
         return '\n'.join([f'Weights from {self.sentence()}', *rows, *(f'{"note":>10}        {n}' for n in self.notes)])
 
-# %% ../../nbs/models/02_transfer.ipynb #3f03fc00
+# %% ../../nbs/models/02_transfer.ipynb #78c09327
 _CONVERSIONS = 'checkpoint_filter_fn','_filter_fn','_filter_torchvision_pretrained' # timm's names for such a function
 _CONVERSION_OPTIONS = {'deit3': dict(adapt_layer_scale=True), 'flexi': dict(interpolation='bilinear', antialias=False)}
 
@@ -112,12 +112,13 @@ def _resized(tensors, model):
     converted = _converted(tensors, model)
     for name in _first_layers(model):
         key = f'{name}.weight'
-        if key in converted:
-            converted = converted | {key: _with_channels(converted[key], model.get_submodule(name), input_channels(model))}
+        if key not in converted: continue
+        weight = _with_channels(converted[key], model.get_submodule(name), input_channels(model))
+        converted = converted | {key: weight}
     changed = {n: tuple(tensors[n].shape) for n,t in converted.items() if n in tensors and tensors[n].shape!=t.shape}
     return converted,changed
 
-# %% ../../nbs/models/02_transfer.ipynb #6acaf6af
+# %% ../../nbs/models/02_transfer.ipynb #d50f939f
 _ROLES = 'weight','bias','running_mean','running_var'
 _NO_WEIGHTS = 'num_batches_tracked','relative_position_index','attn_mask','relative_coords_table','n_averaged'
 _HEADS = 'head','heads','classifier','fc','_fc','linear','logits','last_linear'
@@ -129,7 +130,8 @@ def _squeezed(shape): return tuple(n for n in shape if n!=1)
 def _natural(name):
     "A key that sorts names by the numbers in them, those of heads last"
     last = (2, 0, '') if name.split('.')[0] in _HEADS else (0, 0, '')
-    return [last] + [(0, int(part), '') if part.isdigit() else (1, 0, part) for part in re.split(r'(\d+)', name) if part]
+    parts = [part for part in re.split(r'(\d+)', name) if part]
+    return [last] + [(0, int(part), '') if part.isdigit() else (1, 0, part) for part in parts]
 
 class _Layer(NamedTuple):
     "Tensors that belong together, as weight and bias"
@@ -160,7 +162,7 @@ def _head_of(state):
     heads = [n for n in layers if n.split('.')[0] in _HEADS]
     return max(heads, key=_natural, default=None)
 
-# %% ../../nbs/models/02_transfer.ipynb #55d86acc
+# %% ../../nbs/models/02_transfer.ipynb #fdd1ad2b
 def _first_difference(a, b):
     "Segments of two names where they first differ, and how many are equal before"
     one,other = a.split('.'),b.split('.')
@@ -207,7 +209,7 @@ def _partners(theirs, ours, words_may_follow):
     if problem: raise ValueError(problem)
     return pairs
 
-# %% ../../nbs/models/02_transfer.ipynb #a1788dad
+# %% ../../nbs/models/02_transfer.ipynb #853ce49d
 _TORCHVISION = 'features.0.0.weight','encoder.layers.encoder_layer_0.ln_1.weight' # names that only torchvision has
 
 def _is_torchvision(state): return any(name in state for name in _TORCHVISION)
@@ -215,13 +217,14 @@ def _is_torchvision(state): return any(name in state for name in _TORCHVISION)
 def match_layers(
     state:dict,   # {name: tensor} of a file, without prefixes of wrappers
     own:dict,     # Tensors of a model by name
-    heads=(),     # Names of the model's layers that make its outputs: they may have other shapes in the file, or be missing
+    heads=(),     # Names of the layers that make its outputs: they may have other shapes in the file, or be missing
     first=(),     # Names of the model's layers that see the images, which may have other channels
 )->dict: # {name in the model: name in the file}
     "The names of a model's tensors in a file of another library; raise `ValueError` where they are ambiguous"
     head = _head_of(state)
     their_first = next((n.rpartition('.')[0] for n,t in state.items() if t.ndim==4), None)
-    sorted_by_name = list(state)==sorted(state)
+    layers = [n for n in state if not _is_counter(n)]
+    sorted_by_name = sum(a>b for a,b in zip(layers, layers[1:])) < 3 # safetensors sorts the names of each precision
     orders = [sorted(state, key=_natural)] if sorted_by_name else [list(state), sorted(state, key=_natural)]
     ours = [layer for layer in _layers(own, first) if layer.name not in heads]
     words_may_follow = not sorted_by_name or _is_torchvision(state)
@@ -238,8 +241,9 @@ def match_layers(
         found |= {f'{heads[0]}.{r}': f'{head}.{r}' for r in ('weight', 'bias') if f'{head}.{r}' in state}
     return found
 
-# %% ../../nbs/models/02_transfer.ipynb #1a78ad8f
-_EPSILONS = {'mobilenetv3_': 1e-3, 'efficientnetv2_': 1e-3, 'efficientnet_b5': 1e-3, 'efficientnet_b6': 1e-3, 'efficientnet_b7': 1e-3}
+# %% ../../nbs/models/02_transfer.ipynb #d72226b5
+_EPSILONS = dict.fromkeys(
+    ('mobilenetv3_', 'efficientnetv2_', 'efficientnet_b5', 'efficientnet_b6', 'efficientnet_b7'), 1e-3)
 
 def _check_constants(model, path):
     "Raise an error for a timm model that computes something else than torchvision's with the same weights"
@@ -256,7 +260,7 @@ def _set_constants(model):
     for m in norms: m.eps = eps
     return eps
 
-# %% ../../nbs/models/02_transfer.ipynb #cd191a20
+# %% ../../nbs/models/02_transfer.ipynb #3a975fd3
 class _Reading(NamedTuple):
     "A set of weights by the names of a model"
     tensors:dict   # {name in the model, or in the file if it has none: tensor}
@@ -282,28 +286,28 @@ def _fits(tensors, own, heads):
 def _as_float32(state):
     "Tensors with numbers of other precisions in single precision"
     quantized = [n for n,t in state.items() if t.is_quantized]
-    if quantized: raise ValueError(f'weights are quantized, which cannot be a start for training: {few_names(quantized)}')
+    if quantized: raise ValueError(f'weights are quantized, and cannot be a start for training: {few_names(quantized)}')
     return {n: t.float() if t.is_floating_point() and t.dtype!=torch.float32 else t for n,t in state.items()}
 
 def _by_name(model, own, tensors, left_over):
     "A reading of tensors under the model's names, perhaps after timm's conversion"
     found,before = _resized(tensors, model)
     converted = any(n in own and n not in tensors for n in found)
-    return _Reading(complete_tied(found, own), before, left_over, "names converted by timm" if converted else 'same names')
+    names = 'names converted by timm' if converted else 'same names'
+    return _Reading(complete_tied(found, own), before, left_over, names)
 
 def _by_order(model, own, tensors, left_over):
     "A reading of tensors under another library's names"
     names = match_layers(tensors, own, head_layers(model), _first_layers(model))
     def shaped(n, t): # gamma [C, 1, 1] as [C], and the like
-        ours = own[n].shape
-        return t.reshape(ours) if t.shape!=ours and _squeezed(t.shape)==_squeezed(ours) and t.numel()==own[n].numel() else t
+        return t.reshape(own[n].shape) if _squeezed(t.shape)==_squeezed(own[n].shape) else t
     renamed = {n: shaped(n, tensors[theirs]) for n,theirs in names.items()}
     found,before = _resized(renamed, model)
     unused = [n for n in tensors if n not in set(names.values()) and not _is_counter(n)]
     library = 'of torchvision' if _is_torchvision(tensors) else 'of another library'
     return _Reading(found, before, [*left_over, *unused], f'names {library}, matched by shape and order')
 
-# %% ../../nbs/models/02_transfer.ipynb #baa692fc
+# %% ../../nbs/models/02_transfer.ipynb #0aa3315a
 def _readings(model, own, found):
     "({place: reading} of the sets that fit at least half of a model, best reading of those that do not, reasons)"
     heads = head_layers(model)
@@ -336,7 +340,7 @@ def _distinct(fits, own):
         if not any(within(ours[p], ours[q]) for q in kept): kept.append(p)
     return {p: fits[p] for p in fits if p in kept}
 
-# %% ../../nbs/models/02_transfer.ipynb #71f2f538
+# %% ../../nbs/models/02_transfer.ipynb #3b71d569
 def _few_fit(path, model, own, best, reasons, config):
     "The error for a file of which less than half fits"
     heads = head_layers(model)
@@ -359,7 +363,7 @@ def _few_fit(path, model, own, best, reasons, config):
     if reasons: parts.append(f'nor can layers be matched by shape and order: {reasons[0]}')
     return MisfitError('. '.join(p[0].upper()+p[1:] if i else p for i,p in enumerate(parts)), wrong)
 
-# %% ../../nbs/models/02_transfer.ipynb #93c028d1
+# %% ../../nbs/models/02_transfer.ipynb #19b661e7
 def _fill(card, own, reading, heads, new_head):
     "Sort the tensors of a model into a card's kinds; return {name: tensor} to load"
     taken = {}
@@ -387,7 +391,7 @@ def _head_text(card, heads, own):
     reasons = list(dict.fromkeys(card.new[n] for n in fresh))
     return f'head is new, and must be trained ({reasons[0]})'
 
-# %% ../../nbs/models/02_transfer.ipynb #06a8d564
+# %% ../../nbs/models/02_transfer.ipynb #c1f0a7c3
 # Long because: the steps from a file to a model, in their order
 def transfer_weights(
     model:nn.Module,    # timm model; changed in place; may be wrapped

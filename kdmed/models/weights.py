@@ -99,7 +99,8 @@ _CONVERT = 'export its weights to PyTorch with the library that wrote it'
 _FIRST_BYTES = { # of files that contain no weights for PyTorch: what they are, and what to do
     b'version https://git-lfs': 'a Git LFS pointer instead of the file: download the file itself, with `git lfs pull`',
     b'\x89HDF': f'an HDF5 file, as Keras writes it: {_CONVERT}', b'<': 'an HTML or XML page: download the file again',
-    b'\x1f\x8b': 'a gzip archive: unpack it', b'Rar!': 'a RAR archive: unpack it', b"7z\xbc\xaf": 'a 7-zip archive: unpack it',
+    b'\x1f\x8b': 'a gzip archive: unpack it', b'Rar!': 'a RAR archive: unpack it',
+    b'7z\xbc\xaf': 'a 7-zip archive: unpack it',
     b'\x93NUMPY': f'a NumPy array: {_CONVERT}', b'GGUF': f'a GGUF file: {_CONVERT}'}
 _IN_ZIP = { # ends of names inside a zip file that tell what it is
     'constants.pkl': 'a TorchScript program: save its state_dict() instead', '.npy': f'a NumPy archive: {_CONVERT}',
@@ -117,7 +118,8 @@ def _foreign_kind(path):
     "What a file is that contains no weights for PyTorch, and what to do; None if it may contain some"
     with open(path, 'rb') as f: head = f.read(512)
     if not head: return 'empty: download or save it again'
-    if path.suffix=='.onnx' or b'onnx' in head or (head[0]==8 and b'pytorch' in head): return f'an ONNX file: {_CONVERT}'
+    is_onnx = path.suffix=='.onnx' or head[0]==8 and (b'onnx' in head or b'pytorch' in head)
+    if is_onnx: return f'an ONNX file: {_CONVERT}'
     text = head.lstrip()
     kind = next((what for first,what in _FIRST_BYTES.items() if text.startswith(first)), None)
     return _zip_kind(path) if head.startswith(b'PK') else kind
@@ -153,9 +155,11 @@ def _read_content(path, trusted):
     if path.name.endswith(_INDEX): return _read_parts(path, trusted)
     if kind := _foreign_kind(path): raise ValueError(f'it is {kind}')
     if _is_safetensors(path): return _read_safetensors(path)
-    with open(path, 'rb') as f: first = f.read(2)
-    if first[:1]!=b'\x80' and first!=b'PK': raise ValueError('it is neither a PyTorch nor a safetensors file')
-    return torch.load(path, map_location='cpu', weights_only=not trusted)
+    with open(path, 'rb') as f: # opened here, since torch would believe the suffix
+        first = f.read(2)
+        if first[:1]!=b'\x80' and first!=b'PK': raise ValueError('it is neither a PyTorch nor a safetensors file')
+        f.seek(0)
+        return torch.load(f, map_location='cpu', weights_only=not trusted)
 
 def _more_than_tensors(path, error):
     "The error for a file that would have to be unpickled"
@@ -349,7 +353,7 @@ def preferred_set(
         if not any(_same(tensors, sets[p]) for p in different): different.append(place)
     ranks = {p: _average_rank(p) for p in different if _is_averaged(p)}
     candidates = [p for p in ranks if ranks[p]==min(ranks.values())]
-    candidates = candidates or [p for p in different if p not in _RAW] or different
+    candidates = candidates or [p for p in different if p.split('.')[0] not in _RAW] or different
     if len(candidates)==1: return candidates[0],[p for p in different if p!=candidates[0]]
     raise ValueError(f'{path} contains several sets of weights that fit and differ: {candidates}; choose one: '
                      f'load_weights(model, checkpoint, key={candidates[0]!r}), or weights_key={candidates[0]!r} '
@@ -379,7 +383,8 @@ def check_finite(
         return torch.equal(finite.cpu(), own[name].isfinite().cpu())
     bad = [name for name,t in state.items() if not good(name, t)]
     if not bad: return
-    raise ValueError(f'{what}: weights with NaN or infinity: {few_names(bad)}; training diverged before they were saved')
+    raise ValueError(f'{what}: weights with NaN or infinity: {few_names(bad)}; '
+                     'training diverged before they were saved')
 
 def _check_tied(state, own, path):
     "Raise an error if a file has different values for what is one tensor in the model"
@@ -595,7 +600,7 @@ def _download(repo, revision):
 def hub_file(
     name:str, # As `hf-hub:timm/resnet18.a1_in1k`, perhaps with `@revision`
 )->Path: # In the hub's cache, beside `config.json`
-    "The weights file of a repository, from the cache or downloaded; `OSError` within ten seconds if there is no network"
+    "The weights file of a repository, cached or downloaded; `OSError` within ten seconds if there is no network"
     from huggingface_hub import constants, try_to_load_from_cache
     repo,_,revision = name.split(':', 1)[1].partition('@')
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
