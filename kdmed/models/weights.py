@@ -164,10 +164,10 @@ def _read_content(path, trusted):
 def _more_than_tensors(path, error):
     "The error for a file that would have to be unpickled"
     found = re.search(r'GLOBAL ([\w.]+)', str(error))
-    what = f' (it contains a {found[1]})' if found else ''
+    what = f' (here {found[1]})' if found else ''
     return ValueError(
-        f'{path} contains more than tensors{what}; reading it would unpickle it, which runs any code that its author '
-        'put there. If you trust the file, pass trusted=True; it is safer to save the weights as safetensors')
+        f'{path} contains more than tensors; reading it would unpickle it, which runs any code that its author put '
+        f'there{what}. If you trust the file, pass trusted=True; it is safer to save the weights as safetensors')
 
 def read_weights(
     checkpoint,         # `.safetensors`, or a PyTorch file that contains only tensors; see `check_checkpoint`
