@@ -83,6 +83,7 @@ def _naming(name):
     try: yield
     except (ValueError, TypeError) as e: raise ValueError(f'{name}: {e}') from e
 
+# %% ../../nbs/cli/05_commands.ipynb #b7cc4aa2
 def check_models(
     o:dict, # Options by name
 )->None:

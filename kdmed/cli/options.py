@@ -205,8 +205,8 @@ class ModelOptions:
     "Teacher, student and method"
     teacher:_repeated(MODELS, 'timm model of the teacher; repeated, an ensemble [default: resnet10t]') = None
     student:_name(MODELS, 'timm model of the student; the default is a very small one') = 'test_efficientnet'
-    teacher_weights:_repeated(MODELS, 'initial weights of the teacher: timm (needs internet), pip (an installed package '
-                              'of weights), a file, a folder that contains one, or hf-hub:OWNER/NAME; one for each '
+    teacher_weights:_repeated(MODELS, 'initial weights of the teacher: timm (needs internet), pip (an installed '
+                              'package of weights), a file, a folder that contains one, or hf-hub:OWNER/NAME; one for each '
                               '--teacher') = None
     student_weights:_text(MODELS, 'the same for the students') = None
     pretrained:_switch(MODELS, "teacher and students start from timm's weights (needs internet)") = False
@@ -295,6 +295,7 @@ def settle_teachers(
         if name in o and len(as_list(o[name]))<2: o[name] = next(iter(as_list(o[name])), None)
     if 'teacher' in o and o['teacher'] is None: o['teacher'] = 'resnet10t'
 
+# %% ../../nbs/cli/00_options.ipynb #cf9061bf
 NUMBERS = { # option: its check, and the limits
     'size': (check_integer, dict(least=8)),
     'bs': (check_integer, dict(least=1)),

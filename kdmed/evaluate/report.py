@@ -148,6 +148,7 @@ def _about_text(comparison):
     note = [without_private(about['note'])] if about.get('note') else []
     return ' '.join([*note, *_decision_texts(about), *texts, *_origin_texts(about)])
 
+# %% ../../nbs/evaluate/45_report.ipynb #621d13a2
 def _decision_texts(about):
     "When a model predicts a class, if a threshold decides it"
     threshold = about.get('threshold', .5)

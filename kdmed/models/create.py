@@ -300,6 +300,7 @@ def _package_card(model, name, source):
     where = f"{'a pip package' if source=='pip' else 'timm'} for {name} {cfg.get('tag') or ''}"
     return WeightsCard(' '.join(where.split()), '', '', loaded, adapted, fresh, [], head)
 
+# %% ../../nbs/models/05_create.ipynb #d88036b7
 _SHOWN = set() # cards that were printed in this process
 
 def _note_weights(model, card, given, stats):

@@ -27,6 +27,7 @@ from .weights import (
     MisfitError, check_checkpoint, check_finite, complete_tied, few_names, preferred_set, read_weights, weight_sets)
 
 # %% ../../nbs/models/02_transfer.ipynb #cb37c015
+# Long because: one class, what a card holds and the forms it is shown in
 @dataclass
 class WeightsCard:
     "Which tensors of a model came from a file, and which did not"
@@ -92,6 +93,7 @@ def _converted(tensors, model):
     except Exception: return tensors # a file of another kind, which timm's function does not expect
     return {n: t for n,t in converted.items() if isinstance(t, torch.Tensor)}
 
+# %% ../../nbs/models/02_transfer.ipynb #5ad6f899
 def _first_layers(model):
     "Names of the layers that see the channels of an image"
     traits = getattr(timm.models, 'get_model_traits', lambda m: {})(model) # older versions of timm have only the config
@@ -139,6 +141,7 @@ class _Layer(NamedTuple):
     tensors:dict # {role: full name}
     key:tuple    # Roles and shapes, without dimensions of size 1
 
+# %% ../../nbs/models/02_transfer.ipynb #2995429c
 def _layers(state, stem=()):
     "The layers of a set of tensors, in order; the first of `stem` without its input channels"
     groups = defaultdict(dict)
@@ -183,6 +186,7 @@ def _order_problem(pairs, words_may_follow):
         if within_block or not words_may_follow:
             return f'{a.name} and {b.name} have the same shapes, and either may be {ours_a.name}'
 
+# %% ../../nbs/models/02_transfer.ipynb #3ae50e4e
 def _stretch_problem(pairs, theirs):
     "Why a block of the model would get layers from different places; None if each gets one stretch of the file"
     at = {layer.name: i for i,layer in enumerate(theirs)}
@@ -283,6 +287,7 @@ def _fits(tensors, own, heads):
     "Names of the model's tensors, the head's excepted, that a set has in the right shape"
     return [n for n,t in own.items() if n in tensors and not _in_head(n, heads) and _same_kind(tensors[n], t)]
 
+# %% ../../nbs/models/02_transfer.ipynb #54bb19a4
 def _as_float32(state):
     "Tensors with numbers of other precisions in single precision"
     quantized = [n for n,t in state.items() if t.is_quantized]

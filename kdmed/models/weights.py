@@ -114,6 +114,7 @@ def _zip_kind(path):
         if any(n.endswith(end) for n in names): return what
     return None if any(n.endswith('data.pkl') for n in names) else f'a zip archive with {few_names(names)}: unpack it'
 
+# %% ../../nbs/models/00_weights.ipynb #0600d4ee
 def _foreign_kind(path):
     "What a file is that contains no weights for PyTorch, and what to do; None if it may contain some"
     with open(path, 'rb') as f: head = f.read(512)
@@ -161,6 +162,7 @@ def _read_content(path, trusted):
         f.seek(0)
         return torch.load(f, map_location='cpu', weights_only=not trusted)
 
+# %% ../../nbs/models/00_weights.ipynb #7a72be5d
 def _more_than_tensors(path, error):
     "The error for a file that would have to be unpickled"
     found = re.search(r'GLOBAL ([\w.]+)', str(error))
@@ -338,6 +340,7 @@ def _choose(path, found, own, key=None):
         if message := _reading_note(place, others, unfit, fits[place][1]): warnings.warn(f'{path}: {message}')
     return fits[place][0]
 
+# %% ../../nbs/models/00_weights.ipynb #5d9dfe01
 def preferred_set(
     path,          # Name of the file in the error message
     sets:dict,     # {place: {name: tensor}} of the sets that fit
