@@ -12,7 +12,6 @@ import re, sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from inspect import signature
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
