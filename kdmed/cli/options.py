@@ -206,8 +206,8 @@ class ModelOptions:
     teacher:_repeated(MODELS, 'timm model of the teacher; repeated, an ensemble [default: resnet10t]') = None
     student:_name(MODELS, 'timm model of the student; the default is a very small one') = 'test_efficientnet'
     teacher_weights:_repeated(MODELS, 'initial weights of the teacher: timm (needs internet), pip (an installed '
-                              'package of weights), a file, a folder that contains one, or hf-hub:OWNER/NAME; one for each '
-                              '--teacher') = None
+                              'package of weights), a file, a folder that contains one, or hf-hub:OWNER/NAME; one for '
+                              'each --teacher') = None
     student_weights:_text(MODELS, 'the same for the students') = None
     pretrained:_switch(MODELS, "teacher and students start from timm's weights (needs internet)") = False
     teacher_checkpoint:_repeated(MODELS, 'weights of a trained teacher, which is then not trained here; one for each '
