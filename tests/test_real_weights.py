@@ -413,7 +413,7 @@ def pickled(folder, state):
 
 HOSTILE = dict(
     pickle_with_code=(torch_file(lambda s: dict(model=s, extra=Code(Path('/tmp')/f'kdmed-touched-{os.getpid()}'))),
-    'contains more than tensors.*runs any code.*here .*touch'),
+    'contains more than tensors.*runs any code.*here getattr'),
     bare_pickle_with_code=(pickled, 'more than tensors|cannot be read'),
     lightning_with_objects=(torch_file(lambda s: dict(state_dict=before('model.', s),
     hyper_parameters=dict(net=Hyper()))), 'contains more than tensors.*here .*Hyper'),

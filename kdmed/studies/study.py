@@ -413,14 +413,14 @@ class Study:
         done = [f for f in fits if folder is not None and is_finished(folder/f.name)]
         progress.plan(fits, done)
         if done: progress.tell(f'Finished before, not trained again: {", ".join(map(str, done))}')
-        models,teachers = dict(teacher=self.teacher, plain=[], distilled=[]),[]
+        models,teachers = dict(teacher=self.teacher if self.trained else None, plain=[], distilled=[]),[]
         for fit in fits:
             result = _run_fit(self, fit, models['teacher'], progress, folder)
             progress.end(fit)
             if fit.kind!='teacher': models[fit.kind].append(result)
             else:
                 teachers.append(result)
-                models['teacher'] = result if len(self.members)==1 else list(teachers)
+                if len(teachers)==len(self.members): models['teacher'] = teachers if len(teachers)>1 else result
         if len(teachers)>1: self.ensemble = Teacher([t.model if isinstance(t, Cell) else t for t in teachers])
         if folder is None: return models
         shutil.rmtree(folder/'answers', ignore_errors=True)
