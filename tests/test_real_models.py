@@ -431,7 +431,9 @@ def test_sources_of_weights_are_checked(kwargs, error, message):
 def test_weights_of_a_file_start_a_model_with_a_new_head(state, tmp_path):
     torch.save({'state_dict': put_before('module.', state)}, tmp_path/'w.pth')
     assert same(student(weights=tmp_path/'w.pth'), state) and same(student(weights=tmp_path), state) # a folder with one file of weights, as on Kaggle
-    with pytest.warns(UserWarning, match='fc of the model is new'): other = student('abcde', weights=tmp_path/'w.pth')
+    other = student('abcde', weights=tmp_path/'w.pth')
+    assert 'head is new, and must be trained' in other.weights_card.head
+    assert sorted(other.weights_card.new)==['fc.bias', 'fc.weight']
     assert torch.equal(other.conv1[0].weight if isinstance(other.conv1, nn.Sequential) else other.conv1.weight, next(iter(state.values()))) and other.fc.out_features==5
     with pytest.raises(ValueError, match=r'fc.weight: \(3, \d+\) in the file, \(5, \d+\) in the model'): student('abcde', checkpoint=tmp_path/'w.pth')
 

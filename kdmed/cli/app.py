@@ -21,7 +21,7 @@ from ..core.checks import writing_as
 from .options import (
     FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions,
     RecipeOptions, RunOptions, TrainingOptions, Whole, check_concerns, check_names, check_numbers, check_paths,
-    as_option, extended_help, one_option)
+    as_option, extended_help, one_option, settle_teachers)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
@@ -30,6 +30,7 @@ except ImportError: import tomli as tomllib # Python 3.10
 def _run(command, *options, **more):
     "Refuse invalid options, then import what a command does, and do it"
     values = {k: v for o in options for k,v in asdict(o).items()} | more
+    settle_teachers(values)
     check_numbers(values)
     check_names(values)
     if 'dataset' in values and (command!='recipe' or values['out'] is not None): check_concerns(values)

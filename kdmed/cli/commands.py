@@ -12,7 +12,7 @@ __all__ = ['DEMO', 'DEMO_IMAGES', 'check_registered', 'check_models', 'distill_c
 from .images import (
     OPTIMIZERS, about_data, check_cache, check_own_split, choose_device, count_shared_groups, deal_out, find_readers,
     loading_arguments, look_for_copies, read_table, store_argument)
-from .options import STATE, check_numbers, option, out_folder
+from .options import STATE, as_list, check_numbers, option, out_folder
 from .runs import (
     COMPLETE, COPIES, NEW, PAIRS, RUN_FILES, choose_progress, config_text, environment, kept_models, kept_recipe,
     open_run, settings_of, swap_in)
@@ -40,6 +40,7 @@ from ..data.loaders import available_memory, decoded_bytes, image_dls
 from ..data.splits import check_leakage, split_groups
 from ..data.store import decode_images
 from ..models.create import create_student, create_teacher
+from ..models.weights import is_hub_name
 from ..distill.methods import distill_callbacks
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
@@ -62,15 +63,19 @@ def check_registered(
 
 # %% ../../nbs/cli/05_commands.ipynb #5abc61ab
 def _makers(o, classes, task):
-    "Functions that make a teacher and a student"
+    "A list of functions that make a teacher each, and one that makes a student"
     def make(create, name, weights, **more):
         start = dict(trusted=o['trusted'])
         if not more and (weights=='timm' or (weights is None and o['pretrained'])): start['weights'] = True
-        elif weights: start['weights'] = weights if weights=='pip' else str(Path(weights).expanduser())
+        elif weights:
+            is_name = weights=='pip' or is_hub_name(weights)
+            start['weights'] = weights if is_name else str(Path(weights).expanduser())
         return lambda: create(name, classes, o['size'], task, **start, **more)
-    trained = dict(checkpoint=o['teacher_checkpoint']) if o['teacher_checkpoint'] else {}
-    teacher = make(create_teacher, o['teacher'], o['teacher_weights'], **trained)
-    return teacher,make(create_student, o['student'], o['student_weights'])
+    names = as_list(o['teacher'])
+    def for_each(name): return as_list(o[name]) or [None]*len(names)
+    teachers = [make(create_teacher, name, start, **(dict(checkpoint=trained) if trained else {}))
+                for name,start,trained in zip(names, for_each('teacher_weights'), for_each('teacher_checkpoint'))]
+    return teachers,make(create_student, o['student'], o['student_weights'])
 
 @contextmanager
 def _naming(name):
@@ -78,21 +83,27 @@ def _naming(name):
     try: yield
     except (ValueError, TypeError) as e: raise ValueError(f'{name}: {e}') from e
 
+# %% ../../nbs/cli/05_commands.ipynb #b7cc4aa2
 def check_models(
     o:dict, # Options by name
 )->None:
     "Raise an error for models or a method that cannot be used, before images are read"
-    for name in ('teacher', 'student'):
-        if not str(o[name]).strip():
-            raise ValueError(f'{option(name)} must be the name of a timm model, got an empty text')
+    given = [(n, text) for n in ('teacher', 'student') for text in as_list(o[n])]
+    for name,text in given:
+        if not text.strip(): raise ValueError(f'{option(name)} must be the name of a timm model, got an empty text')
+    n = len(as_list(o['teacher']))
+    for name in ('teacher_weights', 'teacher_checkpoint'):
+        if len(as_list(o[name])) not in (0, n):
+            raise ValueError(f'{option(name)} must be given once for each --teacher, in their order: expected {n}, '
+                             f'got {len(as_list(o[name]))}')
     if o['teacher_checkpoint'] and o['teacher_weights']:
         raise ValueError('--teacher-checkpoint is a trained teacher, --teacher-weights what an untrained one starts '
                          'from: give one of them')
     check_registered(o)
-    made = {}
-    for name in ('teacher', 'student'):
-        with _naming(option(name)): made[name] = create_student(o[name], 2, o['size'])
-    try: distill_callbacks(o['method'], made['student'], Teacher(made['teacher']))
+    made = dict(teacher=[], student=[])
+    for name,text in given:
+        with _naming(option(name)): made[name].append(create_student(text, 2, o['size']))
+    try: distill_callbacks(o['method'], made['student'][0], Teacher(made['teacher']))
     except ValueError as e: raise ValueError(f"--method {o['method']}: {e}") from e
 
 # %% ../../nbs/cli/05_commands.ipynb #1bd51ca3
@@ -128,7 +139,8 @@ def _check_run(o, table, loading):
 
 def _train(o, work, dls, files):
     "Train and compare, in the folder of the run"
-    teacher,student = _makers(o, dls.classes, dls.task)
+    teachers,student = _makers(o, dls.classes, dls.task)
+    if o['teacher_checkpoint']: teachers = [make() for make in teachers]
     seeds = tuple(range(o['seed'], o['seed']+o['repeats']))
     with _naming('--metric'): MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
@@ -138,7 +150,7 @@ def _train(o, work, dls, files):
     STATE['begun'] = True
     try:
         return distillation_study(
-            dls, teacher() if o['teacher_checkpoint'] else teacher, student, o['method'], o['teacher_epochs'],
+            dls, teachers[0] if len(teachers)==1 else teachers, student, o['method'], o['teacher_epochs'],
             o['epochs'], float(o['lr']), seeds, progress, o['subgroups'] or (), work, settings_of(o),
             files=files, **how)
     finally: progress.close()
@@ -184,7 +196,7 @@ def _study(o, command, read, noted=None):
     "A run of `distill` or `demo`, from its options to its folder; `noted`: the options to write down, if others"
     work = open_run(o)
     if work is None: return _print_finished(o)
-    start,total = time.time(),2*o['repeats'] + (0 if o['teacher_checkpoint'] else 1)
+    start,total = time.time(),2*o['repeats'] + (0 if o['teacher_checkpoint'] else len(as_list(o['teacher'])))
     STATE['kept'] = lambda: kept_models(work, o['out'], total)
     with claimed_folder(o['out']):
         with _printing_to_stderr(o):
@@ -363,15 +375,17 @@ def estimate_run(
 )->dict: # `seconds` of training; bytes: `images` in memory, `kept` on disk, and `disk`, the most while it trains
     "What a run would take"
     device,attrs = choose_device(o['device']),table.attrs
-    teacher,student = (make().to(device) for make in _makers(o, attrs['classes'], attrs['task']))
+    makers,make_student = _makers(o, attrs['classes'], attrs['task'])
+    teachers,student = [make().to(device) for make in makers],make_student().to(device)
     n = table.split.value_counts().reindex(SPLITS, fill_value=0)
     bs = max(1, min(o['bs'], int(n['train'])))
-    teacher_step,student_step = (seconds_per_step(m, o['size'], bs) for m in (teacher, student))
-    forward = seconds_per_step(teacher, o['size'], bs, train=False)
+    student_step = seconds_per_step(student, o['size'], bs)
+    teacher_step = sum(seconds_per_step(t, o['size'], bs) for t in teachers)
+    forward = sum(seconds_per_step(t, o['size'], bs, train=False) for t in teachers)
     batches,valid_batches = math.ceil(n['train']/bs),math.ceil(n['valid']/bs)
     seconds = o['epochs']*o['repeats']*(batches*(2*student_step+forward) + valid_batches*2*student_step/3)
     if not o['teacher_checkpoint']: seconds += o['teacher_epochs']*(batches*teacher_step + valid_batches*forward)
-    sizes = [weights_size(teacher), *[weights_size(student)]*2*o['repeats']]
+    sizes = [*map(weights_size, teachers), *[weights_size(student)]*2*o['repeats']]
     images = decoded_bytes(len(table), o['size'])
     kept = sum(sizes) + (0 if o['store'] is None else images)
     return dict(seconds=float(seconds), images=images, kept=int(kept), disk=int(kept + FITS_ON_DISK*max(sizes)))
@@ -427,7 +441,7 @@ def _resource_notes(table, o):
     "Time, memory and disk of a run"
     took,free = estimate_run(o, table),available_memory()
     yield (f"Training takes about {in_words(took['seconds'])} on this machine ({o['teacher_epochs']} epochs of "
-           f"{o['teacher']}, {2*o['repeats']} students of {o['epochs']} epochs)")
+           f"{' and '.join(as_list(o['teacher']))}, {2*o['repeats']} students of {o['epochs']} epochs)")
     memory = f"Decoded images take {took['images']/1e9:.2f} GB"
     if free: memory += f' of {free/1e9:.1f} GB of free memory'
     packed = free and took['images'] > free/4 and o['store'] is None

@@ -7,10 +7,10 @@ Docs: https://kdmed.github.io/kdmed/cli/options.html.md"""
 # %% auto #0
 __all__ = ['DATASETS', 'METHOD_NAMES', 'RECIPE_NAMES', 'BUILT_IN', 'AUGMENTATION_NAMES', 'FILTER_NAMES', 'OPTIMIZER_NAMES',
            'OPTION_DATASETS', 'Whole', 'OptionalWhole', 'IMAGES', 'SPLITTING', 'MODELS', 'TRAINING', 'RUNNING', 'OUT',
-           'FORCE', 'OPTION_KINDS', 'STATE', 'NUMBERS', 'extended_help', 'whole_number', 'one_option', 'DataOptions',
-           'LoadingOptions', 'PixelOptions', 'ModelOptions', 'TrainingOptions', 'RunOptions', 'RecipeOptions',
-           'option_names', 'Kept', 'option', 'as_option', 'check_numbers', 'check_concerns', 'check_names',
-           'out_folder', 'check_out', 'check_paths']
+           'FORCE', 'OPTION_KINDS', 'STATE', 'TEACHER_OPTIONS', 'NUMBERS', 'extended_help', 'whole_number',
+           'one_option', 'DataOptions', 'LoadingOptions', 'PixelOptions', 'ModelOptions', 'TrainingOptions',
+           'RunOptions', 'RecipeOptions', 'option_names', 'Kept', 'option', 'as_option', 'as_list', 'settle_teachers',
+           'check_numbers', 'check_concerns', 'check_names', 'out_folder', 'check_out', 'check_paths']
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d3
 import shlex
@@ -119,6 +119,10 @@ def _several(group, help, type_=str):
     "One value or more"
     return Annotated[Optional[list[type_]], Parameter(help=help, group=group, consume_multiple=True, negative=())]
 
+def _repeated(group, help):
+    "A text, or several if the option is repeated"
+    return Annotated[Optional[list[str]], Parameter(help=help, group=group, negative=())]
+
 def _perhaps(group, help):
     "An option that may be given without a value: then it is an empty list"
     return Annotated[Optional[list[str]], Parameter(help=help, group=group, consume_multiple=(0, 1), negative=())]
@@ -200,13 +204,15 @@ class PixelOptions:
 @dataclass(kw_only=True)
 class ModelOptions:
     "Teacher, student and method"
-    teacher:_name(MODELS, 'timm model of the teacher') = 'resnet10t'
+    teacher:_repeated(MODELS, 'timm model of the teacher; repeated, an ensemble [default: resnet10t]') = None
     student:_name(MODELS, 'timm model of the student; the default is a very small one') = 'test_efficientnet'
-    teacher_weights:_text(MODELS, 'initial weights of the teacher: timm (needs internet), pip (an installed package of '
-                          'weights), or a file') = None
+    teacher_weights:_repeated(MODELS, 'initial weights of the teacher: timm (needs internet), pip (an installed '
+                              'package of weights), a file, a folder that contains one, or hf-hub:OWNER/NAME; one for '
+                              'each --teacher') = None
     student_weights:_text(MODELS, 'the same for the students') = None
     pretrained:_switch(MODELS, "teacher and students start from timm's weights (needs internet)") = False
-    teacher_checkpoint:_text(MODELS, 'weights of a trained teacher, which is then not trained here') = None
+    teacher_checkpoint:_repeated(MODELS, 'weights of a trained teacher, which is then not trained here; one for each '
+                                 '--teacher') = None
     trusted:_switch(MODELS, 'unpickle weights files that hold more than tensors; this runs code from the file') = False
     method:_name(MODELS, extended_help('how to distil (auto: token if the student has one, else logit+feature)',
                                        METHOD_NAMES)) = 'auto'
@@ -291,6 +297,23 @@ def as_option(
     return ' '.join([option(name), *(shlex.quote(str(v)) for v in values)])
 
 # %% ../../nbs/cli/00_options.ipynb #85ca3888
+TEACHER_OPTIONS = 'teacher','teacher_weights','teacher_checkpoint' # which may be repeated, in the same order
+
+def as_list(
+    value, # Of one of `TEACHER_OPTIONS`: None, a text, or several
+)->list:
+    "The values of an option that may be repeated"
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+def settle_teachers(
+    o:dict, # Options by name; changed in place
+)->None:
+    "Replace lists of one teacher by a text, and fill in the default"
+    for name in TEACHER_OPTIONS:
+        if name in o and len(as_list(o[name]))<2: o[name] = next(iter(as_list(o[name])), None)
+    if 'teacher' in o and o['teacher'] is None: o['teacher'] = 'resnet10t'
+
+# %% ../../nbs/cli/00_options.ipynb #cf9061bf
 NUMBERS = { # option: its check, and the limits
     'size': (check_integer, dict(least=8)),
     'bs': (check_integer, dict(least=1)),
@@ -378,6 +401,12 @@ def check_out(
     if not is_writable(out): raise PermissionError(f'--out {text} cannot be written to; choose another folder')
     check_unclaimed(out)
 
+def _check_file(name, given):
+    "Raise an error for a file that does not exist; weights may also be a folder, or have a name"
+    path,is_weights = Path(given.removeprefix('local-dir:')).expanduser(),name.endswith('_weights')
+    if is_weights and (given in ('timm', 'pip') or given.startswith(('hf-hub:', 'hf_hub:')) or path.is_dir()): return
+    if not path.is_file(): raise FileNotFoundError(f'{option(name)} {given}: file not found')
+
 def check_paths(
     o:dict, # Options by name
 )->None:
@@ -388,6 +417,6 @@ def check_paths(
         raise ValueError(f"--data {o['data']} is a file, not a folder with one folder for each class: "
                          'give --dataset csv for a list of images, --dataset medmnist for an npz of MedMNIST')
     for name in ('groups', 'labels', 'teacher_checkpoint', 'teacher_weights', 'student_weights'):
-        if not o.get(name) or o[name] in ('timm', 'pip') or Path(o[name]).expanduser().is_file(): continue
-        raise FileNotFoundError(f'{option(name)} {o[name]}: file not found')
+        if not o.get(name): continue
+        for given in [o[name]] if isinstance(o[name], str) else o[name]: _check_file(name, given)
     if o.get('out') is not None: check_out(o)

@@ -152,11 +152,13 @@ def kept_recipe(
     return Kept(f'{len(done)} finished models are kept in {out}; the same command resumes', True)
 
 # %% ../../nbs/cli/04_runs.ipynb #7230a9ec
-_PATHS = 'data','out','groups','images','labels','teacher_checkpoint' # options that are written as absolute paths
+# options that are written as absolute paths
+_PATHS = 'data','out','groups','images','labels','teacher_checkpoint','teacher_weights','student_weights'
 
 def _absolute(name, value):
     "A path that exists as an absolute one, any other value as it is"
-    if name not in _PATHS or not isinstance(value, str) or not value: return value
+    if isinstance(value, (list, tuple)) and name in _PATHS: return [_absolute(name, v) for v in value]
+    if name not in _PATHS or not isinstance(value, str) or not value or value in ('timm', 'pip'): return value
     path = Path(value).expanduser()
     return str(path.absolute()) if path.exists() else value
 

@@ -36,9 +36,10 @@ from ..core.checks import check_in, check_integer, check_number, written
 from ..core.files import check_format, write_atomic
 from ..data.images import TASKS, name_of, open_image
 from ..data.loaders import own_loader
-from kdmed.models.weights import (
-    MisfitError, cached_weights, check_checkpoint, check_hub, file_hash, load_weights, pip_weights, savable_weights,
-    save_weights)
+from .transfer import WeightsCard, head_layers, transfer_weights
+from .weights import (
+    cached_weights, check_checkpoint, check_hub, few_names, file_hash, hub_file, is_hub_name, load_weights, pip_weights,
+    savable_weights, save_weights)
 
 # %% ../../nbs/models/05_create.ipynb #a2542252
 def output_names(
@@ -214,10 +215,13 @@ def _source_of(pretrained, checkpoint, weights):
     if pretrained or weights is True: return 'hub',None
     if not has_weights: return 'new',None
     if weights=='pip': return 'pip',None
-    expected = "weights must be True (timm's own), 'pip', or the path of a file"
+    expected = ("weights must be True (timm's own), 'pip', the name of a repository such as "
+                "'hf-hub:timm/resnet18.a1_in1k', or the path of a file or folder")
     if not isinstance(weights, (str, os.PathLike)): raise TypeError(f'{expected}, got {weights!r}')
-    if not Path(weights).exists(): raise FileNotFoundError(f'{expected}, and there is no file {str(weights)!r}')
-    return 'start',check_checkpoint(weights)
+    if is_hub_name(weights): return 'start',hub_file(weights)
+    path = Path(str(weights).removeprefix('local-dir:')).expanduser()
+    if not path.exists(): raise FileNotFoundError(f'{expected}, and there is no file {str(weights)!r}')
+    return 'start',check_checkpoint(path)
 
 # %% ../../nbs/models/05_create.ipynb #056e49bb
 def _pretrained(name, n_out, size, source, options):
@@ -236,14 +240,11 @@ def _pretrained(name, n_out, size, source, options):
     model.pretrained_cfg = model.default_cfg = cfg # without a second copy of the weights
     return model
 
-def _start_from(model, path, trusted):
-    "Load a file's weights into a new model, except those of a head for other classes"
-    heads = model.pretrained_cfg.get('classifier') or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    try: return load_weights(model, path, trusted)
-    except MisfitError as e:
-        if not heads or not e.mismatched: raise
-        return load_weights(model, path, trusted, new=heads)
+
+# %% ../../nbs/models/05_create.ipynb #3da79b9c
+def _short_source(weights, path):
+    "What a card calls its source: the hub's name, or the name of the file, without the folders of this machine"
+    return str(weights) if is_hub_name(weights) else path.name
 
 # %% ../../nbs/models/05_create.ipynb #e2e3ea0f
 def _metadata_of(path):
@@ -251,8 +252,9 @@ def _metadata_of(path):
     for file in (path.with_suffix('.json'), path.with_name('config.json')):
         try: noted = json.loads(file.read_text(encoding='utf-8'))
         except (OSError, ValueError, RecursionError): continue
-        if isinstance(noted, dict) and isinstance(noted.get('pretrained_cfg'), dict): noted = noted['pretrained_cfg']
-        if isinstance(noted, dict): return noted
+        if not isinstance(noted, dict) or 'weight_map' in noted: continue # an index of parts
+        config = noted.get('pretrained_cfg')
+        return noted | config if isinstance(config, dict) else noted
     return {}
 
 def _check_checkpoint_classes(checkpoint, classes):
@@ -264,13 +266,55 @@ def _check_checkpoint_classes(checkpoint, classes):
 
 def _stats_of(model, source, path):
     "The normalization that comes with weights: means and deviations, or None"
-    if source in ('hub', 'pip'): noted = model.pretrained_cfg
-    else: noted = _metadata_of(path) if path else {}
+    noted = model.pretrained_cfg if source in ('hub', 'pip') else _metadata_of(path) if path else {}
     mean,std = noted.get('mean'),noted.get('std')
     if not isinstance(mean, (list, tuple)) or not isinstance(std, (list, tuple)): return None
     channels = input_channels(model)
     if len(mean)==channels: return mean,std
     return [sum(mean)/len(mean)]*channels,[sum(std)/len(std)]*channels # the first convolution was adapted, too
+
+# %% ../../nbs/models/05_create.ipynb #71d58ca2
+def _start_from(model, path, trusted, key, classes, source):
+    "Start a new model from a file; its head is new where the file is known to be of other classes"
+    noted = _metadata_of(path)
+    theirs,ours = noted.get('classes', noted.get('label_names')),output_names(classes)
+    known = isinstance(theirs, list) and not isinstance(classes, (int, np.integer))
+    other = f'the file is for classes {few_names(theirs)}' if known and list(map(str, theirs))!=ours else ''
+    config = noted.get('architecture') or noted.get('model') or ''
+    config = '' if config==model.spec['model'].split('.')[0] else str(config)
+    card = transfer_weights(model, path, trusted, key, other, source, config)
+    if card.options: model.spec['options'] = model.spec.get('options', {}) | card.options
+    return card
+
+def _package_card(model, name, source):
+    "The card of weights that timm loaded itself"
+    cfg,own,channels = model.pretrained_cfg,list(model.state_dict()),input_channels(model)
+    heads,n = head_layers(model),cfg.get('num_classes')
+    kept_head = n==model.num_classes
+    fresh = {} if kept_head else {k: f'the head was for {n} classes' for k in own if k.rpartition('.')[0] in heads}
+    first = cfg.get('first_conv') or ()
+    first = {f'{f}.weight' for f in ((first,) if isinstance(first, str) else first)}
+    adapted = {k: f'for {channels} channels' for k in own if channels!=3 and k in first}
+    loaded = [k for k in own if k not in fresh and k not in adapted]
+    head = 'head of ImageNet' if kept_head else f'head is new, and must be trained (the head was for {n} classes)'
+    where = f"{'a pip package' if source=='pip' else 'timm'} for {name} {cfg.get('tag') or ''}"
+    return WeightsCard(' '.join(where.split()), '', '', loaded, adapted, fresh, [], head)
+
+# %% ../../nbs/models/05_create.ipynb #d88036b7
+_SHOWN = set() # cards that were printed in this process
+
+def _note_weights(model, card, given, stats):
+    "Note a card on the model and in its spec, and print it the first time"
+    card.normalization = 'no normalization comes with them: pass mean= and std= if you know it'
+    if stats:
+        mean,std = (', '.join(f'{v:g}' for v in np.ravel(values)) for values in stats)
+        card.normalization = f'normalization {"given" if given else "of the weights"}: mean {mean}, std {std}'
+    model.weights_card,model.spec['weights'] = card,card.as_dict()
+    body = [n for n in card.notes if 'backbone are new' in n]
+    if body: warnings.warn(f'{card.source}: {body[0]}')
+    text = f"{model.spec['model']}: {card}"
+    if text not in _SHOWN: print(text)
+    _SHOWN.add(text)
 
 # %% ../../nbs/models/05_create.ipynb #fbbb56a2
 def create_student(
@@ -281,23 +325,35 @@ def create_student(
     pretrained:bool=False,  # Load timm's weights from the hub or its cache; the head is new
     checkpoint=None,        # File of weights to load, head included: `.safetensors`, or `.pth` with only tensors
     trusted:bool=False,     # Unpickle a checkpoint that contains more than tensors; see `load_weights`
-    # Weights to start from, with a new head for other classes: True (timm's), `'pip'` (see `PIP_WEIGHTS`), or a file
+    # Weights to start from, with a new head for other classes: True (timm's), `'pip'` (see `PIP_WEIGHTS`), a file, a
+    # folder, or a repository, such as `'hf-hub:timm/resnet18.a1_in1k'`
     weights=None,
+    weights_key:str=None,   # Set of weights in a file with several, such as `state_dict`; default: averaged ones first
+    # Channel means of the images the weights were trained on, for pixels in [0, 1]; default: those that come with them
+    mean=None,
+    std=None,               # Channel standard deviations
     **options,              # Passed on to timm, such as `drop_path_rate=.1`, or `in_chans=1` for gray images
 )->nn.Module: # In training mode; `spec` says how it was made
     "A timm model with the head a task needs"
     n_out,size = _n_outputs(classes, task),check_integer(size, 'size', least=1, most=16_384)
     _check_name(name)
+    given = check_stats(mean, std, options.get('in_chans', 3))
     source,path = _source_of(pretrained, checkpoint, weights)
+    if weights_key is not None and path is None:
+        raise ValueError('weights_key needs a file: pass weights= or checkpoint=')
     if source=='whole': _check_checkpoint_classes(path, classes)
     if source in ('hub', 'pip'): model = _pretrained(name, n_out, size, source, options)
     else: model = _build(name, n_out, size, options)
     _check_size(model, name, size, n_out)
     model.spec = _spec(name, classes, size, task)
     if options: model.spec['options'] = options
-    if source=='whole': load_weights(model, path, trusted)
-    if source=='start': _start_from(model, path, trusted)
-    if stats := _stats_of(model, source, path): set_model_stats(model, *stats)
+    if source=='whole': load_weights(model, path, trusted, key=weights_key)
+    stats = given or _stats_of(model, source, path)
+    if stats: set_model_stats(model, *stats)
+    if source in ('hub', 'pip'): card = _package_card(model, name, source)
+    elif source=='start': card = _start_from(model, path, trusted, weights_key, classes, _short_source(weights, path))
+    else: return model
+    _note_weights(model, card, given, stats)
     return model
 
 # %% ../../nbs/models/05_create.ipynb #d76e4566
@@ -309,12 +365,18 @@ def create_teacher(
     pretrained:bool=False,  # Load timm's weights from the hub or its cache; the head is new, and must be trained
     checkpoint=None,        # File of weights to load, head included
     trusted:bool=False,     # Unpickle a checkpoint that contains more than tensors; see `load_weights`
-    # Weights to start from, with a new head for other classes: True (timm's), `'pip'` (see `PIP_WEIGHTS`), or a file
+    # Weights to start from, with a new head for other classes: True (timm's), `'pip'` (see `PIP_WEIGHTS`), a file, a
+    # folder, or a repository, such as `'hf-hub:timm/resnet18.a1_in1k'`
     weights=None,
+    weights_key:str=None,   # Set of weights in a file with several, such as `state_dict`; default: averaged ones first
+    # Channel means of the images the weights were trained on, for pixels in [0, 1]; default: those that come with them
+    mean=None,
+    std=None,               # Channel standard deviations
     **options,              # Passed on to timm, such as `drop_path_rate=.1`, or `in_chans=1` for gray images
 )->nn.Module: # In training mode; `spec` says how it was made
     "As `create_student`, for the teacher; train its head before you distill it"
-    return create_student(name, classes, size, task, pretrained, checkpoint, trusted, weights, **options)
+    return create_student(name, classes, size, task, pretrained, checkpoint, trusted, weights, weights_key, mean, std,
+                          **options)
 
 # %% ../../nbs/models/05_create.ipynb #27446662
 STUDENT_FORMAT = 1 # of student.json; files without a number are older, and can be read
@@ -406,7 +468,8 @@ def _wrap(model, entry, value):
     return WRAPPERS[entry](model, value) if entry in WRAPPERS else model
 
 # arguments of create_student, which cannot be options of timm
-_OWN_ARGUMENTS = {'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights'}
+_OWN_ARGUMENTS = {
+    'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights', 'weights_key', 'mean', 'std'}
 _ENTRIES = dict(fusion={'hidden', 'dropout', 'freeze', 'options'}, exits={'layers', 'fuse', 'dropout'})
 _KINDS = dict(model=(str, list), classes=(int, list), size=int, task=str)
 
