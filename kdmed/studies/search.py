@@ -9,7 +9,7 @@ __all__ = ['SPACE', 'Budget', 'parse_budget', 'Candidate', 'check_space', 'suita
            'count_rungs', 'rung_epochs', 'rung_sizes', 'EpochCosts', 'TimeCosts', 'Plan', 'WorkClock', 'OutOfTime',
            'Trial', 'Halving', 'SearchResult', 'search_method']
 
-# %% ../../nbs/studies/07_search.ipynb #4d38a727
+# %% ../../nbs/studies/07_search.ipynb #3e939f01
 import itertools, json, math, re, shutil, tempfile, time, warnings
 from bisect import bisect_right
 from copy import deepcopy
@@ -47,7 +47,7 @@ from .study import (
     FITS_ON_DISK, BarProgress, StudyProgress, TellEpochs, data_facts, in_words, load_fitted, model_facts, new_model,
     save_fitted, study_folder)
 
-# %% ../../nbs/studies/07_search.ipynb #328f9176
+# %% ../../nbs/studies/07_search.ipynb #97a948a3
 _UNITS = dict(s=1, sec=1, second=1, m=60, min=60, minute=60, h=3600, hour=3600)
 _BUDGETS = "a time, such as '90s', '30m', '2h' or '1h30m', or '300 epochs'"
 
@@ -73,7 +73,7 @@ def parse_budget(
     if any(unit not in _UNITS for unit in units) or not sum(numbers): raise ValueError(wrong)
     return Budget(sum(n*_UNITS[unit] for n,unit in zip(numbers, units)), 'seconds')
 
-# %% ../../nbs/studies/07_search.ipynb #3bd15abb
+# %% ../../nbs/studies/07_search.ipynb #eeedfeba
 class Candidate(NamedTuple):
     "How a student may be trained"
     name:str
@@ -94,7 +94,7 @@ class Candidate(NamedTuple):
         parts = [self.method or 'plain', *(f'{k} {v:g}' for k,v in self.arguments().items() if k!='method')]
         return ', '.join(parts).replace('_', ' ')
 
-# %% ../../nbs/studies/07_search.ipynb #6824798e
+# %% ../../nbs/studies/07_search.ipynb #11fc293a
 SPACE = 'method','lr','epochs','temperature','weight','label_weight'
 _LIMITS = dict(lr=dict(above=0, below=TOO_LARGE), temperature=dict(above=0), weight=dict(least=0),
                label_weight=dict(least=0))
@@ -170,7 +170,7 @@ def make_candidates(
     mixed = [c for row in itertools.zip_longest(*columns) for c in row if c is not None]
     return [c._replace(name=f'c{i:03}') for i,c in enumerate(dict.fromkeys(mixed), 1)]
 
-# %% ../../nbs/studies/07_search.ipynb #8828e716
+# %% ../../nbs/studies/07_search.ipynb #21b78ecf
 def count_rungs(
     epochs:int, # Of the default
     keep:int=3, # One in so many goes on
@@ -195,7 +195,7 @@ def rung_sizes(
     "Candidates in each rung"
     return [math.ceil(n/keep**rung) for rung in range(rungs)]
 
-# %% ../../nbs/studies/07_search.ipynb #febd3c61
+# %% ../../nbs/studies/07_search.ipynb #595224dd
 class EpochCosts:
     "A budget of epochs: known beforehand, spent exactly"
     unit,slack = 'epochs',0.
@@ -231,7 +231,7 @@ class TimeCosts:
         self.speed,self.overhead = .5*self.speed + .5*each/factor,.5*self.overhead + .5*result['overhead']
         self.factors[candidate.method] = .9*factor + .1*each/self.speed
 
-# %% ../../nbs/studies/07_search.ipynb #59e7d1ef
+# %% ../../nbs/studies/07_search.ipynb #7906edf0
 class Plan:
     "Decisions in a file: written before they are carried out, and kept"
     def __init__(self, file):
@@ -271,7 +271,7 @@ class WorkClock:
         self.noted = self.now()
         write_atomic(self.file, json.dumps(dict(seconds=self())))
 
-# %% ../../nbs/studies/07_search.ipynb #2a2cc2e9
+# %% ../../nbs/studies/07_search.ipynb #a3719c31
 class OutOfTime(Exception):
     "A trial was stopped because its time was over"
 
@@ -285,7 +285,7 @@ class Trial(NamedTuple):
     @property
     def name(self): return f'{self.candidate.name}-{self.epochs}-{self.seed}'
 
-# %% ../../nbs/studies/07_search.ipynb #8f50c6d2
+# %% ../../nbs/studies/07_search.ipynb #97a4a116
 # Long because: one class, the search from its first trial to its last
 class Halving:
     "Successive halving within a budget; `run` returns the finalists' results"
@@ -449,7 +449,7 @@ class Halving:
         self.add_finalists(finalists, results, seeds)
         return {c: [results[c][s] for s in seeds] for c in finalists}
 
-# %% ../../nbs/studies/07_search.ipynb #f4cb86a9
+# %% ../../nbs/studies/07_search.ipynb #5510cee1
 class _Watch(TellEpochs):
     "Note the time of each epoch, and stop a fit whose time is over"
     def __init__(self, stop, clock):
@@ -517,7 +517,7 @@ def _made(folder):
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../../nbs/studies/07_search.ipynb #c8cd12cf
+# %% ../../nbs/studies/07_search.ipynb #f97c15a8
 class _FewSteps(Callback):
     "Time some steps, then stop"
     run_valid,steps = False,4
@@ -554,7 +554,7 @@ def _report_seconds(table, task, classes, metric, n_boot, seeds):
     paired_difference(probs, probs, targets, **given)
     return 5*(time.monotonic()-started)*n_boot/few
 
-# %% ../../nbs/studies/07_search.ipynb #3dcaeba2
+# %% ../../nbs/studies/07_search.ipynb #1c176b77
 def _check_data(dls):
     "Sentences about shared groups; an error for data on which nothing can be chosen, or nothing reported"
     for on in ('valid', 'test'):
@@ -612,7 +612,7 @@ def _cached(s, folder, cache, tell):
         return teacher
     return cached
 
-# %% ../../nbs/studies/07_search.ipynb #53f3a5d8
+# %% ../../nbs/studies/07_search.ipynb #de5b664f
 _FILES = 'search.json','trials.csv','finalists.csv','search.png'
 _PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#F0E442', '#000000', '#7B4FA3', '#8B5A2B',
             '#44AA99')
@@ -726,7 +726,7 @@ class SearchResult:
 
     def __repr__(self): return '\n'.join(self.findings())
 
-# %% ../../nbs/studies/07_search.ipynb #d089b4e7
+# %% ../../nbs/studies/07_search.ipynb #2d536e43
 def _trials_frame(trials):
     rows = []
     for t in trials:
@@ -785,7 +785,7 @@ def _test_frames(predicted, targets, table, metric, n_boot, winner):
     columns = ['value', 'low', 'high', 'p']
     return figures,pd.DataFrame.from_dict(rows, orient='index', columns=columns).astype(float)
 
-# %% ../../nbs/studies/07_search.ipynb #2073909a
+# %% ../../nbs/studies/07_search.ipynb #e83e4069
 class _Search(NamedTuple):
     "What a search is about, checked"
     dls:object
@@ -840,7 +840,7 @@ def _finish(s, trainer, halving, results, clock):
         about |= {f'{on}_images': len(table), f'{on}_groups': int(table.group.nunique())}
     return SearchResult(by_name[winner].arguments(), winner, trials, finalists, differences, about)
 
-# %% ../../nbs/studies/07_search.ipynb #7d521385
+# %% ../../nbs/studies/07_search.ipynb #1c4b6183
 def _costs_of(s, trainer, clock, plan):
     "`TimeCosts`, from a few steps of both references and a rehearsal of the report; or `EpochCosts`"
     if s.budget.unit=='epochs': return EpochCosts(s.budget.amount),{}
@@ -877,7 +877,7 @@ def _run(s, home, trainer, clock, tell):
         plan.decide('measured', lambda: measured)
     return _finish(s, trainer, halving, halving.run(), clock)
 
-# %% ../../nbs/studies/07_search.ipynb #2dfe9a7a
+# %% ../../nbs/studies/07_search.ipynb #0a0d000d
 def _checked(dls, teacher, student, budget, space, method, epochs, lr, seeds, metric, n_boot, keep, seed):
     "What is searched, once all of it was checked"
     budget = parse_budget(budget)
@@ -912,7 +912,7 @@ def _facts_of(s, space, more):
                   lr=default.lr, seeds=list(s.seeds), metric=s.metric, n_boot=s.n_boot, keep=s.keep)
     return facts | dict(teacher=[weights_checksum(m) for m in s.teacher.models], settings=chosen | more)
 
-# %% ../../nbs/studies/07_search.ipynb #e2a100f3
+# %% ../../nbs/studies/07_search.ipynb #073d4530
 # Long because: one function, whose arguments take most of the lines
 def search_method(
     dls,            # From `image_dls`, with validation and test images
