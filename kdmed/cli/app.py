@@ -69,6 +69,7 @@ def _search(*, out:Annotated[str, OUT], search:SearchOptions, data:DataOptions=D
     interruption, the same command resumes."""
     return _run('search', search, data, loading, pixels, models, training, run, out=out)
 
+# %% ../../nbs/cli/10_app.ipynb #757d1607
 def _recipe(name:Annotated[str, Parameter(help=extended_help('a published system', RECIPE_NAMES))], /, *,
             out:Annotated[Optional[str], _RECIPE_OUT]=None, data:DataOptions=DataOptions(),
             loading:LoadingOptions=LoadingOptions(), recipe:RecipeOptions=RecipeOptions(), run:RunOptions=RunOptions()):

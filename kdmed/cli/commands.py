@@ -266,6 +266,7 @@ def read_space(
             raise ValueError(f'--space {text}: {name} must be of type {kind.__name__}, got {values}') from e
     with _naming('--space'): return check_space(space)
 
+# %% ../../nbs/cli/05_commands.ipynb #822d43a6
 def _check_search(o):
     "Raise an error for options that a search does not take; its budget and its space"
     with _naming('--budget'): budget = parse_budget(o['budget'])
@@ -273,6 +274,9 @@ def _check_search(o):
         raise ValueError(f'{option(name)} is chosen by the search: --space {name}=VALUE,VALUE says from what')
     if o['subgroups']: raise ValueError('--subgroups compares models of kdmed distill; it does not concern a search')
     space = read_space(o['space'])
+    for name in space.get('method', ()):
+        try: check_models(o | dict(method=name))
+        except ValueError as e: raise ValueError(str(e).replace(f'--method {name}:', f'--space method={name}:')) from e
     out = check_out(o)
     ours = read_study(out/'teacher') or read_study(out)
     if run_state(out)=='empty' or ours.get('kind') in ('search', 'search teacher'): return budget,space,out
@@ -291,9 +295,10 @@ def _check_time(o, budget, dls, used):
     search = 3*o['repeats']*o['epochs']*(batches*(own+forward) + valid*own/3)
     if used+first+search <= budget.amount: return
     needed = f'training the teacher takes about {in_words(first)}, the smallest search about {in_words(search)}'
-    raise ValueError(f"--budget {o['budget']} is too small: {needed}, and {in_words(used)} are gone; give more, or fewer "
-                     '--epochs or --repeats')
+    raise ValueError(f"--budget {o['budget']} is too small: {needed}, and {in_words(used)} are gone; give more, "
+                     'or fewer --epochs or --repeats')
 
+# %% ../../nbs/cli/05_commands.ipynb #1824a99b
 def _searched_teacher(o, home, dls, teacher, clock, progress):
     "A trained teacher: from its checkpoint, or trained once, in a folder of the search"
     if o['teacher_checkpoint']: return teacher()
@@ -309,6 +314,7 @@ def _searched_teacher(o, home, dls, teacher, clock, progress):
     shutil.rmtree(home/'fit', ignore_errors=True)
     return load_student(home).to(dls.device)
 
+# %% ../../nbs/cli/05_commands.ipynb #2e333b84
 _NOT_REPEATED = 'config','quiet','verbose','method','lr','epochs','temperature','weight','label_weight'
 
 def distill_line(
@@ -353,6 +359,7 @@ def _search(o, budget, space, out, loading, started):
                              o['metric'], out, progress, spent=clock(), settings=settings_of(o), **how)
     finally: progress.close()
 
+# %% ../../nbs/cli/05_commands.ipynb #bc130a8c
 def search_command(
     o:dict, # Options by name
 )->int: # Exit status

@@ -289,6 +289,7 @@ def distill_callbacks(
                       'multi_stage and self_exits train them')
     return tune_callbacks(METHODS[method].make(student, teacher), *tuned)
 
+# %% ../../nbs/distill/45_methods.ipynb #97f45766
 def _own_callbacks(method, student, teacher):
     "Callbacks from a function of the user's"
     if not callable(method):

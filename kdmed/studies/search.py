@@ -9,7 +9,7 @@ __all__ = ['SPACE', 'Budget', 'parse_budget', 'Candidate', 'check_space', 'suita
            'count_rungs', 'rung_epochs', 'rung_sizes', 'EpochCosts', 'TimeCosts', 'Plan', 'WorkClock', 'OutOfTime',
            'Trial', 'Halving', 'SearchResult', 'search_method']
 
-# %% ../../nbs/studies/07_search.ipynb #3e939f01
+# %% ../../nbs/studies/07_search.ipynb #7e2a3cdc
 import itertools, json, math, re, shutil, tempfile, time, warnings
 from bisect import bisect_right
 from copy import deepcopy
@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from fastai.optimizer import Adam
@@ -47,7 +46,7 @@ from .study import (
     FITS_ON_DISK, BarProgress, StudyProgress, TellEpochs, data_facts, in_words, load_fitted, model_facts, new_model,
     save_fitted, study_folder)
 
-# %% ../../nbs/studies/07_search.ipynb #97a948a3
+# %% ../../nbs/studies/07_search.ipynb #c35162b4
 _UNITS = dict(s=1, sec=1, second=1, m=60, min=60, minute=60, h=3600, hour=3600)
 _BUDGETS = "a time, such as '90s', '30m', '2h' or '1h30m', or '300 epochs'"
 
@@ -73,7 +72,7 @@ def parse_budget(
     if any(unit not in _UNITS for unit in units) or not sum(numbers): raise ValueError(wrong)
     return Budget(sum(n*_UNITS[unit] for n,unit in zip(numbers, units)), 'seconds')
 
-# %% ../../nbs/studies/07_search.ipynb #eeedfeba
+# %% ../../nbs/studies/07_search.ipynb #1625b1e2
 class Candidate(NamedTuple):
     "How a student may be trained"
     name:str
@@ -94,7 +93,7 @@ class Candidate(NamedTuple):
         parts = [self.method or 'plain', *(f'{k} {v:g}' for k,v in self.arguments().items() if k!='method')]
         return ', '.join(parts).replace('_', ' ')
 
-# %% ../../nbs/studies/07_search.ipynb #11fc293a
+# %% ../../nbs/studies/07_search.ipynb #27207cb2
 SPACE = 'method','lr','epochs','temperature','weight','label_weight'
 _LIMITS = dict(lr=dict(above=0, below=TOO_LARGE), temperature=dict(above=0), weight=dict(least=0),
                label_weight=dict(least=0))
@@ -116,6 +115,7 @@ def check_space(
             else: check_number(value, f'{name} in space', **_LIMITS[name])
     return lists
 
+# %% ../../nbs/studies/07_search.ipynb #b36907f4
 def suitable_methods(
     dls,     # From `image_dls`
     student, # An untrained model; a copy of it is tried
@@ -140,6 +140,7 @@ def suitable_methods(
         found[name] = own[0] if own else None
     return found
 
+# %% ../../nbs/studies/07_search.ipynb #d8369136
 def default_space(
     lr:float=3e-3,   # Peak learning rate of the default
     epochs:int=10,   # Length of the default
@@ -170,7 +171,7 @@ def make_candidates(
     mixed = [c for row in itertools.zip_longest(*columns) for c in row if c is not None]
     return [c._replace(name=f'c{i:03}') for i,c in enumerate(dict.fromkeys(mixed), 1)]
 
-# %% ../../nbs/studies/07_search.ipynb #21b78ecf
+# %% ../../nbs/studies/07_search.ipynb #11c80fbc
 def count_rungs(
     epochs:int, # Of the default
     keep:int=3, # One in so many goes on
@@ -195,7 +196,7 @@ def rung_sizes(
     "Candidates in each rung"
     return [math.ceil(n/keep**rung) for rung in range(rungs)]
 
-# %% ../../nbs/studies/07_search.ipynb #595224dd
+# %% ../../nbs/studies/07_search.ipynb #f3f4af30
 class EpochCosts:
     "A budget of epochs: known beforehand, spent exactly"
     unit,slack = 'epochs',0.
@@ -231,7 +232,7 @@ class TimeCosts:
         self.speed,self.overhead = .5*self.speed + .5*each/factor,.5*self.overhead + .5*result['overhead']
         self.factors[candidate.method] = .9*factor + .1*each/self.speed
 
-# %% ../../nbs/studies/07_search.ipynb #7906edf0
+# %% ../../nbs/studies/07_search.ipynb #59d9837f
 class Plan:
     "Decisions in a file: written before they are carried out, and kept"
     def __init__(self, file):
@@ -271,7 +272,7 @@ class WorkClock:
         self.noted = self.now()
         write_atomic(self.file, json.dumps(dict(seconds=self())))
 
-# %% ../../nbs/studies/07_search.ipynb #a3719c31
+# %% ../../nbs/studies/07_search.ipynb #dce9f1da
 class OutOfTime(Exception):
     "A trial was stopped because its time was over"
 
@@ -285,7 +286,7 @@ class Trial(NamedTuple):
     @property
     def name(self): return f'{self.candidate.name}-{self.epochs}-{self.seed}'
 
-# %% ../../nbs/studies/07_search.ipynb #97a4a116
+# %% ../../nbs/studies/07_search.ipynb #1f0dc00b
 # Long because: one class, the search from its first trial to its last
 class Halving:
     "Successive halving within a budget; `run` returns the finalists' results"
@@ -449,7 +450,7 @@ class Halving:
         self.add_finalists(finalists, results, seeds)
         return {c: [results[c][s] for s in seeds] for c in finalists}
 
-# %% ../../nbs/studies/07_search.ipynb #5510cee1
+# %% ../../nbs/studies/07_search.ipynb #b75b82c5
 class _Watch(TellEpochs):
     "Note the time of each epoch, and stop a fit whose time is over"
     def __init__(self, stop, clock):
@@ -460,6 +461,8 @@ class _Watch(TellEpochs):
         self.clock.note()
         if self.stop(): raise OutOfTime
 
+# %% ../../nbs/studies/07_search.ipynb #e5fb25d5
+# Long because: one class, a trial from its start to its file
 class _Trainer:
     "Trains candidates on images, and keeps their predictions for validation images"
     def __init__(self, dls, student, teacher, folder, clock, measure, how, callbacks):
@@ -517,7 +520,7 @@ def _made(folder):
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../../nbs/studies/07_search.ipynb #f97c15a8
+# %% ../../nbs/studies/07_search.ipynb #522ca098
 class _FewSteps(Callback):
     "Time some steps, then stop"
     run_valid,steps = False,4
@@ -542,6 +545,7 @@ def _measure(trainer, candidate, seed):
     valid = time.monotonic()-done
     return dict(epoch_seconds=step*len(dls.train)+valid, overhead=valid + max(0., few.times[0]-started)), valid
 
+# %% ../../nbs/studies/07_search.ipynb #e9222ba1
 def _report_seconds(table, task, classes, metric, n_boot, seeds):
     "About how long the intervals of three models take, for as many images and groups"
     few,rng = max(2, min(20, n_boot)),np.random.default_rng(0)
@@ -554,7 +558,7 @@ def _report_seconds(table, task, classes, metric, n_boot, seeds):
     paired_difference(probs, probs, targets, **given)
     return 5*(time.monotonic()-started)*n_boot/few
 
-# %% ../../nbs/studies/07_search.ipynb #1c176b77
+# %% ../../nbs/studies/07_search.ipynb #807c70be
 def _check_data(dls):
     "Sentences about shared groups; an error for data on which nothing can be chosen, or nothing reported"
     for on in ('valid', 'test'):
@@ -569,6 +573,7 @@ def _check_data(dls):
         shared = set(tables[a].group) & set(tables[b].group)
         if shared: yield f'{len(shared)} groups are in both {a} and {b}: the figures are optimistic.'
 
+# %% ../../nbs/studies/07_search.ipynb #9482489f
 def _measure_of(dls, metric):
     "Function from predictions for validation images to a number; an error if it is undefined for them"
     targets = np.concatenate([y.cpu().numpy() for _,y in dls.valid])
@@ -581,6 +586,7 @@ def _measure_of(dls, metric):
     raise ValueError(f'metric {metric!r} is undefined for the validation images: do they contain every class? '
                      'Split with another seed, or choose another metric')
 
+# %% ../../nbs/studies/07_search.ipynb #9ee0de33
 def _check_teacher(teacher, dls):
     "A `Teacher`, or an error for one that is not trained"
     if isinstance(teacher, str) or not isinstance(teacher, (nn.Module, Learner, Teacher, list, tuple)):
@@ -612,11 +618,12 @@ def _cached(s, folder, cache, tell):
         return teacher
     return cached
 
-# %% ../../nbs/studies/07_search.ipynb #de5b664f
+# %% ../../nbs/studies/07_search.ipynb #2cf7ec73
 _FILES = 'search.json','trials.csv','finalists.csv','search.png'
 _PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#F0E442', '#000000', '#7B4FA3', '#8B5A2B',
             '#44AA99')
 
+# %% ../../nbs/studies/07_search.ipynb #7b864675
 def _signed(row): return f'{row.value:+.3f} [{row.low:.3f}, {row.high:.3f}]'
 
 def _verdict(row, higher):
@@ -624,6 +631,7 @@ def _verdict(row, higher):
     if not (row.low > 0 or row.high < 0): return 'not beyond chance'
     return 'better' if (row.value > 0)==higher else 'worse'
 
+# %% ../../nbs/studies/07_search.ipynb #3ef7c6b1
 # Long because: one class, what a search reports
 @dataclass
 class SearchResult:
@@ -662,7 +670,8 @@ class SearchResult:
 
     def _test_sentences(self, metric):
         on = f'{metric} on {self.about["test_images"]:,} test images of {self.about["test_groups"]:,} groups'
-        sentences = [f'{name.capitalize()}: {_signed(row)} in {on}, {_verdict(row, self.about["more_is_better"])}.'
+        def verdict(row): return _verdict(row, self.about['more_is_better'])
+        sentences = [f'{name.capitalize()}: {_signed(row)} in {on}, {verdict(row)}.'
                      for name,row in self.differences.iterrows()]
         text = f'The winner is {self.optimism:+.3f} better on the validation images than on the test images'
         if self.name!='default' and 'default' in self.finalists.index and pd.notna(self.finalists.test['default']):
@@ -726,7 +735,7 @@ class SearchResult:
 
     def __repr__(self): return '\n'.join(self.findings())
 
-# %% ../../nbs/studies/07_search.ipynb #2d536e43
+# %% ../../nbs/studies/07_search.ipynb #2539236d
 def _trials_frame(trials):
     rows = []
     for t in trials:
@@ -752,6 +761,7 @@ def _choose_winner(finalists):
     if len(distilled): return distilled.index[0]
     raise FloatingPointError('no distilled student was trained to the end on all seeds: choose a smaller lr')
 
+# %% ../../nbs/studies/07_search.ipynb #283c2033
 def _array_file(file, make):
     "An array from a file, which is made first if it is not there"
     if not file.is_file():
@@ -785,7 +795,7 @@ def _test_frames(predicted, targets, table, metric, n_boot, winner):
     columns = ['value', 'low', 'high', 'p']
     return figures,pd.DataFrame.from_dict(rows, orient='index', columns=columns).astype(float)
 
-# %% ../../nbs/studies/07_search.ipynb #e83e4069
+# %% ../../nbs/studies/07_search.ipynb #fe86ef2d
 class _Search(NamedTuple):
     "What a search is about, checked"
     dls:object
@@ -816,6 +826,7 @@ def _check_settings(student, epochs, lr, seeds, n_boot, keep):
     for s in seeds: check_seed(s, 'seeds')
     if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {tuple(seeds)}')
 
+# %% ../../nbs/studies/07_search.ipynb #a38d298a
 def _finish(s, trainer, halving, results, clock):
     "Test the winner, the default and the plain student; the result"
     seeds = list(s.seeds)[:len(next(iter(results.values())))]
@@ -840,7 +851,7 @@ def _finish(s, trainer, halving, results, clock):
         about |= {f'{on}_images': len(table), f'{on}_groups': int(table.group.nunique())}
     return SearchResult(by_name[winner].arguments(), winner, trials, finalists, differences, about)
 
-# %% ../../nbs/studies/07_search.ipynb #1c4b6183
+# %% ../../nbs/studies/07_search.ipynb #c429051b
 def _costs_of(s, trainer, clock, plan):
     "`TimeCosts`, from a few steps of both references and a rehearsal of the report; or `EpochCosts`"
     if s.budget.unit=='epochs': return EpochCosts(s.budget.amount),{}
@@ -877,7 +888,7 @@ def _run(s, home, trainer, clock, tell):
         plan.decide('measured', lambda: measured)
     return _finish(s, trainer, halving, halving.run(), clock)
 
-# %% ../../nbs/studies/07_search.ipynb #0a0d000d
+# %% ../../nbs/studies/07_search.ipynb #71890db5
 def _checked(dls, teacher, student, budget, space, method, epochs, lr, seeds, metric, n_boot, keep, seed):
     "What is searched, once all of it was checked"
     budget = parse_budget(budget)
@@ -912,7 +923,7 @@ def _facts_of(s, space, more):
                   lr=default.lr, seeds=list(s.seeds), metric=s.metric, n_boot=s.n_boot, keep=s.keep)
     return facts | dict(teacher=[weights_checksum(m) for m in s.teacher.models], settings=chosen | more)
 
-# %% ../../nbs/studies/07_search.ipynb #073d4530
+# %% ../../nbs/studies/07_search.ipynb #7248ab22
 # Long because: one function, whose arguments take most of the lines
 def search_method(
     dls,            # From `image_dls`, with validation and test images
