@@ -150,8 +150,8 @@ def kdmed(capsys, *argv):
 
 @pytest.mark.parametrize('more, said', [
     ([], 'kdmed search needs --budget'),
-    (['--budget', '30'], "--budget: budget must be a time, such as '90s', '30m'"),
-    (['--budget', '-3m'], 'budget'),
+    (['--budget', '30'], "--budget must be a time, such as '90s', '30m'"),
+    (['--budget', '-3m'], '--budget'),
     (['--budget', '1m', '--space', 'tau=3'], "unknown name in --space 'tau'"),
     (['--budget', '1m', '--space', 'lr='], 'expected NAME=VALUE,VALUE'),
     (['--budget', '1m', '--space', 'method=hard_token'], '--space method=hard_token: EfficientNet has no'),

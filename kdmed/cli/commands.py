@@ -269,7 +269,7 @@ def read_space(
 # %% ../../nbs/cli/05_commands.ipynb #822d43a6
 def _check_search(o):
     "Raise an error for options that a search does not take; its budget and its space"
-    with _naming('--budget'): budget = parse_budget(o['budget'])
+    budget = parse_budget(o['budget'])
     for name in _tuned(o):
         raise ValueError(f'{option(name)} is chosen by the search: --space {name}=VALUE,VALUE says from what')
     if o['subgroups']: raise ValueError('--subgroups compares models of kdmed distill; it does not concern a search')

@@ -9,7 +9,7 @@ __all__ = ['SPACE', 'Budget', 'parse_budget', 'Candidate', 'check_space', 'suita
            'count_rungs', 'rung_epochs', 'rung_sizes', 'EpochCosts', 'TimeCosts', 'Plan', 'WorkClock', 'OutOfTime',
            'Trial', 'Halving', 'SearchResult', 'search_method']
 
-# %% ../../nbs/studies/07_search.ipynb #7e2a3cdc
+# %% ../../nbs/studies/07_search.ipynb #88f9f6ed
 import itertools, json, math, re, shutil, tempfile, time, warnings
 from bisect import bisect_right
 from copy import deepcopy
@@ -46,7 +46,7 @@ from .study import (
     FITS_ON_DISK, BarProgress, StudyProgress, TellEpochs, data_facts, in_words, load_fitted, model_facts, new_model,
     save_fitted, study_folder)
 
-# %% ../../nbs/studies/07_search.ipynb #c35162b4
+# %% ../../nbs/studies/07_search.ipynb #c06aa5eb
 _UNITS = dict(s=1, sec=1, second=1, m=60, min=60, minute=60, h=3600, hour=3600)
 _BUDGETS = "a time, such as '90s', '30m', '2h' or '1h30m', or '300 epochs'"
 
@@ -72,7 +72,7 @@ def parse_budget(
     if any(unit not in _UNITS for unit in units) or not sum(numbers): raise ValueError(wrong)
     return Budget(sum(n*_UNITS[unit] for n,unit in zip(numbers, units)), 'seconds')
 
-# %% ../../nbs/studies/07_search.ipynb #1625b1e2
+# %% ../../nbs/studies/07_search.ipynb #eb63f4b1
 class Candidate(NamedTuple):
     "How a student may be trained"
     name:str
@@ -93,7 +93,7 @@ class Candidate(NamedTuple):
         parts = [self.method or 'plain', *(f'{k} {v:g}' for k,v in self.arguments().items() if k!='method')]
         return ', '.join(parts).replace('_', ' ')
 
-# %% ../../nbs/studies/07_search.ipynb #27207cb2
+# %% ../../nbs/studies/07_search.ipynb #63cbe626
 SPACE = 'method','lr','epochs','temperature','weight','label_weight'
 _LIMITS = dict(lr=dict(above=0, below=TOO_LARGE), temperature=dict(above=0), weight=dict(least=0),
                label_weight=dict(least=0))
@@ -115,7 +115,7 @@ def check_space(
             else: check_number(value, f'{name} in space', **_LIMITS[name])
     return lists
 
-# %% ../../nbs/studies/07_search.ipynb #b36907f4
+# %% ../../nbs/studies/07_search.ipynb #7d45ad01
 def suitable_methods(
     dls,     # From `image_dls`
     student, # An untrained model; a copy of it is tried
@@ -140,7 +140,7 @@ def suitable_methods(
         found[name] = own[0] if own else None
     return found
 
-# %% ../../nbs/studies/07_search.ipynb #d8369136
+# %% ../../nbs/studies/07_search.ipynb #b72095ce
 def default_space(
     lr:float=3e-3,   # Peak learning rate of the default
     epochs:int=10,   # Length of the default
@@ -171,7 +171,7 @@ def make_candidates(
     mixed = [c for row in itertools.zip_longest(*columns) for c in row if c is not None]
     return [c._replace(name=f'c{i:03}') for i,c in enumerate(dict.fromkeys(mixed), 1)]
 
-# %% ../../nbs/studies/07_search.ipynb #11c80fbc
+# %% ../../nbs/studies/07_search.ipynb #b157101d
 def count_rungs(
     epochs:int, # Of the default
     keep:int=3, # One in so many goes on
@@ -196,12 +196,13 @@ def rung_sizes(
     "Candidates in each rung"
     return [math.ceil(n/keep**rung) for rung in range(rungs)]
 
-# %% ../../nbs/studies/07_search.ipynb #f3f4af30
+# %% ../../nbs/studies/07_search.ipynb #807e026f
 class EpochCosts:
     "A budget of epochs: known beforehand, spent exactly"
     unit,slack = 'epochs',0.
     def __init__(self, amount): self.amount,self.spent = amount,0
     def left(self): return self.amount-self.spent
+    def shown(self): return f'{self.left():g} epochs'
     def cost(self, candidate, epochs): return epochs
     def record(self, candidate, result): self.spent += result['epochs']
 
@@ -217,6 +218,7 @@ class TimeCosts:
         self.factors,self.speed,self.overhead = {},None,0.
 
     def left(self): return self.amount-self.end-self.clock()
+    def shown(self): return in_words(max(0., self.left()))
 
     def cost(self, candidate, epochs):
         if self.speed is None: return 0.
@@ -232,7 +234,7 @@ class TimeCosts:
         self.speed,self.overhead = .5*self.speed + .5*each/factor,.5*self.overhead + .5*result['overhead']
         self.factors[candidate.method] = .9*factor + .1*each/self.speed
 
-# %% ../../nbs/studies/07_search.ipynb #59d9837f
+# %% ../../nbs/studies/07_search.ipynb #0b634813
 class Plan:
     "Decisions in a file: written before they are carried out, and kept"
     def __init__(self, file):
@@ -272,7 +274,7 @@ class WorkClock:
         self.noted = self.now()
         write_atomic(self.file, json.dumps(dict(seconds=self())))
 
-# %% ../../nbs/studies/07_search.ipynb #dce9f1da
+# %% ../../nbs/studies/07_search.ipynb #0a6ff639
 class OutOfTime(Exception):
     "A trial was stopped because its time was over"
 
@@ -286,7 +288,7 @@ class Trial(NamedTuple):
     @property
     def name(self): return f'{self.candidate.name}-{self.epochs}-{self.seed}'
 
-# %% ../../nbs/studies/07_search.ipynb #1f0dc00b
+# %% ../../nbs/studies/07_search.ipynb #0a108f84
 # Long because: one class, the search from its first trial to its last
 class Halving:
     "Successive halving within a budget; `run` returns the finalists' results"
@@ -330,7 +332,7 @@ class Halving:
     def run_trial(self, rung, c, seed, reserve=None):
         "Result of a trial; None where `reserve`, what must be left after it, would not be"
         trial = Trial(rung, c, rung_epochs(c.epochs, rung, self.rungs, self.keep), seed)
-        result,cut = self.trainer.result(trial),f'cut, rung {rung+1}: {trial.name}'
+        result,cut,new = self.trainer.result(trial),f'cut, rung {rung+1}: {trial.name}',False
         def left_out(why):
             self.plan.decide(cut, lambda: why)
             self.tell(f'{c.name} is left out: {why}')
@@ -341,10 +343,13 @@ class Halving:
             def stop(): return reserve is not None and self.costs.left() < reserve
             try: result = self.trainer.train(trial, stop)
             except OutOfTime: return left_out('it took longer than expected')
-            shown = result.get('failed') or f"{result['value']:.3f}"
-            self.tell(f'{self._rung_name(rung)}, {c.name} ({c}), {trial.epochs} epochs, seed {seed}: {shown}')
+            new = True
         if trial.name not in self.recorded: self.costs.record(c, result)
         self.recorded.add(trial.name)
+        if new:
+            shown = result.get('failed') or f"{result['value']:.3f}"
+            fit = f'{c.name} ({c}), {trial.epochs} epochs, seed {seed}: {shown}'
+            self.tell(f'{self._rung_name(rung)}, {fit}; {self.costs.shown()} left')
         value = -math.inf if result['value'] is None else self.sign*result['value']
         if rung < self.rungs: self.values[c.name] = rung,value
         self.trials.append(dict(trial=trial, **result))
@@ -450,7 +455,7 @@ class Halving:
         self.add_finalists(finalists, results, seeds)
         return {c: [results[c][s] for s in seeds] for c in finalists}
 
-# %% ../../nbs/studies/07_search.ipynb #b75b82c5
+# %% ../../nbs/studies/07_search.ipynb #15cdc994
 class _Watch(TellEpochs):
     "Note the time of each epoch, and stop a fit whose time is over"
     def __init__(self, stop, clock):
@@ -461,7 +466,7 @@ class _Watch(TellEpochs):
         self.clock.note()
         if self.stop(): raise OutOfTime
 
-# %% ../../nbs/studies/07_search.ipynb #e5fb25d5
+# %% ../../nbs/studies/07_search.ipynb #7005c2ec
 # Long because: one class, a trial from its start to its file
 class _Trainer:
     "Trains candidates on images, and keeps their predictions for validation images"
@@ -520,7 +525,7 @@ def _made(folder):
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../../nbs/studies/07_search.ipynb #522ca098
+# %% ../../nbs/studies/07_search.ipynb #d513bcf7
 class _FewSteps(Callback):
     "Time some steps, then stop"
     run_valid,steps = False,4
@@ -545,7 +550,7 @@ def _measure(trainer, candidate, seed):
     valid = time.monotonic()-done
     return dict(epoch_seconds=step*len(dls.train)+valid, overhead=valid + max(0., few.times[0]-started)), valid
 
-# %% ../../nbs/studies/07_search.ipynb #e9222ba1
+# %% ../../nbs/studies/07_search.ipynb #da48cef3
 def _report_seconds(table, task, classes, metric, n_boot, seeds):
     "About how long the intervals of three models take, for as many images and groups"
     few,rng = max(2, min(20, n_boot)),np.random.default_rng(0)
@@ -558,7 +563,7 @@ def _report_seconds(table, task, classes, metric, n_boot, seeds):
     paired_difference(probs, probs, targets, **given)
     return 5*(time.monotonic()-started)*n_boot/few
 
-# %% ../../nbs/studies/07_search.ipynb #807c70be
+# %% ../../nbs/studies/07_search.ipynb #74ba60d0
 def _check_data(dls):
     "Sentences about shared groups; an error for data on which nothing can be chosen, or nothing reported"
     for on in ('valid', 'test'):
@@ -573,7 +578,7 @@ def _check_data(dls):
         shared = set(tables[a].group) & set(tables[b].group)
         if shared: yield f'{len(shared)} groups are in both {a} and {b}: the figures are optimistic.'
 
-# %% ../../nbs/studies/07_search.ipynb #9482489f
+# %% ../../nbs/studies/07_search.ipynb #abc01758
 def _measure_of(dls, metric):
     "Function from predictions for validation images to a number; an error if it is undefined for them"
     targets = np.concatenate([y.cpu().numpy() for _,y in dls.valid])
@@ -586,13 +591,14 @@ def _measure_of(dls, metric):
     raise ValueError(f'metric {metric!r} is undefined for the validation images: do they contain every class? '
                      'Split with another seed, or choose another metric')
 
-# %% ../../nbs/studies/07_search.ipynb #9ee0de33
+# %% ../../nbs/studies/07_search.ipynb #2aba27e5
 def _check_teacher(teacher, dls):
     "A `Teacher`, or an error for one that is not trained"
     if isinstance(teacher, str) or not isinstance(teacher, (nn.Module, Learner, Teacher, list, tuple)):
         raise TypeError('teacher must be trained: a Module, a Learner, a Teacher, or several of them, '
                         f'got {teacher!r}; fit_classifier trains one')
-    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    if not isinstance(teacher, Teacher): teacher = Teacher(teacher)
+    if type(teacher) is Teacher: teacher = teacher.copy() # the user's is not changed
     teacher.match_data(dls)
     teacher.check_classes()
     exclusive = dls.task=='multiclass'
@@ -618,12 +624,12 @@ def _cached(s, folder, cache, tell):
         return teacher
     return cached
 
-# %% ../../nbs/studies/07_search.ipynb #2cf7ec73
+# %% ../../nbs/studies/07_search.ipynb #2725874c
 _FILES = 'search.json','trials.csv','finalists.csv','search.png'
 _PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#F0E442', '#000000', '#7B4FA3', '#8B5A2B',
             '#44AA99')
 
-# %% ../../nbs/studies/07_search.ipynb #7b864675
+# %% ../../nbs/studies/07_search.ipynb #31f13ed5
 def _signed(row): return f'{row.value:+.3f} [{row.low:.3f}, {row.high:.3f}]'
 
 def _verdict(row, higher):
@@ -631,7 +637,7 @@ def _verdict(row, higher):
     if not (row.low > 0 or row.high < 0): return 'not beyond chance'
     return 'better' if (row.value > 0)==higher else 'worse'
 
-# %% ../../nbs/studies/07_search.ipynb #3ef7c6b1
+# %% ../../nbs/studies/07_search.ipynb #f99f0981
 # Long because: one class, what a search reports
 @dataclass
 class SearchResult:
@@ -735,7 +741,7 @@ class SearchResult:
 
     def __repr__(self): return '\n'.join(self.findings())
 
-# %% ../../nbs/studies/07_search.ipynb #2539236d
+# %% ../../nbs/studies/07_search.ipynb #23c75727
 def _trials_frame(trials):
     rows = []
     for t in trials:
@@ -761,7 +767,7 @@ def _choose_winner(finalists):
     if len(distilled): return distilled.index[0]
     raise FloatingPointError('no distilled student was trained to the end on all seeds: choose a smaller lr')
 
-# %% ../../nbs/studies/07_search.ipynb #283c2033
+# %% ../../nbs/studies/07_search.ipynb #dbca4561
 def _array_file(file, make):
     "An array from a file, which is made first if it is not there"
     if not file.is_file():
@@ -795,7 +801,7 @@ def _test_frames(predicted, targets, table, metric, n_boot, winner):
     columns = ['value', 'low', 'high', 'p']
     return figures,pd.DataFrame.from_dict(rows, orient='index', columns=columns).astype(float)
 
-# %% ../../nbs/studies/07_search.ipynb #fe86ef2d
+# %% ../../nbs/studies/07_search.ipynb #873cf0d3
 class _Search(NamedTuple):
     "What a search is about, checked"
     dls:object
@@ -826,7 +832,7 @@ def _check_settings(student, epochs, lr, seeds, n_boot, keep):
     for s in seeds: check_seed(s, 'seeds')
     if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {tuple(seeds)}')
 
-# %% ../../nbs/studies/07_search.ipynb #a38d298a
+# %% ../../nbs/studies/07_search.ipynb #a9ea700e
 def _finish(s, trainer, halving, results, clock):
     "Test the winner, the default and the plain student; the result"
     seeds = list(s.seeds)[:len(next(iter(results.values())))]
@@ -851,7 +857,7 @@ def _finish(s, trainer, halving, results, clock):
         about |= {f'{on}_images': len(table), f'{on}_groups': int(table.group.nunique())}
     return SearchResult(by_name[winner].arguments(), winner, trials, finalists, differences, about)
 
-# %% ../../nbs/studies/07_search.ipynb #c429051b
+# %% ../../nbs/studies/07_search.ipynb #bf25000f
 def _costs_of(s, trainer, clock, plan):
     "`TimeCosts`, from a few steps of both references and a rehearsal of the report; or `EpochCosts`"
     if s.budget.unit=='epochs': return EpochCosts(s.budget.amount),{}
@@ -874,8 +880,8 @@ def _check_budget(s, halving):
     needed = least + s.budget.amount-left
     exact = s.budget.unit=='epochs'
     shown = f'{math.ceil(needed)} epochs' if exact else f'about {in_words(1.1*needed)} on this machine'
-    raise ValueError(f'budget {s.budget} is too small: the least possible is {shown}, for two candidates and a last '
-                     f'round of three students on {len(s.seeds)} seeds; fewer seeds or epochs take less')
+    raise ValueError(f'budget must be larger: the least possible is {shown}, for two candidates and a last round of '
+                     f'three students on {len(s.seeds)} seeds, got {s.budget}; fewer seeds or epochs take less')
 
 def _run(s, home, trainer, clock, tell):
     "The search in its folder, from where it stands"
@@ -888,7 +894,7 @@ def _run(s, home, trainer, clock, tell):
         plan.decide('measured', lambda: measured)
     return _finish(s, trainer, halving, halving.run(), clock)
 
-# %% ../../nbs/studies/07_search.ipynb #71890db5
+# %% ../../nbs/studies/07_search.ipynb #514176ef
 def _checked(dls, teacher, student, budget, space, method, epochs, lr, seeds, metric, n_boot, keep, seed):
     "What is searched, once all of it was checked"
     budget = parse_budget(budget)
@@ -923,7 +929,7 @@ def _facts_of(s, space, more):
                   lr=default.lr, seeds=list(s.seeds), metric=s.metric, n_boot=s.n_boot, keep=s.keep)
     return facts | dict(teacher=[weights_checksum(m) for m in s.teacher.models], settings=chosen | more)
 
-# %% ../../nbs/studies/07_search.ipynb #7248ab22
+# %% ../../nbs/studies/07_search.ipynb #3f8972fe
 # Long because: one function, whose arguments take most of the lines
 def search_method(
     dls,            # From `image_dls`, with validation and test images
