@@ -9,7 +9,7 @@ __all__ = ['SPACE', 'Budget', 'parse_budget', 'Candidate', 'check_space', 'suita
            'count_rungs', 'rung_epochs', 'rung_sizes', 'EpochCosts', 'TimeCosts', 'Plan', 'WorkClock', 'OutOfTime',
            'Trial', 'Halving', 'SearchResult', 'search_method']
 
-# %% ../../nbs/studies/07_search.ipynb #66d46fd6
+# %% ../../nbs/studies/07_search.ipynb #545b5a4f
 import itertools, json, math, re, shutil, tempfile, time, warnings
 from bisect import bisect_right
 from copy import deepcopy
@@ -46,7 +46,7 @@ from .study import (
     FITS_ON_DISK, BarProgress, StudyProgress, TellEpochs, data_facts, in_words, load_fitted, model_facts, new_model,
     save_fitted, study_folder)
 
-# %% ../../nbs/studies/07_search.ipynb #32645d8c
+# %% ../../nbs/studies/07_search.ipynb #d997758c
 _UNITS = dict(s=1, sec=1, second=1, m=60, min=60, minute=60, h=3600, hour=3600)
 _BUDGETS = "a time, such as '90s', '30m', '2h' or '1h30m', or '300 epochs'"
 
@@ -72,7 +72,7 @@ def parse_budget(
     if any(unit not in _UNITS for unit in units) or not sum(numbers): raise ValueError(wrong)
     return Budget(sum(n*_UNITS[unit] for n,unit in zip(numbers, units)), 'seconds')
 
-# %% ../../nbs/studies/07_search.ipynb #13862871
+# %% ../../nbs/studies/07_search.ipynb #8820b6d1
 class Candidate(NamedTuple):
     "How a student may be trained"
     name:str
@@ -93,7 +93,7 @@ class Candidate(NamedTuple):
         parts = [self.method or 'plain', *(f'{k} {v:g}' for k,v in self.arguments().items() if k!='method')]
         return ', '.join(parts).replace('_', ' ')
 
-# %% ../../nbs/studies/07_search.ipynb #145490c5
+# %% ../../nbs/studies/07_search.ipynb #c791c258
 SPACE = 'method','lr','epochs','temperature','weight','label_weight'
 _LIMITS = dict(lr=dict(above=0, below=TOO_LARGE), temperature=dict(above=0), weight=dict(least=0),
                label_weight=dict(least=0))
@@ -115,7 +115,7 @@ def check_space(
             else: check_number(value, f'{name} in space', **_LIMITS[name])
     return lists
 
-# %% ../../nbs/studies/07_search.ipynb #51c70ef9
+# %% ../../nbs/studies/07_search.ipynb #34f69b7e
 def suitable_methods(
     dls,     # From `image_dls`
     student, # An untrained model; a copy of it is tried
@@ -140,7 +140,7 @@ def suitable_methods(
         found[name] = own[0] if own else None
     return found
 
-# %% ../../nbs/studies/07_search.ipynb #dc61c942
+# %% ../../nbs/studies/07_search.ipynb #9a42dc9c
 def default_space(
     lr:float=3e-3,   # Peak learning rate of the default
     epochs:int=10,   # Length of the default
@@ -171,7 +171,7 @@ def make_candidates(
     mixed = [c for row in itertools.zip_longest(*columns) for c in row if c is not None]
     return [c._replace(name=f'c{i:03}') for i,c in enumerate(dict.fromkeys(mixed), 1)]
 
-# %% ../../nbs/studies/07_search.ipynb #b31e4127
+# %% ../../nbs/studies/07_search.ipynb #78e22770
 def count_rungs(
     epochs:int, # Of the default
     keep:int=3, # One in so many goes on
@@ -196,7 +196,7 @@ def rung_sizes(
     "Candidates in each rung"
     return [math.ceil(n/keep**rung) for rung in range(rungs)]
 
-# %% ../../nbs/studies/07_search.ipynb #94446fa1
+# %% ../../nbs/studies/07_search.ipynb #cdf61ce9
 class EpochCosts:
     "A budget of epochs: known beforehand, spent exactly"
     unit,slack = 'epochs',0.
@@ -234,7 +234,7 @@ class TimeCosts:
         self.speed,self.overhead = .5*self.speed + .5*each/factor,.5*self.overhead + .5*result['overhead']
         self.factors[candidate.method] = .9*factor + .1*each/self.speed
 
-# %% ../../nbs/studies/07_search.ipynb #38679e09
+# %% ../../nbs/studies/07_search.ipynb #d975d230
 class Plan:
     "Decisions in a file: written before they are carried out, and kept"
     def __init__(self, file):
@@ -274,7 +274,7 @@ class WorkClock:
         self.noted = self.now()
         write_atomic(self.file, json.dumps(dict(seconds=self())))
 
-# %% ../../nbs/studies/07_search.ipynb #b2429e4e
+# %% ../../nbs/studies/07_search.ipynb #8f286d21
 class OutOfTime(Exception):
     "A trial was stopped because its time was over"
 
@@ -288,7 +288,7 @@ class Trial(NamedTuple):
     @property
     def name(self): return f'{self.candidate.name}-{self.epochs}-{self.seed}'
 
-# %% ../../nbs/studies/07_search.ipynb #bd707c93
+# %% ../../nbs/studies/07_search.ipynb #52b2498f
 # Long because: one class, the search from its first trial to its last
 class Halving:
     "Successive halving within a budget; `run` returns the finalists' results"
@@ -455,7 +455,7 @@ class Halving:
         self.add_finalists(finalists, results, seeds)
         return {c: [results[c][s] for s in seeds] for c in finalists}
 
-# %% ../../nbs/studies/07_search.ipynb #671b2bdc
+# %% ../../nbs/studies/07_search.ipynb #9f1795af
 class _Watch(TellEpochs):
     "Note the time of each epoch, and stop a fit whose time is over"
     def __init__(self, stop, clock):
@@ -466,7 +466,7 @@ class _Watch(TellEpochs):
         self.clock.note()
         if self.stop(): raise OutOfTime
 
-# %% ../../nbs/studies/07_search.ipynb #130b6a83
+# %% ../../nbs/studies/07_search.ipynb #525ac7ce
 # Long because: one class, a trial from its start to its file
 class _Trainer:
     "Trains candidates on images, and keeps their predictions for validation images"
@@ -525,7 +525,7 @@ def _made(folder):
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../../nbs/studies/07_search.ipynb #771cebe1
+# %% ../../nbs/studies/07_search.ipynb #094b6df8
 class _FewSteps(Callback):
     "Time some steps, then stop"
     run_valid,steps = False,4
@@ -550,7 +550,7 @@ def _measure(trainer, candidate, seed):
     valid = time.monotonic()-done
     return dict(epoch_seconds=step*len(dls.train)+valid, overhead=valid + max(0., few.times[0]-started)), valid
 
-# %% ../../nbs/studies/07_search.ipynb #6da553f6
+# %% ../../nbs/studies/07_search.ipynb #f22a1155
 def _report_seconds(table, task, classes, metric, n_boot, seeds):
     "About how long the intervals of three models take, for as many images and groups"
     few,rng = max(2, min(20, n_boot)),np.random.default_rng(0)
@@ -563,7 +563,7 @@ def _report_seconds(table, task, classes, metric, n_boot, seeds):
     paired_difference(probs, probs, targets, **given)
     return 5*(time.monotonic()-started)*n_boot/few
 
-# %% ../../nbs/studies/07_search.ipynb #9d9ed831
+# %% ../../nbs/studies/07_search.ipynb #fd5964bd
 def _check_data(dls):
     "Sentences about shared groups; an error for data on which nothing can be chosen, or nothing reported"
     for on in ('valid', 'test'):
@@ -578,7 +578,7 @@ def _check_data(dls):
         shared = set(tables[a].group) & set(tables[b].group)
         if shared: yield f'{len(shared)} groups are in both {a} and {b}: the figures are optimistic.'
 
-# %% ../../nbs/studies/07_search.ipynb #ae672bce
+# %% ../../nbs/studies/07_search.ipynb #d404a822
 def _measure_of(dls, metric):
     "Function from predictions for validation images to a number; an error if it is undefined for them"
     targets = np.concatenate([y.cpu().numpy() for _,y in dls.valid])
@@ -591,7 +591,7 @@ def _measure_of(dls, metric):
     raise ValueError(f'metric {metric!r} is undefined for the validation images: do they contain every class? '
                      'Split with another seed, or choose another metric')
 
-# %% ../../nbs/studies/07_search.ipynb #b50ec587
+# %% ../../nbs/studies/07_search.ipynb #32039774
 def _check_teacher(teacher, dls):
     "A `Teacher`, or an error for one that is not trained"
     if isinstance(teacher, str) or not isinstance(teacher, (nn.Module, Learner, Teacher, list, tuple)):
@@ -617,19 +617,19 @@ def _cached(s, folder, cache, tell):
     for tap in s.taps: teacher.add_tap(*tap)
     if isinstance(teacher, TeacherCache) or cache is False: return teacher
     cached = TeacherCache(teacher, folder/'answers')
-    try: check_fit(s.dls, trial, distill_callbacks('logit', trial, cached))
+    try: check_fit(s.dls, trial, distill_callbacks(s.references[0].method, trial, cached))
     except (ValueError, OSError) as e:
         if cache: raise
         tell(f'The outputs of the teacher are not cached, it runs in every trial: {e}')
         return teacher
     return cached
 
-# %% ../../nbs/studies/07_search.ipynb #d526375a
+# %% ../../nbs/studies/07_search.ipynb #f06c936a
 _FILES = 'search.json','trials.csv','finalists.csv','search.png'
 _PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#F0E442', '#000000', '#7B4FA3', '#8B5A2B',
             '#44AA99')
 
-# %% ../../nbs/studies/07_search.ipynb #4cfb8fbb
+# %% ../../nbs/studies/07_search.ipynb #16bd5dda
 def _signed(row): return f'{row.value:+.3f} [{row.low:.3f}, {row.high:.3f}]'
 
 def _verdict(row, higher):
@@ -637,7 +637,7 @@ def _verdict(row, higher):
     if not (row.low > 0 or row.high < 0): return 'not beyond chance'
     return 'better' if (row.value > 0)==higher else 'worse'
 
-# %% ../../nbs/studies/07_search.ipynb #95f933f1
+# %% ../../nbs/studies/07_search.ipynb #fe4ef904
 # Long because: one class, what a search reports
 @dataclass
 class SearchResult:
@@ -721,7 +721,8 @@ class SearchResult:
     def to_dict(self)->dict:
         "All but the trials, as plain values"
         def records(frame): return json.loads(frame.to_json(orient='index'))
-        return dict(winner=self.winner, name=self.name, optimism=self.optimism, findings=self.findings(), **self.about,
+        optimism = None if math.isnan(self.optimism) else self.optimism
+        return dict(winner=self.winner, name=self.name, optimism=optimism, findings=self.findings(), **self.about,
                     finalists=records(self.finalists), differences=records(self.differences))
 
     def save(self, folder, overwrite:bool=False)->Path: # The folder
@@ -741,7 +742,7 @@ class SearchResult:
 
     def __repr__(self): return '\n'.join(self.findings())
 
-# %% ../../nbs/studies/07_search.ipynb #976123c7
+# %% ../../nbs/studies/07_search.ipynb #4ef58ff8
 def _trials_frame(trials):
     rows = []
     for t in trials:
@@ -767,7 +768,7 @@ def _choose_winner(finalists):
     if len(distilled): return distilled.index[0]
     raise FloatingPointError('no distilled student was trained to the end on all seeds: choose a smaller lr')
 
-# %% ../../nbs/studies/07_search.ipynb #35a3bf11
+# %% ../../nbs/studies/07_search.ipynb #502cc54f
 def _array_file(file, make):
     "An array from a file, which is made first if it is not there"
     if not file.is_file():
@@ -801,7 +802,7 @@ def _test_frames(predicted, targets, table, metric, n_boot, winner):
     columns = ['value', 'low', 'high', 'p']
     return figures,pd.DataFrame.from_dict(rows, orient='index', columns=columns).astype(float)
 
-# %% ../../nbs/studies/07_search.ipynb #2b165402
+# %% ../../nbs/studies/07_search.ipynb #0e216222
 class _Search(NamedTuple):
     "What a search is about, checked"
     dls:object
@@ -832,7 +833,7 @@ def _check_settings(student, epochs, lr, seeds, n_boot, keep):
     for s in seeds: check_seed(s, 'seeds')
     if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {tuple(seeds)}')
 
-# %% ../../nbs/studies/07_search.ipynb #16952291
+# %% ../../nbs/studies/07_search.ipynb #ecee3aa9
 def _finish(s, trainer, halving, results, clock):
     "Test the winner, the default and the plain student; the result"
     seeds = list(s.seeds)[:len(next(iter(results.values())))]
@@ -857,7 +858,7 @@ def _finish(s, trainer, halving, results, clock):
         about |= {f'{on}_images': len(table), f'{on}_groups': int(table.group.nunique())}
     return SearchResult(by_name[winner].arguments(), winner, trials, finalists, differences, about)
 
-# %% ../../nbs/studies/07_search.ipynb #4e9b35a5
+# %% ../../nbs/studies/07_search.ipynb #50b7b36a
 def _costs_of(s, trainer, clock, plan):
     "`TimeCosts`, from a few steps of both references and a rehearsal of the report; or `EpochCosts`"
     if s.budget.unit=='epochs': return EpochCosts(s.budget.amount),{}
@@ -894,7 +895,7 @@ def _run(s, home, trainer, clock, tell):
         plan.decide('measured', lambda: measured)
     return _finish(s, trainer, halving, halving.run(), clock)
 
-# %% ../../nbs/studies/07_search.ipynb #2c3a50fa
+# %% ../../nbs/studies/07_search.ipynb #52aa3258
 def _checked(dls, teacher, student, budget, space, method, epochs, lr, seeds, metric, n_boot, keep, seed):
     "What is searched, once all of it was checked"
     budget = parse_budget(budget)
@@ -929,7 +930,7 @@ def _facts_of(s, space, more):
                   lr=default.lr, seeds=list(s.seeds), metric=s.metric, n_boot=s.n_boot, keep=s.keep)
     return facts | dict(teacher=[weights_checksum(m) for m in s.teacher.models], settings=chosen | more)
 
-# %% ../../nbs/studies/07_search.ipynb #ba59ff7c
+# %% ../../nbs/studies/07_search.ipynb #2707dcb6
 # Long because: one function, whose arguments take most of the lines
 def search_method(
     dls,            # From `image_dls`, with validation and test images
