@@ -1,4 +1,4 @@
-"""`kdmed demo`, `distill`, `recipe` and `check`: from a folder of images to a student and its report, without Python; after an interruption, the same command resumes
+"""`kdmed demo`, `distill`, `search`, `recipe` and `check`: from a folder of images to a student and its report, without Python; after an interruption, the same command resumes
 
 Docs: https://kdmed.github.io/kdmed/cli/app.html.md"""
 
@@ -20,8 +20,8 @@ from .. import __version__
 from ..core.checks import writing_as
 from .options import (
     FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions,
-    RecipeOptions, RunOptions, TrainingOptions, Whole, check_concerns, check_names, check_numbers, check_paths,
-    as_option, extended_help, one_option, settle_teachers)
+    RecipeOptions, RunOptions, SearchOptions, TrainingOptions, Whole, as_option, check_concerns, check_names,
+    check_numbers, check_paths, extended_help, one_option, settle_teachers)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
@@ -61,6 +61,17 @@ def _distill(*, out:Annotated[str, OUT], force:Annotated[bool, FORCE]=False, dat
     After an interruption, the same command resumes."""
     return _run('distill', data, loading, pixels, models, training, run, out=out, force=force)
 
+def _search(*, out:Annotated[str, OUT], search:SearchOptions, data:DataOptions=DataOptions(),
+            loading:LoadingOptions=LoadingOptions(), pixels:PixelOptions=PixelOptions(),
+            models:ModelOptions=ModelOptions(), training:TrainingOptions=TrainingOptions(),
+            run:RunOptions=RunOptions()):
+    """Choose method, temperature, weights, learning rate and length within a budget
+
+    The plain student and --method have to be beaten; prints the `kdmed distill` command that uses the winner. After an
+    interruption, the same command resumes."""
+    return _run('search', search, data, loading, pixels, models, training, run, out=out)
+
+# %% ../../nbs/cli/10_app.ipynb #757d1607
 def _recipe(name:Annotated[str, Parameter(help=extended_help('a published system', RECIPE_NAMES))], /, *,
             out:Annotated[Optional[str], _RECIPE_OUT]=None, data:DataOptions=DataOptions(),
             loading:LoadingOptions=LoadingOptions(), recipe:RecipeOptions=RecipeOptions(), run:RunOptions=RunOptions()):
@@ -87,7 +98,7 @@ def make_app(
     about = 'Distil medical image classifiers, and see what the student kept. Research software, not a medical device.'
     app = App(name='kdmed', version=__version__, config=config, help=about, help_format='plaintext',
               result_action='return_value', suppress_keyboard_interrupt=False, version_flags=['--version'])
-    for function in (_demo, _distill, _recipe, _check): app.command(function, name=function.__name__[1:])
+    for function in (_demo, _distill, _search, _recipe, _check): app.command(function, name=function.__name__[1:])
     return app
 
 # %% ../../nbs/cli/10_app.ipynb #76b12960

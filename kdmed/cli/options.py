@@ -6,11 +6,12 @@ Docs: https://kdmed.github.io/kdmed/cli/options.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'METHOD_NAMES', 'RECIPE_NAMES', 'BUILT_IN', 'AUGMENTATION_NAMES', 'FILTER_NAMES', 'OPTIMIZER_NAMES',
-           'OPTION_DATASETS', 'Whole', 'OptionalWhole', 'IMAGES', 'SPLITTING', 'MODELS', 'TRAINING', 'RUNNING', 'OUT',
-           'FORCE', 'OPTION_KINDS', 'STATE', 'TEACHER_OPTIONS', 'NUMBERS', 'extended_help', 'whole_number',
-           'one_option', 'DataOptions', 'LoadingOptions', 'PixelOptions', 'ModelOptions', 'TrainingOptions',
-           'RunOptions', 'RecipeOptions', 'option_names', 'Kept', 'option', 'as_option', 'as_list', 'settle_teachers',
-           'check_numbers', 'check_concerns', 'check_names', 'out_folder', 'check_out', 'check_paths']
+           'OPTION_DATASETS', 'Whole', 'OptionalWhole', 'IMAGES', 'SPLITTING', 'MODELS', 'TRAINING', 'SEARCH',
+           'RUNNING', 'OUT', 'FORCE', 'OPTION_KINDS', 'STATE', 'TEACHER_OPTIONS', 'NUMBERS', 'extended_help',
+           'whole_number', 'one_option', 'DataOptions', 'LoadingOptions', 'PixelOptions', 'ModelOptions',
+           'TrainingOptions', 'RunOptions', 'RecipeOptions', 'SearchOptions', 'option_names', 'Kept', 'option',
+           'as_option', 'as_list', 'settle_teachers', 'check_numbers', 'check_concerns', 'check_names', 'out_folder',
+           'check_out', 'check_paths']
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d3
 import shlex
@@ -96,6 +97,7 @@ IMAGES = Group.create_ordered('Images')
 SPLITTING = Group.create_ordered('Splits and loading')
 MODELS = Group.create_ordered('Models')
 TRAINING = Group.create_ordered('Training')
+SEARCH = Group.create_ordered('Search')
 RUNNING = Group.create_ordered('The run')
 
 def one_option(help, group, show_default=None, **more):
@@ -216,6 +218,9 @@ class ModelOptions:
     trusted:_switch(MODELS, 'unpickle weights files that hold more than tensors; this runs code from the file') = False
     method:_name(MODELS, extended_help('how to distil (auto: token if the student has one, else logit+feature)',
                                        METHOD_NAMES)) = 'auto'
+    temperature:_optional_number(MODELS, "temperature of the method [default: the method's own]") = None
+    weight:_optional_number(MODELS, "factor on the weights of the method's terms [default: 1]") = None
+    label_weight:_optional_number(MODELS, 'factor on the label loss of distilled students [default: 1]') = None
 
 # %% ../../nbs/cli/00_options.ipynb #c7514270
 @Parameter(name='*')
@@ -259,12 +264,21 @@ class RecipeOptions:
     one_split:_switch(TRAINING, 'with --ablate: one split and several seeds, instead of a new split each time') = False
     subgroups:_several(TRAINING, 'columns of the image table by which the models are also compared') = None
 
+@Parameter(name='*')
+@dataclass(kw_only=True)
+class SearchOptions:
+    "Options of the search only"
+    budget:_name(SEARCH, 'what the search may take, reading and teacher included: 90s, 30m, 2h, or "300 epochs"')
+    space:_several(SEARCH, 'what to choose from, as NAME=VALUE,VALUE: method, temperature, weight, label_weight, lr, '
+                   'epochs; the rest has defaults around --lr, --epochs and the methods\' own') = None
+
 OUT = Parameter(name='--out', help='folder of the run: student, report, metrics, log, settings', group=RUNNING)
 FORCE = Parameter(name='--force', help='replace the run in the folder, once the new one is finished',
                   group=RUNNING, negative=())
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d6
-OPTION_KINDS = DataOptions,LoadingOptions,PixelOptions,ModelOptions,TrainingOptions,RunOptions,RecipeOptions
+OPTION_KINDS = (
+    DataOptions, LoadingOptions, PixelOptions, ModelOptions, TrainingOptions, RunOptions, RecipeOptions, SearchOptions)
 
 def option_names()->set:
     "Names of all options, as arguments"
@@ -322,6 +336,9 @@ NUMBERS = { # option: its check, and the limits
     'repeats': (check_integer, dict(least=1)),
     'workers': (check_integer, dict(least=0)),
     'views': (check_integer, dict(least=1)),
+    'temperature': (check_number, dict(above=0)),
+    'weight': (check_number, dict(least=0)),
+    'label_weight': (check_number, dict(least=0)),
     'magnification': (check_integer, dict(least=1)),
     'lr': (check_number, dict(above=0)),
     'weight_decay': (check_number, dict(least=0)),

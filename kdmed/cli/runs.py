@@ -6,8 +6,8 @@ Docs: https://kdmed.github.io/kdmed/cli/runs.html.md"""
 
 # %% auto #0
 __all__ = ['PAIRS', 'RUN_FILES', 'NOT_SETTINGS', 'NEW', 'COMPLETE', 'COPIES', 'settings_of', 'run_state', 'remove_path',
-           'swap_in', 'differences', 'open_run', 'kept_models', 'kept_recipe', 'config_text', 'environment',
-           'BarsProgress', 'choose_progress']
+           'swap_in', 'differences', 'open_run', 'kept_models', 'kept_recipe', 'kept_search', 'config_text',
+           'environment', 'BarsProgress', 'choose_progress']
 
 # %% ../../nbs/cli/04_runs.ipynb #f9e8589b
 from .images import reader_arguments
@@ -150,6 +150,15 @@ def kept_recipe(
     done = [f for f in [*folder.glob('cells/*'), *folder.glob('split-*/*')] if is_finished(f)]
     if not done: return Kept(f'nothing was finished yet in {out}; the same command resumes', False)
     return Kept(f'{len(done)} finished models are kept in {out}; the same command resumes', True)
+
+def kept_search(
+    folder:Path, # Of the search
+    out:str,     # As the user gave it
+)->Kept:
+    "What of a search is on disk, and how it resumes"
+    done,teacher = len([*folder.glob('trials/*/result.json')]),(folder/'teacher').is_dir()
+    if not done and not teacher: return Kept(f'nothing was trained yet in {out}; the same command starts again', False)
+    return Kept(f'{done} finished trials are kept in {out}; the same command resumes', True)
 
 # %% ../../nbs/cli/04_runs.ipynb #7230a9ec
 # options that are written as absolute paths
