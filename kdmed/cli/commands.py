@@ -14,8 +14,8 @@ from .images import (
     OPTIMIZERS, about_data, check_cache, check_own_split, choose_device, count_shared_groups, deal_out, find_readers,
     loading_arguments, look_for_copies, read_table, store_argument)
 from .options import (
-    STATE, DataOptions, LoadingOptions, ModelOptions, PixelOptions, RunOptions, TrainingOptions, as_list, check_numbers,
-    option, out_folder)
+    STATE, TEACHER_OPTIONS, DataOptions, LoadingOptions, ModelOptions, PixelOptions, RunOptions, TrainingOptions,
+    as_list, check_numbers, option, out_folder)
 from .runs import (
     COMPLETE, COPIES, NEW, PAIRS, RUN_FILES, choose_progress, config_text, environment, kept_models, kept_recipe,
     kept_search, open_run, run_state, settings_of, swap_in)
@@ -298,10 +298,12 @@ def _check_time(o, budget, dls, used):
     "Raise an error if a budget of time is too small for the teacher and the smallest search"
     if budget.unit!='seconds': return
     device = choose_device(o['device'])
-    teacher,student = (make().to(device) for make in _makers(o, dls.classes, dls.task))
+    makers,make_student = _makers(o, dls.classes, dls.task)
+    teachers,student = [make().to(device) for make in makers],make_student().to(device)
     batches,valid = len(dls.train),len(dls.valid)
-    step,own = (seconds_per_step(m, o['size'], dls.train.bs) for m in (teacher, student))
-    forward = seconds_per_step(teacher, o['size'], dls.train.bs, train=False)
+    own = seconds_per_step(student, o['size'], dls.train.bs)
+    step,forward = (sum(seconds_per_step(t, o['size'], dls.train.bs, train=train) for t in teachers)
+                    for train in (True, False))
     first = 0 if o['teacher_checkpoint'] else o['teacher_epochs']*(batches*step + valid*forward)
     search = 3*o['repeats']*o['epochs']*(batches*(own+forward) + valid*own/3)
     if used+first+search <= budget.amount: return
@@ -310,20 +312,28 @@ def _check_time(o, budget, dls, used):
                      'or fewer --epochs or --repeats')
 
 # %% ../../nbs/cli/05_commands.ipynb #1824a99b
-def _searched_teacher(o, home, dls, teacher, clock, progress):
-    "A trained teacher: from its checkpoint, or trained once, in a folder of the search"
-    if o['teacher_checkpoint']: return teacher()
-    if not (home/'student.json').is_file():
-        fit = Fit('teacher', o['seed'], o['teacher_epochs'])
-        progress.plan([fit], [])
-        cbs = [*progress.begin(fit), TellEpochs(lambda *epoch: clock.note(0)), Resume(home/'fit', minutes=5)]
-        if o['amp']: cbs.append(MixedPrecision())
-        how = dict(optimizer=OPTIMIZERS[o['optimizer']], weight_decay=o['weight_decay'], progress=False)
-        learn = fit_classifier(dls, teacher, fit.epochs, float(o['lr']), fit.seed, cbs, **how)
-        save_student(learn, home)
-        progress.end(fit)
+def _searched_teachers(o, home, dls, makers, clock, progress):
+    "Trained teachers: from their checkpoints, or each trained once, in a folder of the search"
+    if o['teacher_checkpoint']: return [make() for make in makers]
+    fits = [Fit('teacher', o['seed'], o['teacher_epochs'], i) for i in range(len(makers))]
+    missing = [f for f in fits if not (_teacher_folder(home, f.member, len(fits))/'student.json').is_file()]
+    if missing: progress.plan(missing, [])
+    for fit in missing: _train_teacher(o, _teacher_folder(home, fit.member, len(fits)), dls, makers[fit.member], fit,
+                                       clock, progress)
+    return [load_student(_teacher_folder(home, f.member, len(fits))).to(dls.device) for f in fits]
+
+def _teacher_folder(home, member, number): return home if number==1 else home/str(member+1)
+
+def _train_teacher(o, home, dls, make, fit, clock, progress):
+    "Train one teacher and save it; killed, it resumes"
+    cbs = [*progress.begin(fit), TellEpochs(lambda *epoch: clock.note(0)), Resume(home/'fit', minutes=5)]
+    if o['amp']: cbs.append(MixedPrecision())
+    how = dict(optimizer=OPTIMIZERS[o['optimizer']], weight_decay=o['weight_decay'], progress=False)
+    learn = fit_classifier(dls, make, fit.epochs, float(o['lr']), fit.seed, cbs, **how)
+    save_student(learn, home)
+    progress.end(fit)
     shutil.rmtree(home/'fit', ignore_errors=True)
-    return load_student(home).to(dls.device)
+
 
 # %% ../../nbs/cli/05_commands.ipynb #2e333b84
 _NOT_REPEATED = 'config','quiet','verbose','method','lr','epochs','temperature','weight','label_weight'
@@ -338,11 +348,15 @@ def distill_line(
     kinds = DataOptions,LoadingOptions,PixelOptions,ModelOptions,TrainingOptions,RunOptions
     given = {f.name: o[f.name] for kind in kinds for f in fields(kind)
              if f.name not in _NOT_REPEATED and o[f.name]!=f.default}
-    if not o['teacher_checkpoint']: given['teacher_checkpoint'] = str(out/'teacher'/'student.safetensors')
+    if not o['teacher_checkpoint']:
+        number = len(as_list(o['teacher']))
+        folders = [_teacher_folder(out/'teacher', i, number) for i in range(number)]
+        given['teacher_checkpoint'] = [str(folder/'student.safetensors') for folder in folders]
     for unused in ('teacher_weights', 'teacher_epochs'): given.pop(unused, None)
     for name,value in (given | winner).items():
         values = value if isinstance(value, (list, tuple)) else [] if isinstance(value, bool) else [value]
-        parts += [f'--no-{name}' if value is False else option(name), *map(str, values)]
+        if name in TEACHER_OPTIONS: parts += [part for v in values for part in (option(name), v)]
+        else: parts += [f'--no-{name}' if value is False else option(name), *map(str, values)]
     return shlex.join([*parts, '--out', 'ANOTHER_FOLDER'])
 
 # %% ../../nbs/cli/05_commands.ipynb #f1719e06
@@ -351,7 +365,7 @@ def _search(o, budget, space, out, loading, started):
     table = deal_out(read_table(o), o)
     _check_run(o, table, loading)
     dls = image_dls(table, o['size'], o['bs'], progress=not o['quiet'] and sys.stderr.isatty(), **loading)
-    teacher,student = _makers(o, dls.classes, dls.task)
+    makers,student = _makers(o, dls.classes, dls.task)
     home = study_folder(out/'teacher', dict(kind='search teacher', **data_facts(dls), options=settings_of(o)))
     home.check()
     begun = home.file.exists()
@@ -365,9 +379,10 @@ def _search(o, budget, space, out, loading, started):
     if o['amp']: how['callbacks'] = lambda: [MixedPrecision()]
     seeds = tuple(range(o['seed'], o['seed']+o['repeats']))
     try:
-        trained = _searched_teacher(o, home.path, dls, teacher, clock, progress)
-        return search_method(dls, trained, student, budget, space, o['method'], o['epochs'], float(o['lr']), seeds,
-                             o['metric'], out, progress, spent=clock(), settings=settings_of(o), **how)
+        teachers = _searched_teachers(o, home.path, dls, makers, clock, progress)
+        return search_method(dls, Teacher(teachers) if len(teachers)>1 else teachers[0], student, budget,
+                             space, o['method'], o['epochs'], float(o['lr']), seeds, o['metric'], out, progress,
+                             spent=clock(), settings=settings_of(o), **how)
     finally: progress.close()
 
 # %% ../../nbs/cli/05_commands.ipynb #bc130a8c
