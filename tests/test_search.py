@@ -162,7 +162,7 @@ def kdmed(capsys, *argv):
     (['--budget', '2s'], '--budget 2s is too small'),
 ])
 def test_a_search_that_cannot_be_meant_is_refused_before_work_starts(images, tmp_path, capsys, monkeypatch, more, said):
-    monkeypatch.setattr(commands, '_searched_teacher', lambda *args: pytest.fail('work has begun'))
+    monkeypatch.setattr(commands, '_searched_teachers', lambda *args: pytest.fail('work has begun'))
     status,out,err = kdmed(capsys, *command(images, tmp_path/'run', *more))
     assert (status, out)==(2, '') and said in err.splitlines()[-1] and 'Traceback' not in err, err
 

@@ -434,6 +434,5 @@ def check_paths(
         raise ValueError(f"--data {o['data']} is a file, not a folder with one folder for each class: "
                          'give --dataset csv for a list of images, --dataset medmnist for an npz of MedMNIST')
     for name in ('groups', 'labels', 'teacher_checkpoint', 'teacher_weights', 'student_weights'):
-        if not o.get(name): continue
-        for given in [o[name]] if isinstance(o[name], str) else o[name]: _check_file(name, given)
+        for given in as_list(o.get(name)): _check_file(name, given)
     if o.get('out') is not None: check_out(o)

@@ -629,6 +629,7 @@ def _run_in_folder(study, built, progress, folder, settings, files):
         return study.compare(models),models
 
 # %% ../../nbs/studies/00_study.ipynb #5c59b9ca
+# Long because: the signature documents each of a study's many arguments
 def distillation_study(
     dls,                  # From `image_dls`, with test images
     # timm name or function that makes a model, trained here; or trained: a Module, a Learner, a `Teacher`. Several in
