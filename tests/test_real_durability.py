@@ -202,7 +202,7 @@ def test_changed_data_is_refused_by_name(change, interrupted):
     make,named = CHANGES[change]
     kind,said = message_of(lambda: quietly(learner(Resume(interrupted), Stop(), dls=make()), 3))
     assert kind=='ValueError' and 'belongs to another run' in said and named in said, said
-    assert 'Change it back' in said and 'Use another folder' in said and 'only_model=True' in said
+    assert 'Undo the change' in said and 'use another folder' in said and 'only_model=True' in said
 
 def test_the_same_data_resumes_from_memory_store_or_moved_files(tmp_path):
     "What does not change a pixel or a label changes no run"
@@ -376,7 +376,7 @@ def test_unfinished_work_in_a_folder_that_cannot_be_written_is_refused_before_tr
         shutil.copytree(interrupted, folder/'run')
         lock_up(folder)
         kind,said = as_nobody(lambda: message_of(lambda: quietly(learner(Resume(folder/'run'), Stop()), 3)))
-        assert kind=='PermissionError' and f'{folder}/run cannot be written' in said and 'copy it to a folder that can be written' in said
+        assert kind=='PermissionError' and f'{folder}/run is read-only' in said and 'copy it to a folder that can be written' in said
         kind,said = as_nobody(lambda: message_of(lambda: pack_images(TISSUE.image, 16, folder=folder, progress=False)))
         assert kind=='PermissionError' and str(folder) in said and 'choose another folder' in said
         kind,said = as_nobody(lambda: message_of(lambda: TeacherCache(model(), folder).fill(loaders(views=2), progress=False)))
