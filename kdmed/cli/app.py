@@ -77,6 +77,10 @@ def _check(path:Annotated[Optional[str], _PATH]=None, /, *, data:DataOptions=Dat
         raise ValueError(f'the data are given twice, as {path} and as --data {data.data}; give them once')
     return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
 
+def _models():
+    "List foundation models, with their licenses"
+    return _run('models')
+
 # %% ../../nbs/cli/10_app.ipynb #a6af6265
 def make_app(
     config=None, # Options from a file: a cyclopts configuration
@@ -85,7 +89,7 @@ def make_app(
     about = 'Distil medical image classifiers, and see what the student kept. Research software, not a medical device.'
     app = App(name='kdmed', version=__version__, config=config, help=about, help_format='plaintext',
               result_action='return_value', suppress_keyboard_interrupt=False, version_flags=['--version'])
-    for function in (_demo, _distill, _recipe, _check): app.command(function, name=function.__name__[1:])
+    for function in (_demo, _distill, _recipe, _check, _models): app.command(function, name=function.__name__[1:])
     return app
 
 # %% ../../nbs/cli/10_app.ipynb #76b12960

@@ -162,6 +162,7 @@ def _origin_texts(about):
     "With what, how and when the numbers were made, as far as that is known"
     texts = [f"Images of {about['size']} pixels."] if 'size' in about else []
     if about.get('models'): texts.append(f"Models: {', '.join(f'{name} {m}' for name,m in about['models'].items())}.")
+    texts += [f'The student learned from {note}.' for note in about.get('licenses', ())]
     has_data_section = isinstance(about.get('data'), dict)
     if about.get('left_out') and not has_data_section: texts.append(_excluded_text(about['left_out']))
     if 'date' in about:

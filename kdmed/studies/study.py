@@ -31,6 +31,7 @@ from ..core.fingerprints import weights_checksum
 from ..core.study_folders import StudyFolder, changed_settings
 from ..data.images import name_of
 from ..models.create import create_student, load_student, save_student
+from ..models.foundation import describe_license, licenses_of
 from ..train.resume import Resume, read_checkpoint, write_checkpoint
 from ..distill.cache import TeacherCache
 from ..distill.methods import TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier
@@ -427,6 +428,8 @@ class Study:
         comparison.costs = measure_costs(modules, self.dls.size, missing=missing)
         comparison.about.update(models={name: model_facts(m)['model'] for name,m in modules.items()})
         if missing: comparison.about['missing'] = missing
+        if notes := licenses_of(modules['distilled']):
+            comparison.about['licenses'] = [describe_license(note) for note in notes]
         if len(self.dls.quarantine): comparison.about['left_out'] = _unreadable_images(self.dls.quarantine)
         return comparison
 
