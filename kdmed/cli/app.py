@@ -59,6 +59,7 @@ def _distill(*, out:Annotated[str, OUT], force:Annotated[bool, FORCE]=False, dat
     After an interruption, the same command resumes."""
     return _run('distill', data, loading, pixels, models, training, run, out=out, force=force)
 
+# %% ../../nbs/cli/10_app.ipynb #edc65265
 def _recipe(name:Annotated[str, Parameter(help=extended_help('a published system', RECIPE_NAMES))], /, *,
             out:Annotated[Optional[str], _RECIPE_OUT]=None, data:DataOptions=DataOptions(),
             loading:LoadingOptions=LoadingOptions(), recipe:RecipeOptions=RecipeOptions(), run:RunOptions=RunOptions()):

@@ -73,7 +73,8 @@ def _makers(o, classes, task):
         elif weights: start['weights'] = weights if weights=='pip' else str(Path(weights).expanduser())
         return lambda: create(name, classes, o['size'], task, **start, **more)
     trained = dict(checkpoint=o['teacher_checkpoint']) if o['teacher_checkpoint'] else {}
-    teacher = make(create_teacher, o['teacher'], o['teacher_weights'], **trained)
+    weights = None if o['foundation'] else o['teacher_weights']
+    teacher = make(create_teacher, o['teacher'], weights, **trained)
     return teacher,make(create_student, o['student'], o['student_weights'])
 
 @contextmanager
@@ -404,7 +405,8 @@ def estimate_run(
     if not o['foundation']: forward = seconds_per_step(teacher, o['size'], bs, train=False)
     batches,valid_batches = math.ceil(n['train']/bs),math.ceil(n['valid']/bs)
     seconds = o['epochs']*o['repeats']*(batches*(2*student_step+forward) + valid_batches*2*student_step/3)
-    if not (o['teacher_checkpoint'] or o['foundation']): seconds += o['teacher_epochs']*(batches*teacher_step + valid_batches*forward)
+    if not (o['teacher_checkpoint'] or o['foundation']):
+        seconds += o['teacher_epochs']*(batches*teacher_step + valid_batches*forward)
     sizes = [weights_size(teacher), *[weights_size(student)]*2*o['repeats']]
     images = decoded_bytes(len(table), o['size'])
     kept = sum(sizes) + (0 if o['store'] is None else images)
@@ -505,8 +507,8 @@ def models_command(
     "kdmed models"
     table = foundation_models()
     words = {True: 'yes', False: 'no'}
-    shown = table.assign(open=table.open.map(words), gated=table.gated.map(words)).drop(columns=['library', 'note'])
-    print(markdown_table(shown))
+    table = table.assign(open=table.open.map(words), gated=table.gated.map(words))
+    print(markdown_table(table.drop(columns=['library', 'note'])))
     print('\nopen: there is no license to accept. gated: its hub wants an account and consent. '
           'Any model of timm is possible, too.')
     return 0

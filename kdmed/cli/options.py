@@ -325,6 +325,7 @@ def _check_dataset_options(o):
         hint = _WHICH_GROUPS.get(name, '') if name=='group_pattern' or o['dataset']=='folder' else ''
         raise ValueError(f"{option(name)} concerns --dataset {' and '.join(sets)}, not {o['dataset']}{hint}")
 
+# %% ../../nbs/cli/00_options.ipynb #44c9759b
 _FOUNDATION_DEFAULTS = dict(head='linear', tune='none', foundation_size=None, accept_license=False)
 
 def _check_foundation_options(o):

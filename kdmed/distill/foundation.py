@@ -9,29 +9,26 @@ __all__ = ['TUNES', 'foundation_teacher', 'FoundationFeatureKD', 'feature_layer'
 
 # %% ../../nbs/distill/50_foundation.ipynb #ftc00003
 import math, warnings
-from copy import deepcopy
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastai.optimizer import Adam
 from fastcore.foundation import L
-from torch import nn
 
-from ..core.basics import evaluating, unwrap
-from ..core.checks import check_in, check_integer, check_number
-from ..data.images import image_table
+from ..core.basics import unwrap
+from ..core.checks import check_in, check_integer
 from ..data.loaders import ImageDL, ReplayTransform, image_dls, own_loader
-from ..models.create import find_normalization, model_stats
-from ..models.foundation import FoundationEncoder, create_encoder, describe_license, licenses_of
+from ..models.create import find_normalization
+from ..models.foundation import FoundationEncoder, create_encoder, licenses_of
 from ..models.heads import JointEncoder, OwnImages, add_lora, classify, join_encoders, merge_lora, unfreeze_last
 from ..train.resume import Resume
 from .cache import TeacherCache
 from .features import FeatureKD, comparable_stages
+from .fit import DistillCallback
 from .heads import (
-    HEADS, cached_features, ensemble_weights, fit_head, fit_projection, logits_of, score_head, score_logits)
+    HEADS, cached_features, ensemble_weights, fit_head, fit_projection, score_head, score_logits)
 from .methods import create_model, distill, distill_callbacks, fit_classifier
-from .registry import METHODS
 from .teacher import Teacher, as_teacher
 
 # %% ../../nbs/distill/50_foundation.ipynb #ftc00006
@@ -41,8 +38,9 @@ def _check_arguments(name, dls, head, tune, joint, project):
     "Raise an error for what cannot be, before anything is loaded"
     if not hasattr(dls, 'classes') or not isinstance(own_loader(getattr(dls, 'train', None)), ImageDL):
         raise TypeError(f'dls must be DataLoaders of image_dls, got {type(dls).__name__}')
-    for value,known,argument in ((head, HEADS, 'head'), (tune, TUNES, 'tune'), (joint, ('logits', 'features'), 'joint')):
-        check_in(value, known, argument)
+    check_in(head, HEADS, 'head')
+    check_in(tune, TUNES, 'tune')
+    check_in(joint, ('logits', 'features'), 'joint')
     several = isinstance(name, (list, tuple))
     if several and len(name)<2: raise ValueError(f'name must be one model, or a list of two or more, got {name}')
     if tune!='none' and head!='linear':
@@ -78,7 +76,8 @@ def foundation_teacher(
     size:int=None,     # Side of the images it sees, in pixels; default: as it was trained
     features:str=None, # `pooled`, `class` or `class+mean`; default: as its authors do
     options:dict=None, # Of timm or transformers, instead of those of its recipe
-    joint:str='logits', # Several: average the `logits` of a head each, weighted by validation; or one head on all `features`
+    # Several: average the `logits` of a head each, weighted by validation; or one head on all `features`
+    joint:str='logits',
     project:int=None,  # With `joint='features'`: principal components of all features
     balanced:bool=False, # Weigh classes equally, however many images they have
     views:int=None,    # Augmented views of each training image that a head is fitted on; default: the image as it is
@@ -99,15 +98,16 @@ def foundation_teacher(
     tuning = dict(tune=tune, epochs=epochs, lr=lr, blocks=blocks, rank=rank, alpha=lora_alpha, cbs=cbs)
     if not isinstance(name, (list, tuple)): return _single_teacher(_encoder(name, weights, **common), dls, how, tuning)
     weights = weights if isinstance(weights, (list, tuple)) else [weights]*len(name)
-    if len(weights)!=len(name): raise ValueError(f'weights must be one for each of {len(name)} models, got {len(weights)}')
+    if len(weights)!=len(name):
+        raise ValueError(f'weights must be one for each of {len(name)} models, got {len(weights)}')
     encoders = [_encoder(n, w, **common) for n,w in zip(name, weights)]
     if joint=='features': return _joint_teacher(join_encoders(encoders, project), dls, how)
     return _averaged_teacher([_single_teacher(e, dls, how, tuning) for e in encoders], dls)
 
 # %% ../../nbs/distill/50_foundation.ipynb #ftc00008
 def _sets(encoder, dls, how):
-    return cached_features(encoder.to(dls.device), dls, how['folder'], views=how['views'], tokens=how['head']=='attention',
-                           progress=how['progress'])
+    more = dict(views=how['views'], tokens=how['head']=='attention', progress=how['progress'])
+    return cached_features(encoder.to(dls.device), dls, how['folder'], **more)
 
 def _headed(encoder, sets, dls, how):
     "A classifier with a fitted head, and what is known about it"
@@ -129,10 +129,12 @@ def _single_teacher(encoder, dls, how, tuning):
     if tuning['tune']!='none':
         rows.append(_tune(model, dls, tuning, how) | dict(teacher=f"{row['teacher']}, {tuning['tune']} tuned"))
         if rows[1]['loss']>row['loss']:
-            warnings.warn(f"tune={tuning['tune']!r} made the teacher worse on validation images (loss {row['loss']:.3f} "
-                          f"before, {rows[1]['loss']:.3f} after): tune='none', fewer epochs or a lower lr keep it")
+            was,now = row['loss'],rows[1]['loss']
+            warnings.warn(f"tune={tuning['tune']!r} made the teacher worse on validation images: loss {was:.3f} "
+                          f"before, {now:.3f} after; tune='none', fewer epochs or a lower lr help")
     return _as_teacher(model, rows, settings)
 
+# %% ../../nbs/distill/50_foundation.ipynb #95783dc8
 def _joint_teacher(encoder, dls, how):
     "A teacher with one head on the features of several encoders"
     if (width := encoder.spec['project']) is not None: # the components are those of the joint features
@@ -192,7 +194,7 @@ class FoundationFeatureKD(FeatureKD):
         layer:str,        # Of the student
         weight=1.,        # Factor on this term
         label_weight=0.,  # Factor on the label loss
-        loss=None,        # Function of two tensors [B, D], the teacher's second, to a scalar; default: mean squared error
+        loss=None,        # Function of two tensors [B, D], the teacher's second, to a scalar; default: squared error
     ):
         self.loss = loss
         super().__init__(teacher, [(layer, feature_layer(as_teacher(teacher)))], weight, label_weight, pool=True)
@@ -212,6 +214,7 @@ def feature_layer(
     if stages: return stages[-1]
     raise ValueError(f'{type(model).__name__} has no layer that is known to hold features: pass features=FeatureKD(…)')
 
+# %% ../../nbs/distill/50_foundation.ipynb #f9c48367
 def _feature_callbacks(features, loss, student, teacher):
     "The callbacks of the first stage, without the label loss"
     if features=='foundation':
@@ -221,16 +224,18 @@ def _feature_callbacks(features, loss, student, teacher):
                              'from student and teacher to callbacks')
         cbs = [FoundationFeatureKD(teacher, stages[-1], loss=loss)]
     else: cbs = distill_callbacks(features, student, teacher)
-    labels = [type(cb).__name__ for cb in cbs if not getattr(cb, 'uses_features', False) and hasattr(cb, 'label_weight')]
-    if labels: raise ValueError(f'features={features!r} learns from more than features ({labels[0]}): the first stage '
-                                'has no labels')
-    for cb in cbs: cb.label_weight = 0.
+    others = [type(cb).__name__ for cb in cbs if isinstance(cb, DistillCallback) and not cb.uses_features]
+    if others:
+        raise ValueError(f'features={features!r} learns from more than features ({others[0]}): the first stage '
+                         'has no labels')
+    for cb in cbs:
+        if isinstance(cb, DistillCallback): cb.label_weight = 0.
     return cbs
 
 # %% ../../nbs/distill/50_foundation.ipynb #ftc00021
 def with_unlabeled(
     dls,       # From `image_dls`
-    unlabeled, # Images without labels: paths or arrays in a list, a folder, or an image table; added to the training images
+    unlabeled, # Images without labels, for training: paths or arrays in a list, a folder, or an image table
     store='memory', # As for `image_dls`
 ): # DataLoaders alike, with more training images
     "Loaders whose training images are those of `dls` and others without labels"
@@ -252,8 +257,7 @@ def _unlabeled_table(images, own):
             images = sorted(p for p in folder.rglob('*') if p.suffix.lower() in _IMAGE_FILES)
         found,groups = list(images),None
     if not found: raise ValueError('unlabeled must contain at least one image, got none')
-    taken,numbers = set(map(str, own.group)),[f'unlabeled {i}' for i in range(len(found))]
-    groups = numbers if groups is None else [str(g) for g in groups]
+    groups = [f'unlabeled {i}' for i in range(len(found))] if groups is None else [str(g) for g in groups]
     held = own[own.split!='train'].group.astype(str)
     if shared := sorted(set(groups) & set(held)):
         raise ValueError(f'{len(shared)} groups of unlabeled images are in validation or test, such as {shared[0]!r}: '
@@ -271,13 +275,15 @@ def distill_foundation(
     unlabeled=None,    # More images without labels, for the features: paths, arrays, a folder, or an image table
     feature_epochs:int=10, # Of the first stage; 0 leaves it out
     epochs:int=10,     # Of the second stage
-    features='foundation', # First stage: its features; a feature method by name; or a function (student, teacher) to callbacks
-    feature_loss=None, # With `features='foundation'`: function of two tensors [B, D], the teacher's second, to a scalar
+    # First stage: its features; a feature method by name; or a function from (student, teacher) to callbacks
+    features='foundation',
+    # With `features='foundation'`: function of two tensors [B, D], the teacher's second, to a scalar
+    feature_loss=None,
     method='auto',     # Second stage: as for `distill`
     lr:float=3e-3,     # Peak learning rate of each stage
     seed:int=0,        # Decides initial weights, batches and augmentation
     folder=None,       # Checkpoints of both stages: interrupted, the same call resumes; default: none
-    cache=True,        # Keep the teacher's outputs on disk where views repeat; or a folder for them; False: compute them
+    cache=True,        # Keep the teacher's outputs on disk where views repeat; or a folder for them; or False
     cbs=(),            # More fastai callbacks, for the second stage
     progress:bool=True, # Show progress bars and training logs
     metrics=(),        # More fastai metrics to watch, in the second stage
@@ -286,7 +292,8 @@ def distill_foundation(
     schedule:str='one_cycle',
 ): # Learner, fitted; `budget` holds images, epochs and steps of both stages, `feature_history` the log of the first
     "A student of a foundation model: label-free features first, then labels and logits"
-    epochs,feature_epochs = check_integer(epochs, 'epochs', least=1),check_integer(feature_epochs, 'feature_epochs', least=0)
+    epochs = check_integer(epochs, 'epochs', least=1)
+    feature_epochs = check_integer(feature_epochs, 'feature_epochs', least=0)
     teacher,student = as_teacher(teacher),create_model(student, dls, seed)
     if feature_loss is not None and features!='foundation':
         raise ValueError(f"feature_loss= belongs to features='foundation', got features={features!r}")

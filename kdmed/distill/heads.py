@@ -12,7 +12,6 @@ __all__ = ['STRENGTHS', 'NEIGHBORS', 'TEMPERATURES', 'HEADS', 'FeatureSet', 'cac
 # %% ../../nbs/distill/21_heads.ipynb #fth00003
 import warnings
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,6 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from ..core.basics import UNLABELED
 from ..core.checks import check_in, check_integer
 from ..data.loaders import ImageDL, ReplayTransform, own_loader
 from ..models.create import n_outputs
@@ -50,6 +48,7 @@ class FeatureSet:
         tokens = None if self.tokens is None else self.tokens[known]
         return FeatureSet(self.features[known], self.targets[known], self.groups[known.numpy()], tokens)
 
+# %% ../../nbs/distill/21_heads.ipynb #4f2ed333
 def _plain_loader(dls, part, views):
     "Loaders with one part of the data, in order: as it is, or in some augmented views"
     dl = own_loader(getattr(dls, part))
@@ -142,12 +141,13 @@ def _coefficients(models, strength, width):
             biases.append(np.log([(y.sum()+.5)/(len(y)-y.sum()+.5)]))
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # that the weakest strengths have not converged: they are judged by their loss
+            warnings.simplefilter('ignore') # that the weakest have not converged: they are judged by their loss
             model.set_params(C=1/(strength*len(x))).fit(x, y)
         weights.append(model.coef_)
         biases.append(model.intercept_)
     return np.concatenate(weights),np.concatenate(biases)
 
+# %% ../../nbs/distill/21_heads.ipynb #89d4fe69
 def fit_linear(
     train:FeatureSet, # Images without a label are left out
     valid:FeatureSet, # Chooses the strength
@@ -244,6 +244,7 @@ def fit_attention(
     head.load_state_dict(kept)
     return head.cpu().requires_grad_(False).eval(),pd.DataFrame(dict(epoch=range(len(tried)), valid_loss=tried))
 
+# %% ../../nbs/distill/21_heads.ipynb #2c9379fa
 def _image_weights(y, task):
     "Weights of targets that make every class, or presence and absence, count the same; they average 1"
     if task=='multiclass': return (1/(y.sum(0)*y.shape[1])*len(y))[y.argmax(1)][:, None].expand_as(y)
@@ -284,7 +285,7 @@ def fit_head(
     train,valid = sets['train'],sets['valid']
     if head=='linear': return fit_linear(train, valid, classes, task, balanced=balanced)
     if head=='attention': return fit_attention(train, valid, classes, task, balanced, seed=seed, device=device)
-    if balanced: raise ValueError("balanced=True concerns the heads 'linear' and 'attention': neighbors have no weights")
+    if balanced: raise ValueError("balanced=True concerns heads 'linear' and 'attention': neighbors have no weights")
     return fit_neighbors(train, valid, classes, task)
 
 def score_head(

@@ -158,6 +158,7 @@ def _decision_texts(about):
     return [f'Positive class: {positive}. An image is classified as {positive} '
             f'if the probability of this class is above {threshold:g}.']
 
+# %% ../../nbs/evaluate/45_report.ipynb #90b8c3c3
 def _origin_texts(about):
     "With what, how and when the numbers were made, as far as that is known"
     texts = [f"Images of {about['size']} pixels."] if 'size' in about else []

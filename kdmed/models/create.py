@@ -460,6 +460,7 @@ def read_settings(
     _check_positive(settings, file)
     return settings
 
+# %% ../../nbs/models/05_create.ipynb #954a2273
 def _built(spec):
     "The model that a spec describes, before it is wrapped"
     entry = next((e for e in _BUILT_LATER if e in spec), None)

@@ -21,7 +21,7 @@ from fastcore.basics import in_jupyter
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
-from ..core.basics import evaluating, model_spec, unwrap
+from ..core.basics import evaluating, model_spec
 from ..core.checks import check_in, check_integer
 from .create import feature_map
 from .weights import check_checkpoint, check_hub, hub_problem, load_weights, pip_weights, read_weights
@@ -203,7 +203,7 @@ def describe_license(
 def check_license(
     recipe:FoundationRecipe, # From `foundation_recipe`
     accept:bool=False,       # The user has read the license and accepts it
-    ask=None,                # Function from a question to an answer; default: `input` in a notebook, else nobody is asked
+    ask=None,                # Function from a question to an answer; default: `input` in a notebook, else none
 )->None:
     "Print a license; raise `PermissionError` unless it is open or accepted"
     text = describe_license(license_note(recipe))
@@ -350,6 +350,7 @@ def _file_in(folder):
     if files: return files[0]
     raise FileNotFoundError(f'weights={str(folder)!r}: expected one of {list(_WEIGHT_FILES)} in the folder')
 
+# %% ../../nbs/models/20_foundation.ipynb #0b43e665
 def _load_clip(tower, file):
     "Load the image side out of the weights of a whole CLIP model"
     state = next(iter(read_weights(file).values()))
@@ -427,8 +428,9 @@ def create_encoder(
     check_license(recipe, accept_license)
     if features is not None: check_in(features, FEATURES, 'features')
     size = recipe.size if size is None else check_integer(size, 'size', least=1, most=16_384)
-    if recipe.options.get('img_size') and not recipe.options.get('dynamic_img_size'): options = dict(img_size=size) | options
-    options = recipe.options | options
+    own = recipe.options
+    if 'img_size' in own and not own.get('dynamic_img_size'): own = own | dict(img_size=size) # is fixed
+    options = own | options
     backbone = _weighted(recipe, options, weights)
     encoder = FoundationEncoder(backbone, features or recipe.features, recipe.first_patch, recipe.library)
     if recipe.library=='transformers': options = backbone.config.to_diff_dict()
@@ -438,6 +440,7 @@ def create_encoder(
     encoder.spec['width'] = _check_encoder(encoder, recipe.name, size)
     return encoder.requires_grad_(False).eval()
 
+# %% ../../nbs/models/20_foundation.ipynb #abe2a1b9
 def rebuild_encoder(
     spec:dict, # Of an encoder
 )->FoundationEncoder: # Frozen, with random weights, for those of a file

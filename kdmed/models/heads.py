@@ -11,16 +11,15 @@ __all__ = ['AttentionHead', 'NeighborsHead', 'FoundationClassifier', 'JointEncod
 # %% ../../nbs/models/25_heads.ipynb #hds00003
 import math, re
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.checks import check_in, check_integer, check_number
+from ..core.checks import check_integer, check_number
 from .adapt import prepare_images, resize_images
 from .create import BUILDERS, n_outputs
-from .foundation import FoundationEncoder, rebuild_encoder
+from .foundation import rebuild_encoder
 
 # %% ../../nbs/models/25_heads.ipynb #hds00006
 class AttentionHead(nn.Module):
@@ -173,6 +172,7 @@ def _rebuild_head(about, n_out):
     columns = 1 if not about['exclusive'] and n_out==1 else n_out
     return NeighborsHead(torch.zeros(about['rows'], width), torch.zeros(about['rows'], columns), **more)
 
+# %% ../../nbs/models/25_heads.ipynb #ca6caa41
 def rebuild_classifier(
     spec:dict, # Of a `FoundationClassifier`
 )->FoundationClassifier: # Of the same shapes, for the weights of a file
@@ -204,6 +204,7 @@ class LowRank(nn.Module):
 
     def forward(self, weight): return weight + self.scale*(self.b @ self.a).view_as(weight)
 
+# %% ../../nbs/models/25_heads.ipynb #918d50e2
 def _is_adaptable(module):
     "Whether a layer is a product with a matrix: linear, or a convolution of single places"
     if isinstance(module, nn.Linear): return True
