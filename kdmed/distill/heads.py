@@ -222,17 +222,22 @@ def fit_attention(
     "A head that weighs tokens, from the epoch that suits validation groups best"
     train,n_out = train.labeled(),n_outputs(classes, task)
     if train.tokens is None: raise ValueError('an attention head needs tokens: cached_features(…, tokens=True)')
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = AttentionHead(train.tokens.shape[2], n_out).to(device)
     y = as_findings(train.targets, task, n_out).to(device)
     weights = _image_weights(y, task) if balanced else torch.ones_like(y)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed) # initial weights, batches, and dropout
+        head = AttentionHead(train.tokens.shape[2], n_out).to(device)
+        tried = _train_attention(head, train, valid, y, weights, task, epochs, patience, lr, bs, device)
+    return head.cpu().requires_grad_(False).eval(),pd.DataFrame(dict(epoch=range(len(tried)), valid_loss=tried))
+
+# %% ../../nbs/distill/21_heads.ipynb #2c9379fa
+def _train_attention(head, train, valid, y, weights, task, epochs, patience, lr, bs, device):
+    "Train until no epoch is better any more, and take the best; validation losses"
     optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=.01)
-    tried,best,kept = [],np.inf,None
+    tried,best,kept,since = [],np.inf,None,0
     for epoch in range(epochs):
         head.train()
-        for rows in torch.randperm(len(train), generator=generator).split(bs):
+        for rows in torch.randperm(len(train)).split(bs):
             loss = _loss(head(train.tokens[rows].to(device).float()), y[rows], weights[rows], task)
             optimizer.zero_grad()
             loss.backward()
@@ -241,10 +246,10 @@ def fit_attention(
         tried.append(group_loss(logits_of(head, valid, device), valid.targets, valid.groups, task))
         if tried[-1]<best: best,kept,since = tried[-1],{k: v.clone() for k,v in head.state_dict().items()},epoch
         if epoch-since>=patience: break
+    if kept is None: raise FloatingPointError('the loss of the attention head is not finite: choose a lower lr')
     head.load_state_dict(kept)
-    return head.cpu().requires_grad_(False).eval(),pd.DataFrame(dict(epoch=range(len(tried)), valid_loss=tried))
+    return tried
 
-# %% ../../nbs/distill/21_heads.ipynb #2c9379fa
 def _image_weights(y, task):
     "Weights of targets that make every class, or presence and absence, count the same; they average 1"
     if task=='multiclass': return (1/(y.sum(0)*y.shape[1])*len(y))[y.argmax(1)][:, None].expand_as(y)
@@ -258,6 +263,7 @@ def _loss(logits, y, weights, task):
     losses = F.binary_cross_entropy_with_logits(logits, y.nan_to_num(), reduction='none')
     return (losses*weights*known).sum()/known.sum().clamp(min=1)
 
+# %% ../../nbs/distill/21_heads.ipynb #d4405959
 @torch.no_grad()
 def logits_of(
     head,          # One of `kdmed.models.heads`, or `nn.Linear`
