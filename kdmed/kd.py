@@ -6,24 +6,27 @@ Docs: https://kdmed.github.io/kdmed/distill/index.html.md"""
 
 # %% auto #0
 __all__ = ['ALL', 'FEATURE_WEIGHTS', 'METHODS', 'SEVERAL', 'TEACHERLESS', 'TOO_LARGE', 'AttentionKD', 'ChannelKD', 'DecoupledKD',
-           'DistillCallback', 'DistillFit', 'DistillTokenKD', 'DistKD', 'ExitModel', 'FeatureKD', 'FocalKD', 'LogitKD',
-           'LossTerms', 'MeanTeacher', 'Method', 'MultiDimKD', 'MultiStageKD', 'NormalizedKD', 'RelationalKD', 'Resume',
-           'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'SeveralTerms', 'SimilarityKD', 'StopOnNaN',
-           'Teacher', 'TeacherCache', 'ViTKD', 'add_distillation_token', 'add_exits', 'attention_map',
-           'attention_transfer_loss', 'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss',
-           'channel_loss', 'check_fit', 'combine_scheds', 'cosine_loss', 'create_fused_teacher', 'create_student',
-           'create_teacher', 'decoupled_loss', 'dist_loss', 'distill', 'distill_callbacks', 'during', 'early_exit',
-           'examine', 'exit_curve', 'feature_map', 'fit_classifier', 'focal_loss', 'hard_token_loss', 'hint_loss',
-           'inverse_frequency_weights', 'load_checkpoint', 'load_student', 'logit_mse_loss', 'methods_table',
-           'normalized_loss', 'register_method', 'relational_loss', 'save_checkpoint', 'save_student',
-           'similarity_loss', 'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss', 'stage_names', 'staged',
-           'standardize_logits', 'truncate_vit']
+           'DistillCallback', 'DistillFit', 'DistillTokenKD', 'DistKD', 'ExitModel', 'FeatureKD', 'FocalKD',
+           'FoundationFeatureKD', 'LogitKD', 'LossTerms', 'MeanTeacher', 'Method', 'MultiDimKD', 'MultiStageKD',
+           'NormalizedKD', 'RelationalKD', 'Resume', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly',
+           'SeveralTerms', 'SimilarityKD', 'StopOnNaN', 'Teacher', 'TeacherCache', 'ViTKD', 'add_distillation_token',
+           'add_exits', 'attention_map', 'attention_transfer_loss', 'bernoulli_focal_loss', 'bernoulli_hard_token_loss',
+           'bernoulli_soft_target_loss', 'cached_features', 'channel_loss', 'check_fit', 'combine_scheds',
+           'cosine_loss', 'create_encoder', 'create_fused_teacher', 'create_student', 'create_teacher',
+           'decoupled_loss', 'dist_loss', 'distill', 'distill_callbacks', 'distill_foundation', 'during', 'early_exit',
+           'ensemble_weights', 'examine', 'exit_curve', 'feature_map', 'fit_classifier', 'fit_head', 'focal_loss',
+           'foundation_models', 'foundation_teacher', 'hard_token_loss', 'hint_loss', 'inverse_frequency_weights',
+           'load_checkpoint', 'load_student', 'logit_mse_loss', 'methods_table', 'normalized_loss', 'register_method',
+           'relational_loss', 'save_checkpoint', 'save_student', 'similarity_loss', 'soft_cross_entropy_loss',
+           'soft_target_loss', 'soft_token_loss', 'stage_names', 'staged', 'standardize_logits', 'truncate_vit',
+           'with_unlabeled']
 
 # %% ../nbs/distill/index.ipynb #7905f517
 from .models.create import (
     add_distillation_token, create_fused_teacher, create_student, create_teacher, feature_map, load_student,
     save_student, stage_names, truncate_vit)
 from .models.exits import ExitModel, add_exits, early_exit, exit_curve
+from .models.foundation import create_encoder, foundation_models
 from .train.checkpoints import load_checkpoint, save_checkpoint
 from .train.nan_guard import StopOnNaN
 from .train.resume import Resume
@@ -34,6 +37,8 @@ from kdmed.distill.feature_losses import (
     similarity_loss)
 from .distill.features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
 from .distill.fit import DistillCallback, DistillFit, LossTerms, SeveralTerms
+from .distill.foundation import FoundationFeatureKD, distill_foundation, foundation_teacher, with_unlabeled
+from .distill.heads import cached_features, ensemble_weights, fit_head
 from .distill.logit_losses import (
     bernoulli_hard_token_loss, bernoulli_soft_target_loss, decoupled_loss, dist_loss, hard_token_loss,
     logit_mse_loss, normalized_loss, soft_cross_entropy_loss, soft_target_loss, soft_token_loss, standardize_logits)
@@ -50,14 +55,15 @@ from .distill.teacher import MeanTeacher, Teacher, examine
 _all_ = [
     'ALL', 'FEATURE_WEIGHTS', 'METHODS', 'SEVERAL', 'TEACHERLESS', 'TOO_LARGE', 'AttentionKD', 'ChannelKD',
     'DecoupledKD', 'DistillCallback', 'DistillFit', 'DistillTokenKD', 'DistKD', 'ExitModel', 'FeatureKD', 'FocalKD',
-    'LogitKD', 'LossTerms', 'MeanTeacher', 'Method', 'MultiDimKD', 'MultiStageKD', 'NormalizedKD', 'RelationalKD',
-    'Resume', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'SeveralTerms', 'SimilarityKD', 'StopOnNaN',
-    'Teacher', 'TeacherCache', 'ViTKD', 'add_distillation_token', 'add_exits', 'attention_map',
-    'attention_transfer_loss', 'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss',
-    'channel_loss', 'check_fit', 'combine_scheds', 'cosine_loss', 'create_fused_teacher', 'create_student',
-    'create_teacher', 'decoupled_loss', 'dist_loss', 'distill', 'distill_callbacks', 'during', 'early_exit',
-    'examine', 'exit_curve', 'feature_map', 'fit_classifier', 'focal_loss', 'hard_token_loss', 'hint_loss',
-    'inverse_frequency_weights', 'load_checkpoint', 'load_student', 'logit_mse_loss', 'methods_table',
-    'normalized_loss', 'register_method', 'relational_loss', 'save_checkpoint', 'save_student', 'similarity_loss',
-    'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss', 'stage_names', 'staged', 'standardize_logits',
-    'truncate_vit']
+    'FoundationFeatureKD', 'LogitKD', 'LossTerms', 'MeanTeacher', 'Method', 'MultiDimKD', 'MultiStageKD',
+    'NormalizedKD', 'RelationalKD', 'Resume', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly',
+    'SeveralTerms', 'SimilarityKD', 'StopOnNaN', 'Teacher', 'TeacherCache', 'ViTKD', 'add_distillation_token',
+    'add_exits', 'attention_map', 'attention_transfer_loss', 'bernoulli_focal_loss', 'bernoulli_hard_token_loss',
+    'bernoulli_soft_target_loss', 'cached_features', 'channel_loss', 'check_fit', 'combine_scheds', 'cosine_loss',
+    'create_encoder', 'create_fused_teacher', 'create_student', 'create_teacher', 'decoupled_loss', 'dist_loss',
+    'distill', 'distill_callbacks', 'distill_foundation', 'during', 'early_exit', 'ensemble_weights', 'examine',
+    'exit_curve', 'feature_map', 'fit_classifier', 'fit_head', 'focal_loss', 'foundation_models',
+    'foundation_teacher', 'hard_token_loss', 'hint_loss', 'inverse_frequency_weights', 'load_checkpoint',
+    'load_student', 'logit_mse_loss', 'methods_table', 'normalized_loss', 'register_method', 'relational_loss',
+    'save_checkpoint', 'save_student', 'similarity_loss', 'soft_cross_entropy_loss', 'soft_target_loss',
+    'soft_token_loss', 'stage_names', 'staged', 'standardize_logits', 'truncate_vit', 'with_unlabeled']

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bench_cache import cached_epoch
 from bench_copies import copies_speed
+from bench_foundation import features_speed
 from bench_metrics import bootstrap_speed
 from bench_report import report_cost
 from bench_saliency import saliency_speed
@@ -244,7 +245,7 @@ print(status('VmHWM')-before)"""
     return dict(name=f'memory growth while {len(files):,} images are packed', value=round(float(done.stdout)), unit='MB', limit=300)
 
 
-BENCHES = [distillation_step, cached_epoch, bootstrap_speed, report_cost, saliency_speed, input_small, input_large, input_augmented, packing_time, packing_memory, copies_speed]
+BENCHES = [distillation_step, cached_epoch, features_speed, bootstrap_speed, report_cost, saliency_speed, input_small, input_large, input_augmented, packing_time, packing_memory, copies_speed]
 
 
 def where():

@@ -215,6 +215,16 @@ class ModelOptions:
     pretrained:_switch(MODELS, "teacher and students start from timm's weights (needs internet)") = False
     teacher_checkpoint:_repeated(MODELS, 'weights of a trained teacher, which is then not trained here; one for each '
                                  '--teacher') = None
+    foundation:_text(MODELS, 'a foundation model as the teacher, instead of --teacher: a name that `kdmed models` '
+                     'lists, or any timm model; only its head is fitted. --teacher-weights: its hub by default, pip, '
+                     'a file or a folder') = None
+    head:_one_of(MODELS, 'with --foundation: the head on its features', 'linear', 'attention', 'knn',
+                 optional=False) = 'linear'
+    tune:_one_of(MODELS, 'with --foundation: then train its last block, or low-rank products, for --teacher-epochs',
+                 'none', 'last', 'lora', optional=False) = 'none'
+    foundation_size:_optional_whole(MODELS, 'with --foundation: image side that it sees; by default as it was '
+                                    'trained') = None
+    accept_license:_switch(MODELS, 'with --foundation: you have read its license and accept it') = False
     trusted:_switch(MODELS, 'unpickle weights files that hold more than tensors; this runs code from the file') = False
     method:_name(MODELS, extended_help('how to distil (auto: token if the student has one, else logit+feature)',
                                        METHOD_NAMES)) = 'auto'
@@ -340,6 +350,7 @@ NUMBERS = { # option: its check, and the limits
     'weight': (check_number, dict(least=0)),
     'label_weight': (check_number, dict(least=0)),
     'magnification': (check_integer, dict(least=1)),
+    'foundation_size': (check_integer, dict(least=1)),
     'lr': (check_number, dict(above=0)),
     'weight_decay': (check_number, dict(least=0)),
     'scale': (check_number, dict(above=0, most=1)),
@@ -372,6 +383,19 @@ def _check_dataset_options(o):
         hint = _WHICH_GROUPS.get(name, '') if name=='group_pattern' or o['dataset']=='folder' else ''
         raise ValueError(f"{option(name)} concerns --dataset {' and '.join(sets)}, not {o['dataset']}{hint}")
 
+# %% ../../nbs/cli/00_options.ipynb #44c9759b
+_FOUNDATION_DEFAULTS = dict(head='linear', tune='none', foundation_size=None, accept_license=False)
+
+def _check_foundation_options(o):
+    "Raise an error for options of a foundation model without one, or beside another teacher"
+    if o.get('foundation') is None:
+        given = [n for n,default in _FOUNDATION_DEFAULTS.items() if o.get(n, default)!=default]
+        if given: raise ValueError(f'{option(given[0])} needs --foundation')
+    elif o.get('teacher_checkpoint'):
+        raise ValueError('--teacher-checkpoint is another trained teacher than --foundation: give one of them')
+    elif o.get('tune', 'none')!='none' and o.get('head')!='linear':
+        raise ValueError(f"--tune {o['tune']} trains a linear head further, it cannot go with --head {o['head']}")
+
 def check_concerns(
     o:dict, # Options by name
 )->None:
@@ -383,6 +407,7 @@ def check_concerns(
         raise ValueError('--data must be a folder or a file, got an empty text')
     if o['resplit'] and o['official'] is not None:
         raise ValueError('--resplit ignores the split that --official asks for: give one of them')
+    _check_foundation_options(o)
     for name in ('store', 'official'):
         if len(o[name] or ()) > 1: raise ValueError(f"{option(name)} takes one value at most, got {' '.join(o[name])}")
     for name in ('separator', 'group_pattern', 'groups'):

@@ -28,6 +28,7 @@ from ..models.adapt import (
     OUTPUTS, OutputReader, check_normalization, fixed_size, needed_channels, prepare_images, resize_images)
 from ..models.create import (
     create_teacher, feature_map, find_normalization, load_student, normalization_of, pooled_features, same_stats)
+from ..models.foundation import carry_licenses
 
 # %% ../../nbs/distill/15_teacher.ipynb #5183501c
 # Long because: one class, what is true of each model of a teacher
@@ -144,6 +145,7 @@ class Teacher:
                              'create a new one, or remove its callbacks with learn.remove_cbs')
         self.clear()
         self.match_data(learn.dls)
+        carry_licenses(self.models, learn.model)
 
     def match_data(self,
         dls, # The student's `DataLoaders`

@@ -148,6 +148,7 @@ def _about_text(comparison):
     note = [without_private(about['note'])] if about.get('note') else []
     return ' '.join([*note, *_decision_texts(about), *texts, *_origin_texts(about)])
 
+
 # %% ../../nbs/evaluate/45_report.ipynb #621d13a2
 def _decision_texts(about):
     "When a model predicts a class, if a threshold decides it"
@@ -164,6 +165,7 @@ def _origin_texts(about):
     texts = [f"Images of {about['size']} pixels."] if 'size' in about else []
     if about.get('models'): texts.append(f"Models: {', '.join(f'{name} {m}' for name,m in about['models'].items())}.")
     for name,card in about.get('weights', {}).items(): texts.append(f'Initial weights of {name}: {card}.')
+    texts += [f'The student learned from {note}.' for note in about.get('licenses', ())]
     has_data_section = isinstance(about.get('data'), dict)
     if about.get('left_out') and not has_data_section: texts.append(_excluded_text(about['left_out']))
     if 'date' in about:

@@ -31,6 +31,7 @@ from ..core.fingerprints import weights_checksum
 from ..core.study_folders import StudyFolder, changed_settings
 from ..data.images import name_of
 from ..models.create import create_student, load_student, save_student
+from ..models.foundation import describe_license, licenses_of
 from ..train.checkpoints import read_checkpoint, write_checkpoint
 from ..train.resume import Resume
 from ..distill.cache import TeacherCache
@@ -477,6 +478,8 @@ class Study:
         started = {name: card['summary'] for name,card in cards.items() if card}
         if started: comparison.about['weights'] = started
         if missing: comparison.about['missing'] = missing
+        if notes := licenses_of(modules['distilled']):
+            comparison.about['licenses'] = [describe_license(note) for note in notes]
         if len(self.dls.quarantine): comparison.about['left_out'] = _unreadable_images(self.dls.quarantine)
         return comparison
 
