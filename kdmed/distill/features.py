@@ -20,8 +20,9 @@ from ..core.checks import check_number
 from ..models.adapt import fixed_size
 from ..models.create import feature_map, pooled_features, stage_names, usable_stages
 from .callbacks import LogitKD
-from .feature_losses import (
-    FEATURE_WEIGHTS, attention_transfer_loss, channel_loss, hint_loss, relational_loss, similarity_loss)
+from kdmed.distill.feature_losses import (
+    FEATURE_WEIGHTS, attention_transfer_loss, channel_loss, hint_loss, normalize_channels, relational_loss,
+    similarity_loss)
 from .fit import DistillCallback, at_progress
 from .registry import ALL, register_method
 
@@ -39,12 +40,15 @@ class FeatureKD(DistillCallback):
         weight=FEATURE_WEIGHTS['hint'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss; those of several callbacks multiply
         pool:bool=False,  # Compare features averaged over the image instead of place by place
+        normalize:bool=False, # Standardize each channel of the teacher's features over the batch, so that its units
+                              # do not decide what the term weighs
     ):
         super().__init__(teacher, weight, label_weight)
-        self.pairs,self.pool = _check_pairs(pairs),pool
+        self.pairs,self.pool,self.normalize = _check_pairs(pairs),pool,normalize
         if self.teacher.members: self.add_taps()
 
-    def distance(self, ours, theirs): return hint_loss(ours, theirs)
+    def distance(self, ours, theirs):
+        return hint_loss(ours, normalize_channels(theirs) if self.normalize else theirs)
 
     def term(self):
         return sum(self.distance(*pair) for pair in self.projected(self.maps())) / len(self.pairs)
@@ -161,11 +165,11 @@ def pair_stages(
 
 @register_method('feature', "last stage's features, averaged over the image, through a projector", ALL,
                  'Romero et al. 2015')
-def _feature(student, teacher): return [FeatureKD(teacher, pair_last_stages(student, teacher), pool=True)]
+def _feature(student, teacher): return [FeatureKD(teacher, pair_last_stages(student, teacher), pool=True, normalize=True)]
 
 @register_method('hint', "last stage's features, place by place, through a projector", ALL,
                  'FitNets, Romero et al. 2015')
-def _hint(student, teacher): return [FeatureKD(teacher, pair_last_stages(student, teacher))]
+def _hint(student, teacher): return [FeatureKD(teacher, pair_last_stages(student, teacher), normalize=True)]
 
 @register_method('logit+feature', 'logit and feature', ALL, 'both')
 def _logit_and_feature(student, teacher): return [LogitKD(teacher), *_feature(student, teacher)]

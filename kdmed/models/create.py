@@ -398,7 +398,8 @@ def save_student(
 
 # %% ../../nbs/models/05_create.ipynb #6bdce65a
 WRAPPERS = {} # {entry of a spec: function (model, value of the entry) that makes the model with that entry}
-_LATER = {'exits': 'kdmed.models.exits'} # entries whose function a later module adds to WRAPPERS when it is imported
+# entries whose function a later module adds to WRAPPERS when it is imported
+_LATER = {'exits': 'kdmed.models.exits', 'reused': 'kdmed.models.classifier'}
 
 def _wrap(model, entry, value):
     "The model that an entry of a spec makes of `model`"
@@ -407,7 +408,8 @@ def _wrap(model, entry, value):
 
 # arguments of create_student, which cannot be options of timm
 _OWN_ARGUMENTS = {'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights'}
-_ENTRIES = dict(fusion={'hidden', 'dropout', 'freeze', 'options'}, exits={'layers', 'fuse', 'dropout'})
+_ENTRIES = dict(fusion={'hidden', 'dropout', 'freeze', 'options'}, exits={'layers', 'fuse', 'dropout'},
+                reused={'width'})
 _KINDS = dict(model=(str, list), classes=(int, list), size=int, task=str)
 
 def _check_settings(settings, file):
