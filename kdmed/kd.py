@@ -6,56 +6,66 @@ Docs: https://kdmed.github.io/kdmed/distill/index.html.md"""
 
 # %% auto #0
 __all__ = ['ALL', 'FEATURE_WEIGHTS', 'METHODS', 'SEVERAL', 'TEACHERLESS', 'TOO_LARGE', 'AttentionKD', 'ChannelKD', 'DecoupledKD',
-           'DistillCallback', 'DistillFit', 'DistillTokenKD', 'DistKD', 'ExitModel', 'FeatureKD', 'FocalKD', 'LogitKD',
-           'LossTerms', 'MeanTeacher', 'Method', 'MultiDimKD', 'MultiStageKD', 'NormalizedKD', 'RelationalKD', 'Resume',
-           'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'SeveralTerms', 'SimilarityKD', 'StopOnNaN',
-           'Teacher', 'TeacherCache', 'ViTKD', 'add_distillation_token', 'add_exits', 'attention_map',
-           'attention_transfer_loss', 'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss',
-           'channel_loss', 'check_fit', 'combine_scheds', 'cosine_loss', 'create_fused_teacher', 'create_student',
-           'create_teacher', 'decoupled_loss', 'dist_loss', 'distill', 'distill_callbacks', 'during', 'early_exit',
-           'examine', 'exit_curve', 'feature_map', 'fit_classifier', 'focal_loss', 'hard_token_loss', 'hint_loss',
-           'inverse_frequency_weights', 'load_checkpoint', 'load_student', 'logit_mse_loss', 'methods_table',
-           'normalized_loss', 'register_method', 'relational_loss', 'save_checkpoint', 'save_student',
-           'similarity_loss', 'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss', 'stage_names', 'staged',
-           'standardize_logits', 'truncate_vit']
+           'DistillCallback', 'DistillFit', 'DistillTokenKD', 'DistKD', 'ExitModel', 'FeatureKD', 'FocalKD',
+           'FunctionMatchingKD', 'GradientShares', 'LabelwiseKD', 'LogitKD', 'LossTerms', 'MeanTeacher', 'Method',
+           'MultiDimKD', 'MultiStageKD', 'NormalizedKD', 'OrthogonalKD', 'ProjectorKD', 'RelationalKD', 'Resume',
+           'ReusedClassifier', 'ReusedClassifierKD', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly',
+           'SeveralTerms', 'SimilarityKD', 'StopOnNaN', 'SubclassKD', 'Teacher', 'TeacherCache', 'TokenFeatureKD',
+           'ViTKD', 'adapt_student', 'add_distillation_token', 'add_exits', 'attention_map', 'attention_transfer_loss',
+           'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss', 'channel_loss',
+           'check_fit', 'combine_scheds', 'cosine_loss', 'create_fused_teacher', 'create_student', 'create_teacher',
+           'decoupled_loss', 'dist_loss', 'distill', 'distill_callbacks', 'during', 'early_exit', 'examine',
+           'exit_curve', 'feature_map', 'fit_classifier', 'focal_loss', 'function_matching', 'hard_token_loss',
+           'hint_loss', 'inverse_frequency_weights', 'load_checkpoint', 'load_student', 'logit_mse_loss',
+           'methods_table', 'normalize_channels', 'normalized_loss', 'pair_embeddings', 'register_method',
+           'relational_loss', 'reuse_classifier', 'save_checkpoint', 'save_student', 'similarity_loss',
+           'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss', 'srd_loss', 'stage_names', 'staged',
+           'standardize_logits', 'structure_loss', 'subclass_logits', 'truncate_vit']
 
 # %% ../nbs/distill/index.ipynb #7905f517
 from .models.create import (
     add_distillation_token, create_fused_teacher, create_student, create_teacher, feature_map, load_student,
     save_student, stage_names, truncate_vit)
+from .models.classifier import ReusedClassifier, reuse_classifier
 from .models.exits import ExitModel, add_exits, early_exit, exit_curve
 from .train.resume import Resume, StopOnNaN, load_checkpoint, save_checkpoint
 from .distill.cache import TeacherCache
 from .distill.callbacks import DecoupledKD, DistillTokenKD, DistKD, FocalKD, LogitKD, NormalizedKD
-from kdmed.distill.feature_losses import (
-    FEATURE_WEIGHTS, attention_map, attention_transfer_loss, channel_loss, cosine_loss, hint_loss, relational_loss,
-    similarity_loss)
+from .distill.embeddings import OrthogonalKD, ProjectorKD, ReusedClassifierKD, pair_embeddings, srd_loss
+from .distill.feature_losses import (
+    FEATURE_WEIGHTS, attention_map, attention_transfer_loss, channel_loss, cosine_loss, hint_loss, normalize_channels,
+    relational_loss, similarity_loss)
 from .distill.features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
-from .distill.fit import DistillCallback, DistillFit, LossTerms, SeveralTerms
+from .distill.fit import DistillCallback, DistillFit, GradientShares, LossTerms, SeveralTerms
+from .distill.labelfree import FunctionMatchingKD, TokenFeatureKD, function_matching
+from .distill.labelwise import LabelwiseKD, structure_loss
 from .distill.logit_losses import (
     bernoulli_hard_token_loss, bernoulli_soft_target_loss, decoupled_loss, dist_loss, hard_token_loss,
     logit_mse_loss, normalized_loss, soft_cross_entropy_loss, soft_target_loss, soft_token_loss, standardize_logits)
 from .distill.losses import bernoulli_focal_loss, focal_loss, inverse_frequency_weights
 from .distill.methods import (
-    TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier, methods_table)
+    TOO_LARGE, adapt_student, check_fit, distill, distill_callbacks, fit_classifier, methods_table)
 from .distill.multidim import MultiDimKD, ViTKD
 from .distill.multistage import (
     MultiStageKD, SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds, during, staged)
 from .distill.registry import ALL, METHODS, SEVERAL, TEACHERLESS, Method, register_method
+from .distill.subclasses import SubclassKD, subclass_logits
 from .distill.teacher import MeanTeacher, Teacher, examine
 
 # %% ../nbs/distill/index.ipynb #04d98fdc
 _all_ = [
     'ALL', 'FEATURE_WEIGHTS', 'METHODS', 'SEVERAL', 'TEACHERLESS', 'TOO_LARGE', 'AttentionKD', 'ChannelKD',
     'DecoupledKD', 'DistillCallback', 'DistillFit', 'DistillTokenKD', 'DistKD', 'ExitModel', 'FeatureKD', 'FocalKD',
-    'LogitKD', 'LossTerms', 'MeanTeacher', 'Method', 'MultiDimKD', 'MultiStageKD', 'NormalizedKD', 'RelationalKD',
-    'Resume', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'SeveralTerms', 'SimilarityKD', 'StopOnNaN',
-    'Teacher', 'TeacherCache', 'ViTKD', 'add_distillation_token', 'add_exits', 'attention_map',
-    'attention_transfer_loss', 'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss',
-    'channel_loss', 'check_fit', 'combine_scheds', 'cosine_loss', 'create_fused_teacher', 'create_student',
-    'create_teacher', 'decoupled_loss', 'dist_loss', 'distill', 'distill_callbacks', 'during', 'early_exit',
-    'examine', 'exit_curve', 'feature_map', 'fit_classifier', 'focal_loss', 'hard_token_loss', 'hint_loss',
-    'inverse_frequency_weights', 'load_checkpoint', 'load_student', 'logit_mse_loss', 'methods_table',
-    'normalized_loss', 'register_method', 'relational_loss', 'save_checkpoint', 'save_student', 'similarity_loss',
-    'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss', 'stage_names', 'staged', 'standardize_logits',
-    'truncate_vit']
+    'FunctionMatchingKD', 'GradientShares', 'LabelwiseKD', 'LogitKD', 'LossTerms', 'MeanTeacher', 'Method',
+    'MultiDimKD', 'MultiStageKD', 'NormalizedKD', 'OrthogonalKD', 'ProjectorKD', 'RelationalKD', 'Resume',
+    'ReusedClassifier', 'ReusedClassifierKD', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly',
+    'SeveralTerms', 'SimilarityKD', 'StopOnNaN', 'SubclassKD', 'Teacher', 'TeacherCache', 'TokenFeatureKD', 'ViTKD',
+    'adapt_student', 'add_distillation_token', 'add_exits', 'attention_map', 'attention_transfer_loss',
+    'bernoulli_focal_loss', 'bernoulli_hard_token_loss', 'bernoulli_soft_target_loss', 'channel_loss', 'check_fit',
+    'combine_scheds', 'cosine_loss', 'create_fused_teacher', 'create_student', 'create_teacher', 'decoupled_loss',
+    'dist_loss', 'distill', 'distill_callbacks', 'during', 'early_exit', 'examine', 'exit_curve', 'feature_map',
+    'fit_classifier', 'focal_loss', 'function_matching', 'hard_token_loss', 'hint_loss', 'inverse_frequency_weights',
+    'load_checkpoint', 'load_student', 'logit_mse_loss', 'methods_table', 'normalize_channels', 'normalized_loss',
+    'pair_embeddings', 'register_method', 'relational_loss', 'reuse_classifier', 'save_checkpoint', 'save_student',
+    'similarity_loss', 'soft_cross_entropy_loss', 'soft_target_loss', 'soft_token_loss', 'srd_loss', 'stage_names',
+    'staged', 'standardize_logits', 'structure_loss', 'subclass_logits', 'truncate_vit']

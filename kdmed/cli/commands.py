@@ -40,7 +40,7 @@ from ..data.loaders import available_memory, decoded_bytes, image_dls
 from ..data.splits import check_leakage, split_groups
 from ..data.store import decode_images
 from ..models.create import create_student, create_teacher
-from ..distill.methods import distill_callbacks
+from ..distill.methods import adapt_student, distill_callbacks
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
 from ..evaluate.metrics import MetricByName
@@ -92,7 +92,8 @@ def check_models(
     made = {}
     for name in ('teacher', 'student'):
         with _naming(option(name)): made[name] = create_student(o[name], 2, o['size'])
-    try: distill_callbacks(o['method'], made['student'], Teacher(made['teacher']))
+    teacher = Teacher(made['teacher'])
+    try: distill_callbacks(o['method'], adapt_student(o['method'], made['student'], teacher), teacher)
     except ValueError as e: raise ValueError(f"--method {o['method']}: {e}") from e
 
 # %% ../../nbs/cli/05_commands.ipynb #1bd51ca3
@@ -133,6 +134,7 @@ def _train(o, work, dls, files):
     with _naming('--metric'): MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
     how = dict(optimizer=OPTIMIZERS[o['optimizer']], weight_decay=o['weight_decay'], cache=o['cache'], metrics=metrics)
+    how['log_shares'] = o['log_shares']
     if o['amp']: how['callbacks'] = lambda: [MixedPrecision()]
     progress = choose_progress(o)
     STATE['begun'] = True
@@ -223,7 +225,8 @@ def distill_command(
 DEMO = dict(
     teacher='resnet10t', student='test_efficientnet', size=48, bs=32, teacher_epochs=12, epochs=12, lr=3e-3,
     method='auto', repeats=3, pretrained=False, teacher_checkpoint=None, teacher_weights=None, student_weights=None,
-    trusted=False, optimizer='adam', weight_decay=None, amp=False, cache=False, subgroups=None,
+    trusted=False, optimizer='adam', weight_decay=None, amp=False, cache=False, log_shares=False,
+    subgroups=None,
     metric='balanced_accuracy')
 DEMO_IMAGES = 2400
 

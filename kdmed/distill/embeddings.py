@@ -10,11 +10,10 @@ __all__ = ['pair_embeddings', 'srd_loss', 'EmbeddingKD', 'ProjectorKD', 'whiten'
 
 # %% ../../nbs/distill/32_embeddings.ipynb #emb00003
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from ..core.basics import get_layer, unwrap
+from ..core.basics import unwrap
 from ..core.checks import check_in, check_number
 from ..models.classifier import ReusedClassifier, find_classifier, reuse_classifier
 from .feature_losses import FEATURE_WEIGHTS, hint_loss, normalize_channels
@@ -64,6 +63,7 @@ class EmbeddingKD(FeatureKD):
         "Embeddings of both sides"
         return [(ours.flatten(1), theirs.flatten(1)) for ours,theirs in super().maps(xb)]
 
+# %% ../../nbs/distill/32_embeddings.ipynb #9cff32ac
 class _NormalizedProjector(nn.Module):
     "A linear layer, normalized over the batch, with a trained scale and shift for each channel"
     def __init__(self, width, teacher_width):
@@ -113,7 +113,8 @@ class OrthogonalKD(EmbeddingKD):
         weight=FEATURE_WEIGHTS['vkd'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss
         loss:str='l2',    # `l2`: squared differences; `l1`: absolute ones; summed over channels, averaged over images
-        normalize:str='standardize', # The teacher's features: `standardize` each channel over the batch, or `whiten` them
+        # The teacher's features: `standardize` each channel over the batch, or `whiten` them
+        normalize:str='standardize',
     ):
         super().__init__(teacher, pairs, weight, label_weight)
         check_in(loss, ('l2', 'l1'), 'loss')
@@ -156,8 +157,9 @@ class ReusedClassifierKD(EmbeddingKD):
         if len(self.teacher.models)>1: raise ValueError('the classifier of one teacher can be reused, not of several')
         layer = find_classifier(self.teacher.model)[0]
         if layer is None:
-            raise ValueError(f'no layer of the teacher, a {type(unwrap(self.teacher.model)).__name__}, returns what its '
-                             'classifier reads: use another method, such as srd with the last stage')
+            kind = type(unwrap(self.teacher.model)).__name__
+            raise ValueError(f'no layer of the teacher, a {kind}, returns what its classifier reads: use another '
+                             'method, such as srd with the last stage')
         self.pairs = [('projector', layer)]
         return layer
 
@@ -173,6 +175,7 @@ class ReusedClassifierKD(EmbeddingKD):
 
     def distance(self, ours, theirs): return hint_loss(ours, theirs)
 
+# %% ../../nbs/distill/32_embeddings.ipynb #4961df00
 def reuse_teacher_classifier(
     student:nn.Module, # Ends in a linear layer
     teacher, # A `Teacher` of one model, perhaps cached

@@ -40,8 +40,8 @@ class FeatureKD(DistillCallback):
         weight=FEATURE_WEIGHTS['hint'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss; those of several callbacks multiply
         pool:bool=False,  # Compare features averaged over the image instead of place by place
-        normalize:bool=False, # Standardize each channel of the teacher's features over the batch, so that its units
-                              # do not decide what the term weighs
+        # Standardize each channel of the teacher's features over the batch, so that its units do not decide the weight
+        normalize:bool=False,
     ):
         super().__init__(teacher, weight, label_weight)
         self.pairs,self.pool,self.normalize = _check_pairs(pairs),pool,normalize
@@ -165,7 +165,8 @@ def pair_stages(
 
 @register_method('feature', "last stage's features, averaged over the image, through a projector", ALL,
                  'Romero et al. 2015')
-def _feature(student, teacher): return [FeatureKD(teacher, pair_last_stages(student, teacher), pool=True, normalize=True)]
+def _feature(student, teacher):
+    return [FeatureKD(teacher, pair_last_stages(student, teacher), pool=True, normalize=True)]
 
 @register_method('hint', "last stage's features, place by place, through a projector", ALL,
                  'FitNets, Romero et al. 2015')

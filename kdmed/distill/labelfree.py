@@ -8,9 +8,8 @@ Docs: https://kdmed.github.io/kdmed/distill/labelfree.html.md"""
 __all__ = ['FunctionMatchingKD', 'function_matching', 'TokenFeatureKD']
 
 # %% ../../nbs/distill/42_labelfree.ipynb #lfr00003
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.basics import unwrap
 from ..data.loaders import ReplayMixUp
@@ -23,7 +22,7 @@ from .registry import ALL, register_method
 
 # %% ../../nbs/distill/42_labelfree.ipynb #lfr00006
 class FunctionMatchingKD(LogitKD):
-    "Match the teacher's probabilities on mixed images, without labels: KL, or the Bernoulli KL of one logit or findings"
+    "Match the teacher's probabilities on mixed images, without labels"
     def __init__(self,
         teacher,         # `Teacher`, or what it can be created from
         temperature=1.,  # Softens both distributions; a number or a function of progress
@@ -54,10 +53,11 @@ class TokenFeatureKD(SeveralTerms, FeatureKD):
     def __init__(self,
         teacher,         # `Teacher`, or what it can be created from; its classes do not matter
         pairs,           # `[(student layer, teacher layer)]`: the last ones, such as those of `pair_last_stages`
-        token_weight=FEATURE_WEIGHTS['tokens'],   # Factor on the term of class tokens; a number or a function of progress
-        patch_weight=FEATURE_WEIGHTS['tokens'],   # Factor on the term of patches; likewise
-        feature_weight=FEATURE_WEIGHTS['tokens'], # Factor on the term of averaged features; likewise
-        label_weight=1., # Factor on the label loss; with 0 the student's head stays as it is, and must be trained afterwards
+        # Factor on the term of class tokens; a number or a function of progress. The others alike
+        token_weight=FEATURE_WEIGHTS['tokens'],
+        patch_weight=FEATURE_WEIGHTS['tokens'],   # Factor on the term of patches
+        feature_weight=FEATURE_WEIGHTS['tokens'], # Factor on the term of averaged features
+        label_weight=1., # Factor on the label loss; with 0 the student's head is not trained, and must be afterwards
         weight=1.,       # Factor on all three terms
     ):
         self.given = dict(token=token_weight, patch=patch_weight, feature=feature_weight)

@@ -61,7 +61,8 @@ class LabelwiseKD(SeveralTerms, EmbeddingKD):
     def __init__(self,
         teacher,         # `Teacher`, or what it can be created from, of the student's classes
         pairs,           # `[(student layer, teacher layer)]` of what the classifiers read: those of `pair_embeddings`
-        logits_weight=FEATURE_WEIGHTS['label_logits'], # Factor on the term of logits; a number or a function of progress
+        # Factor on the term of logits; a number or a function of progress
+        logits_weight=FEATURE_WEIGHTS['label_logits'],
         class_weight=FEATURE_WEIGHTS['label_structure'],    # Factor on the term of each label's images; likewise
         instance_weight=FEATURE_WEIGHTS['label_structure'], # Factor on the term of each image's labels; likewise
         label_weight=1., # Factor on the label loss
@@ -115,8 +116,9 @@ def _check_classifier(model, layer, owner):
     "The linear layer that reads `layer`, or an error"
     found,name = find_classifier(model)
     if name is None or found!=layer:
-        raise ValueError(f'the {owner}, a {type(unwrap(model)).__name__}, has no linear classifier that reads its layer '
-                         f'{layer!r}, so labels have no embeddings of their own: use another method, such as srd or logit')
+        kind = type(unwrap(model)).__name__
+        raise ValueError(f'the {owner}, a {kind}, has no linear classifier that reads its layer {layer!r}, so labels '
+                         'have no embeddings of their own: use another method, such as srd or logit')
     return get_layer(model, name)
 
 @register_method('l2d', "each finding's logit, and the structure of its embeddings", 'multilabel',

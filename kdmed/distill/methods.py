@@ -247,16 +247,6 @@ def distill_callbacks(
                       'multi_stage and self_exits train them')
     return METHODS[method].make(student, teacher)
 
-def adapt_student(
-    method,            # As for `distill_callbacks`
-    student:nn.Module, # Not changed
-    teacher=None,      # `Teacher`, or what it can be created from
-)->nn.Module: # The same, unless the method trains another one, such as one that ends in its teacher's classifier
-    "The student that a method trains"
-    adapt = METHODS[method].adapt if isinstance(method, str) and method in METHODS else None
-    if adapt is None or teacher is None: return student
-    return adapt(student, as_teacher(teacher))
-
 def _own_callbacks(method, student, teacher):
     "Callbacks from a function of the user's"
     if not callable(method):
@@ -273,6 +263,17 @@ def _suits(student, teacher):
     if isinstance(student, ExitModel): return 'multi_stage'
     staged = len(teacher.models)==1 and comparable_stages(student) and comparable_stages(teacher.model)
     return 'logit+feature' if staged else 'logit'
+
+# %% ../../nbs/distill/45_methods.ipynb #4673ff88
+def adapt_student(
+    method,            # As for `distill_callbacks`
+    student:nn.Module, # Not changed
+    teacher=None,      # `Teacher`, or what it can be created from
+)->nn.Module: # The same, unless the method trains another one, such as one that ends in its teacher's classifier
+    "The student that a method trains"
+    adapt = METHODS[method].adapt if isinstance(method, str) and method in METHODS else None
+    if adapt is None or teacher is None: return student
+    return adapt(student, as_teacher(teacher))
 
 # %% ../../nbs/distill/45_methods.ipynb #methtab
 def _describe_terms(cb):

@@ -44,7 +44,7 @@ def principal_directions(
     if not len(x): return x.new_zeros(x.shape[1]),directions
     _,s,v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     found = int((s[:n] > max(s.max().item(), 1e-6)*1e-4).sum())
-    signs = v[:found].gather(1, v[:found].abs().argmax(1, keepdim=True)).sign() # a component has no sign of its own
+    signs = v[:found].gather(1, v[:found].abs().argmax(1, keepdim=True)).sign() # a component has none
     directions[:found] = signs*v[:found] * len(x)**.5/s[:found, None]
     return x.mean(0),directions
 
@@ -100,11 +100,11 @@ class SubclassKD(EmbeddingKD):
     def check(self, outputs, xb):
         "Find the directions, unless they are known; create the layer that predicts subclasses"
         if not self.exclusive and self.columns>1:
-            raise ValueError('SubclassKD needs classes that exclude each other, or one logit: it splits classes, and an '
-                             "image with several findings is in several. Use LabelwiseKD ('l2d')")
+            raise ValueError('SubclassKD needs classes that exclude each other, or one logit: it splits classes, and '
+                             "an image with several findings is in several. Use LabelwiseKD ('l2d')")
         if not self.teacher.fixed:
-            raise ValueError(f'SubclassKD needs a teacher that stays the same, got {type(self.teacher).__name__}: the '
-                             'directions of its embeddings are found once. Use LogitKD')
+            raise ValueError(f'SubclassKD needs a teacher that stays the same, got {type(self.teacher).__name__}: '
+                             'the directions of its embeddings are found once. Use LogitKD')
         super().check(outputs, xb)
         if self.directions is None: self.directions = self.find_directions()
 

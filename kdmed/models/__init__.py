@@ -6,12 +6,13 @@ Docs: https://kdmed.github.io/kdmed/models/index.html.md"""
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'PIP_WEIGHTS', 'STUDENT_FORMAT', 'WRAPPERS', 'DistillationTokenViT', 'ExitModel', 'FusedTeacher',
-           'add_distillation_token', 'add_exits', 'check_stats', 'create_fused_teacher', 'create_student',
-           'create_teacher', 'early_exit', 'exit_confidence', 'exit_curve', 'exit_macs', 'feature_map',
-           'find_normalization', 'input_channels', 'load_student', 'load_weights', 'luminance', 'model_spec',
-           'model_stats', 'normalization_of', 'output_names', 'pip_weights', 'plot_exits', 'pooled_features',
-           'predict_images', 'prepared_for', 'read_settings', 'read_weights', 'renormalize', 'same_stats',
-           'save_student', 'set_model_stats', 'stage_names', 'truncate_vit', 'usable_stages']
+           'ReusedClassifier', 'add_distillation_token', 'add_exits', 'check_stats', 'create_fused_teacher',
+           'create_student', 'create_teacher', 'early_exit', 'exit_confidence', 'exit_curve', 'exit_macs',
+           'feature_map', 'find_classifier', 'find_normalization', 'input_channels', 'load_student', 'load_weights',
+           'luminance', 'model_spec', 'model_stats', 'normalization_of', 'output_names', 'pip_weights', 'plot_exits',
+           'pooled_features', 'predict_images', 'prepared_for', 'read_settings', 'read_weights', 'renormalize',
+           'reuse_classifier', 'same_stats', 'save_student', 'set_model_stats', 'stage_names', 'truncate_vit',
+           'usable_stages']
 
 # %% ../../nbs/models/index.ipynb #3ae5461d
 from ..core.basics import input_channels, model_spec
@@ -21,15 +22,16 @@ from .create import (
     create_fused_teacher, create_student, create_teacher, feature_map, find_normalization, load_student, luminance,
     model_stats, normalization_of, output_names, pooled_features, predict_images, read_settings, same_stats,
     save_student, set_model_stats, stage_names, truncate_vit, usable_stages)
+from .classifier import ReusedClassifier, find_classifier, reuse_classifier
 from .exits import ExitModel, add_exits, early_exit, exit_confidence, exit_curve, exit_macs, plot_exits
 from .weights import PIP_WEIGHTS, load_weights, pip_weights, read_weights
 
 # %% ../../nbs/models/index.ipynb #2503cdd8
 _all_ = [
     'OUTPUTS', 'PIP_WEIGHTS', 'STUDENT_FORMAT', 'WRAPPERS', 'DistillationTokenViT', 'ExitModel', 'FusedTeacher',
-    'add_distillation_token', 'add_exits', 'check_stats', 'create_fused_teacher', 'create_student',
-    'create_teacher', 'early_exit', 'exit_confidence', 'exit_curve', 'exit_macs', 'feature_map',
-    'find_normalization', 'input_channels', 'load_student', 'load_weights', 'luminance', 'model_spec',
-    'model_stats', 'normalization_of', 'output_names', 'pip_weights', 'plot_exits', 'pooled_features',
-    'predict_images', 'prepared_for', 'read_settings', 'read_weights', 'renormalize', 'same_stats', 'save_student',
+    'ReusedClassifier', 'add_distillation_token', 'add_exits', 'check_stats', 'create_fused_teacher', 'create_student',
+    'create_teacher', 'early_exit', 'exit_confidence', 'exit_curve', 'exit_macs', 'feature_map', 'find_classifier',
+    'find_normalization', 'input_channels', 'load_student', 'load_weights', 'luminance', 'model_spec', 'model_stats',
+    'normalization_of', 'output_names', 'pip_weights', 'plot_exits', 'pooled_features', 'predict_images',
+    'prepared_for', 'read_settings', 'read_weights', 'renormalize', 'reuse_classifier', 'same_stats', 'save_student',
     'set_model_stats', 'stage_names', 'truncate_vit', 'usable_stages']

@@ -22,7 +22,8 @@ from .create import WRAPPERS, thaw
 def find_classifier(
     model:nn.Module, # Turns images into logits [B, C]; perhaps wrapped. Not changed
     size:int=None,   # Image side, in pixels; default: that of its `spec`, or the only one it takes
-)->tuple: # Names of the layer that returns the embedding [B, D], and of the linear layer that reads it; None where absent
+# Names of the layer that returns the embedding [B, D], and of the linear layer that reads it; None where absent
+)->tuple:
     "The last linear layer of a model, and the layer before it, found by a trial in eval mode"
     inner = unwrap(model)
     size = size or model_spec(model).get('size') or fixed_size(inner) or 64
@@ -85,12 +86,14 @@ def reuse_classifier(
         made.classifier.bias.copy_(bias)
     return made
 
+# %% ../../nbs/models/20_classifier.ipynb #dbd2a497
 def _classifier_of(model, owner, size):
     "Name and module of the last linear layer, or an error"
     name = find_classifier(model, size)[1]
     if name is None:
-        raise ValueError(f'the {owner}, a {type(unwrap(model)).__name__}, does not end in one linear layer, so there is '
-                         'no classifier to reuse: use another model, or another method, such as srd')
+        kind = type(unwrap(model)).__name__
+        raise ValueError(f'the {owner}, a {kind}, does not end in one linear layer, so there is no classifier to '
+                         'reuse: use another model, or another method, such as srd')
     return name,get_layer(model, name)
 
 def _rows_for(n_out, linear, order):

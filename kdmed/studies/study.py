@@ -33,7 +33,8 @@ from ..data.images import name_of
 from ..models.create import create_student, load_student, save_student
 from ..train.resume import Resume, read_checkpoint, write_checkpoint
 from ..distill.cache import TeacherCache
-from ..distill.methods import TOO_LARGE, check_fit, distill, distill_callbacks, fit_classifier
+from ..distill.methods import (
+    TOO_LARGE, adapt_student, check_fit, distill, distill_callbacks, fit_classifier)
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
 from ..evaluate.comparison import Comparison, compare_predictions, rehearse_report, shared_groups_note
@@ -327,6 +328,7 @@ class Study:
     metrics:tuple=()
     cache:bool=False
     n_boot:int=1000
+    log_shares:bool=False
 
     def __post_init__(self):
         if isinstance(self.teacher, (list, tuple)): self.teacher = Teacher(self.teacher)
@@ -351,8 +353,9 @@ class Study:
         "Raise an error if teacher or student cannot be built, or do not suit the method"
         student = new_model(self.student, self.dls, 0)
         teacher = self.teacher if self.trained else new_model(self.teacher, self.dls, 0)
-        trial = new_model(self.student, self.dls, 0)
-        try: check_fit(self.dls, trial, [*distill_callbacks(self.method, student, teacher)])
+        try:
+            trial = adapt_student(self.method, new_model(self.student, self.dls, 0), teacher)
+            check_fit(self.dls, trial, [*distill_callbacks(self.method, trial, teacher)])
         except ValueError as e: raise ValueError(f'method {self.method!r}: {e}') from e
         return teacher,student
 
@@ -412,7 +415,9 @@ class Study:
         if home is not None: cbs.append(Resume(home, minutes=5))
         how = dict(lr=self.lr, seed=fit.seed, cbs=cbs, progress=progress.bars, metrics=self.metrics)
         how |= dict(optimizer=self.optimizer, weight_decay=self.weight_decay, schedule=self.schedule)
-        if fit.kind=='distilled': return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how)
+        if fit.kind=='distilled':
+            how['log_shares'] = self.log_shares
+            return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how)
         return fit_classifier(self.dls, self.teacher if fit.kind=='teacher' else self.student, fit.epochs, **how)
 
     def compare(self,
@@ -599,10 +604,11 @@ def distillation_study(
     cache:bool=False,
     n_boot:int=1000,      # Bootstrap draws of groups, for all intervals
     files=None,           # With `folder`: further files to write when the study begins, as a dict from names to texts
+    log_shares:bool=False, # Log each term's share of the distilled students' gradient, see `GradientShares`
 )->tuple: # Comparison on the test images; models by name: Learners, or with `folder` `Cell`s; all have `history`
     "Teacher, plain students and distilled students, trained alike and compared on the test images"
     study = Study(dls, teacher, student, method, teacher_epochs, epochs, lr, seeds, subgroups, optimizer, weight_decay,
-                  schedule, callbacks, metrics, cache, n_boot)
+                  schedule, callbacks, metrics, cache, n_boot, log_shares)
     progress = _as_progress(progress)
     study.check()
     built = study.check_models()
