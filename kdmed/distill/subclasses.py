@@ -37,7 +37,7 @@ def null_space(
 def principal_directions(
     embeddings:Tensor, # Of the images of one class, [N, D]
     n:int,             # How many
-)->tuple: # Mean [D]; directions [n, D] scaled so that coordinates have variance 1, or zero where the class does not vary
+)->tuple: # Mean [D]; directions [n, D], scaled so that coordinates have variance 1; zero where the class does not vary
     "Mean and largest principal components of a class"
     x = promote_precision(embeddings)[0]
     directions = x.new_zeros(n, x.shape[1])
@@ -92,13 +92,13 @@ class SubclassKD(EmbeddingKD):
         check_setting('temperature', temperature, positive=True)
         self.temperature,self.images = temperature,check_integer(images, 'images', least=2)
         super().__init__(teacher, pairs, weight, label_weight)
-        self.directions = None # [D], [C, D] and [C, S-1, D]
+        self.directions,self._restored = None,False # means [C, D] and directions [C, S-1, D]; from a checkpoint
 
     @property
     def classes(self): return 2 if self.columns==1 else self.columns
 
     def check(self, outputs, xb):
-        "Find the directions, unless they are known; create the layer that predicts subclasses"
+        "Find the directions, unless a checkpoint has them; create the layer that predicts subclasses"
         if not self.exclusive and self.columns>1:
             raise ValueError('SubclassKD needs classes that exclude each other, or one logit: it splits classes, and '
                              "an image with several findings is in several. Use LabelwiseKD ('l2d')")
@@ -106,7 +106,8 @@ class SubclassKD(EmbeddingKD):
             raise ValueError(f'SubclassKD needs a teacher that stays the same, got {type(self.teacher).__name__}: '
                              'the directions of its embeddings are found once. Use LogitKD')
         super().check(outputs, xb)
-        if self.directions is None: self.directions = self.find_directions()
+        if not self._restored: self.directions = self.find_directions()
+        self._restored = False
 
     def build_projectors(self, widths): # the second is not that of the teacher, see `check_pair`
         return nn.ModuleList([nn.Linear(ours, outputs) for ours,outputs in widths])
@@ -165,7 +166,8 @@ class SubclassKD(EmbeddingKD):
         return null_space(weight.float()) if weight.shape[1]>len(weight) else None
 
     def own_state(self): return {} if self.directions is None else dict(directions=list(self.directions))
-    def load_own_state(self, state): self.directions = tuple(state['directions']) if 'directions' in state else None
+    def load_own_state(self, state):
+        if 'directions' in state: self.directions,self._restored = tuple(state['directions']),True
 
 def _training_batches(dls, most, device):
     "Inputs and targets of up to `most` training images, spread over all, in their first view where views are known"
