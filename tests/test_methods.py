@@ -101,9 +101,9 @@ class Interrupt(Callback):
 
 @pytest.mark.parametrize('method', each(METHODS))
 def test_an_interrupted_run_resumes_with_the_same_weights(method, tmp_path):
-    whole = run(method, cbs=[Resume(tmp_path/'whole', minutes=0)], epochs=2)
-    with pytest.raises(KeyboardInterrupt): run(method, cbs=[Resume(tmp_path/'run', minutes=0), Interrupt()], epochs=2)
-    resumed = run(method, cbs=[Resume(tmp_path/'run', minutes=0)], epochs=2)
+    whole = run(method, cbs=[Resume(tmp_path/'whole', minutes=1e-6)], epochs=2)
+    with pytest.raises(KeyboardInterrupt): run(method, cbs=[Resume(tmp_path/'run', minutes=1e-6), Interrupt()], epochs=2)
+    resumed = run(method, cbs=[Resume(tmp_path/'run', minutes=1e-6)], epochs=2)
     assert torch.allclose(weights(resumed), weights(whole), atol=1e-5)
 
 @pytest.mark.parametrize('method', each(METHODS))

@@ -112,7 +112,7 @@ class OrthogonalKD(EmbeddingKD):
         pairs,            # `[(student layer, teacher layer)]`, such as those of `pair_embeddings`
         weight=FEATURE_WEIGHTS['vkd'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss
-        loss:str='l2',    # `l2`: squared differences; `l1`: absolute ones; summed over channels, averaged over images
+        loss:str='l2',    # `l2`: half the squared differences; `l1`: absolute ones; summed over channels, over their root
         # The teacher's features: `standardize` each channel over the batch, or `whiten` them
         normalize:str='standardize',
     ):
@@ -129,8 +129,8 @@ class OrthogonalKD(EmbeddingKD):
     def distance(self, ours, theirs):
         theirs = normalize_channels(theirs) if self.normalize=='standardize' else whiten(theirs)
         s,t = cut_off_teacher(ours, theirs)
-        gap = (s-t).square() if self.loss_kind=='l2' else (s-t).abs()
-        return gap.mean()
+        gap = (s-t).square()/2 if self.loss_kind=='l2' else (s-t).abs()
+        return gap.mean() * t.shape[1]**.5
 
 @register_method('vkd', 'embeddings, the teacher\'s standardized, through an orthogonal projector', ALL,
                  'VkD, Miles et al. 2024')
