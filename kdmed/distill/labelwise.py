@@ -109,7 +109,7 @@ class LabelwiseKD(SeveralTerms, EmbeddingKD):
         shares = sum(y.float() if share is None else y.float()*share[:, None] for y,share in self.targets())
         return shares.as_subclass(Tensor) > .5 # not where unknown, which is NaN
 
-    def clear(self): "Nothing is kept"
+    def check_pair(self, layer, ours, theirs): "Widths may differ: distances are compared"
     def __getstate__(self): return dict(super().__getstate__(), _linear=None)
 
 def _check_classifier(model, layer, owner):
