@@ -48,7 +48,7 @@ from ..models.foundation import check_license, foundation_models, foundation_rec
 from ..models.weights import is_hub_name
 from ..train.resume import Resume
 from ..distill.foundation import foundation_teacher
-from ..distill.methods import distill_callbacks, fit_classifier
+from ..distill.methods import adapt_student, distill_callbacks, fit_classifier
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
 from ..evaluate.metrics import MetricByName
@@ -145,7 +145,9 @@ def check_models(
     made = dict(teacher=[], student=[])
     for name,text in given:
         with _naming(option(name)): made[name].append(create_student(text, 2, o['size']))
-    try: distill_callbacks(o['method'], made['student'][0], Teacher(made['teacher']), **_tuned(o))
+    teacher = Teacher(made['teacher'])
+    student = adapt_student(o['method'], made['student'][0], teacher)
+    try: distill_callbacks(o['method'], student, teacher, **_tuned(o))
     except ValueError as e: raise ValueError(f"{written}{o['method']}: {e}") from e
 
 # %% ../../nbs/cli/05_commands.ipynb #1bd51ca3
@@ -190,6 +192,7 @@ def _train(o, work, dls, files):
     with _naming('--metric'): MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
     how = dict(optimizer=OPTIMIZERS[o['optimizer']], weight_decay=o['weight_decay'], cache=o['cache'], metrics=metrics)
+    how['log_shares'] = o['log_shares']
     if o['amp']: how['callbacks'] = lambda: [MixedPrecision()]
     progress = choose_progress(o)
     STATE['begun'] = True
@@ -283,7 +286,8 @@ def distill_command(
 DEMO = dict(
     teacher='resnet10t', student='test_efficientnet', size=48, bs=32, teacher_epochs=12, epochs=12, lr=3e-3,
     method='auto', repeats=3, pretrained=False, teacher_checkpoint=None, teacher_weights=None, student_weights=None,
-    trusted=False, foundation=None, optimizer='adam', weight_decay=None, amp=False, cache=False, subgroups=None,
+    trusted=False, foundation=None, optimizer='adam', weight_decay=None, amp=False, cache=False, log_shares=False,
+    subgroups=None,
     metric='balanced_accuracy')
 DEMO_IMAGES = 2400
 

@@ -39,7 +39,8 @@ DATASETS = {
 METHOD_NAMES = (
     'auto', 'logit', 'logit_cross_entropy', 'logit_mse', 'standardized', 'decoupled', 'normalized', 'dist', 'feature',
     'hint', 'attention', 'channel', 'relational', 'similarity', 'logit+feature', 'kd_convnext', 'hard_token',
-    'soft_token', 'kd_convnext_staged', 'multi_dim', 'vitkd', 'multi_stage', 'self_exits', 'mean_teacher')
+    'soft_token', 'kd_convnext_staged', 'multi_dim', 'vitkd', 'multi_stage', 'self_exits', 'mean_teacher', 'srd',
+    'vkd', 'simkd', 'l2d', 'lelp', 'function_matching', 'proteus')
 RECIPE_NAMES = 'deit_lung','kd_convnext','multi_dim_kd','multi_stage_kd'
 BUILT_IN = dict(dataset=tuple(DATASETS), method=METHOD_NAMES, name=RECIPE_NAMES) # option: names that need no extension
 
@@ -244,6 +245,8 @@ class TrainingOptions:
     optimizer:_one_of(TRAINING, 'optimizer of fastai', *OPTIMIZER_NAMES, optional=False) = 'adam'
     weight_decay:_optional_number(TRAINING, "decoupled weight decay [default: fastai's 0.01]") = None
     amp:_switch(TRAINING, 'mixed precision; needs a GPU') = False
+    log_shares:_switch(TRAINING, "log each loss term's share of the student's gradient, every 10 batches; a backward "
+                       'pass for each term') = False
     cache:_switch(TRAINING, "cache the teacher's outputs on disk while students are trained; needs --views, "
                   'or --augment none') = False
     repeats:_whole(TRAINING, 'training seeds; each gives a plain and a distilled student') = 3

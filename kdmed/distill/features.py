@@ -21,7 +21,8 @@ from ..models.adapt import fixed_size
 from ..models.create import feature_map, pooled_features, stage_names, usable_stages
 from .callbacks import LogitKD
 from .feature_losses import (
-    FEATURE_WEIGHTS, attention_transfer_loss, channel_loss, hint_loss, relational_loss, similarity_loss)
+    FEATURE_WEIGHTS, START_WEIGHTS, attention_transfer_loss, channel_loss, hint_loss, normalize_channels,
+    relational_loss, similarity_loss)
 from .fit import DistillCallback, at_progress
 from .registry import ALL, register_method
 
@@ -39,12 +40,17 @@ class FeatureKD(DistillCallback):
         weight=FEATURE_WEIGHTS['hint'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss; those of several callbacks multiply
         pool:bool=False,  # Compare features averaged over the image instead of place by place
+        # Standardize each channel of the teacher's features over the batch, and take half the squared distance over the
+        # root of the number of channels: then neither the teacher's units nor its width decide what a weight means
+        normalize:bool=False,
     ):
         super().__init__(teacher, weight, label_weight)
-        self.pairs,self.pool = _check_pairs(pairs),pool
+        self.pairs,self.pool,self.normalize = _check_pairs(pairs),pool,normalize
         if self.teacher.members: self.add_taps()
 
-    def distance(self, ours, theirs): return hint_loss(ours, theirs)
+    def distance(self, ours, theirs):
+        if not self.normalize: return hint_loss(ours, theirs)
+        return hint_loss(ours, normalize_channels(theirs)) * theirs.shape[1]**.5/2
 
     def term(self):
         return sum(self.distance(*pair) for pair in self.projected(self.maps())) / len(self.pairs)
@@ -161,11 +167,12 @@ def pair_stages(
 
 @register_method('feature', "last stage's features, averaged over the image, through a projector", ALL,
                  'Romero et al. 2015')
-def _feature(student, teacher): return [FeatureKD(teacher, pair_last_stages(student, teacher), pool=True)]
+def _feature(student, teacher):
+    return [FeatureKD(teacher, pair_last_stages(student, teacher), pool=True, normalize=True)]
 
 @register_method('hint', "last stage's features, place by place, through a projector", ALL,
                  'FitNets, Romero et al. 2015')
-def _hint(student, teacher): return [FeatureKD(teacher, pair_last_stages(student, teacher))]
+def _hint(student, teacher): return [FeatureKD(teacher, pair_last_stages(student, teacher), normalize=True)]
 
 @register_method('logit+feature', 'logit and feature', ALL, 'both')
 def _logit_and_feature(student, teacher): return [LogitKD(teacher), *_feature(student, teacher)]
@@ -199,7 +206,8 @@ class ChannelKD(FeatureKD):
     def distance(self, ours, theirs): return channel_loss(ours, theirs, at_progress(self.temperature, self.progress))
 
 @register_method('attention', 'where features are strong, every stage but the last', ALL, 'Zagoruyko & Komodakis 2017')
-def _attention(student, teacher): return [AttentionKD(teacher, pair_stages(student, teacher)[:-1])]
+def _attention(student, teacher):
+    return [AttentionKD(teacher, pair_stages(student, teacher)[:-1], START_WEIGHTS['attention'])]
 
 @register_method('channel', 'where each channel is strong, last stage but one', ALL, 'CWD, Shu et al. 2021')
 def _channel(student, teacher): return [ChannelKD(teacher, pair_stages(student, teacher)[-2:-1])]
@@ -236,7 +244,9 @@ class SimilarityKD(FeatureKD):
     def distance(self, ours, theirs): return similarity_loss(ours, theirs)
 
 @register_method('relational', 'distances and angles between images', ALL, 'RKD, Park et al. 2019')
-def _relational(student, teacher): return [RelationalKD(teacher, pair_last_stages(student, teacher))]
+def _relational(student, teacher):
+    return [RelationalKD(teacher, pair_last_stages(student, teacher), START_WEIGHTS['relational'])]
 
 @register_method('similarity', 'which images are alike', ALL, 'Tung & Mori 2019')
-def _similarity(student, teacher): return [SimilarityKD(teacher, pair_last_stages(student, teacher))]
+def _similarity(student, teacher):
+    return [SimilarityKD(teacher, pair_last_stages(student, teacher), START_WEIGHTS['similarity'])]

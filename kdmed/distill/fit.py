@@ -6,7 +6,7 @@ Docs: https://kdmed.github.io/kdmed/distill/fit.html.md"""
 
 # %% auto #0
 __all__ = ['LossTerms', 'at_progress', 'check_setting', 'DistillCallback', 'SeveralTerms', 'same_random_numbers', 'few_images',
-           'check_weights', 'within_next_forward', 'DistillFit']
+           'check_weights', 'within_next_forward', 'DistillFit', 'GradientShares']
 
 # %% ../../nbs/distill/22_fit.ipynb #2e66599c
 import warnings, weakref
@@ -26,7 +26,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..core.basics import capture_activations, evaluating, unwrap
-from ..core.checks import check_number
+from ..core.checks import check_integer, check_number
 from ..data.loaders import own_loader
 from .logit_losses import bernoulli_soft_target_loss, soft_target_loss
 from .losses import distillation_mask
@@ -39,20 +39,25 @@ class LossTerms:
 
     def start(self, images):
         "Begin a batch of this many images"
-        self.size,self.total,self.values = images,0.,{}
+        self.size,self.total,self.values,self.parts = images,0.,{},{}
 
     def add(self, name, value, weight):
         "Add a term to the loss of this batch"
-        self.total = self.total + weight*value
+        self.parts[name] = weight*value
+        self.total = self.total + self.parts[name]
         self.values[name] = value.detach()
-        self.sums[name] = self.sums.get(name, 0.) + self.values[name]*self.size
+        self.note(name, self.values[name])
+
+    def note(self, name, value):
+        "Count a value of this batch toward the mean of a column"
+        self.sums[name] = self.sums.get(name, 0.) + value*self.size
         self.images[name] = self.images.get(name, 0) + self.size
 
     def mean(self, name):
         "Mean of a term over the images since `reset`; None before there are any"
         return float(self.sums[name]/self.images[name]) if name in self.sums else None
 
-    def reset(self): self.sums,self.images,self.values = {},{},{}
+    def reset(self): self.sums,self.images,self.values,self.parts = {},{},{},{}
 
 # %% ../../nbs/distill/22_fit.ipynb #54891623
 class _TermMean(Metric):
@@ -299,7 +304,7 @@ def _remove_from_optimizer(learn):
 def _broadcast(module):
     "Make a module the same in every process"
     if dist.is_initialized():
-        for p in module.parameters(): dist.broadcast(p.data, 0)
+        for t in (*module.parameters(), *module.buffers()): dist.broadcast(t.data, 0)
 
 def _average_gradients(module):
     "Average the gradients of a module over all processes, as data-parallel training does with the student's"
@@ -507,6 +512,7 @@ class DistillFit(Callback):
         for teacher in self.teachers: teacher.clear()
         for cb in self.callbacks: cb.clear()
         if self.capture is not None: self.capture.activations.clear()
+        self.learn.loss_terms.parts = {}
 
     # The task
     @property
@@ -646,3 +652,42 @@ def _leave(cb):
         fit._close_columns()
         _remove_from_optimizer(learn)
     if not others: learn.remove_cbs(owner)
+
+# %% ../../nbs/distill/22_fit.ipynb #35b643bc
+class GradientShares(Callback):
+    "Log each term's share of the gradient norms of the student's parameters, as columns `share_…`"
+    order,run_valid = DistillCallback.order,False # once the terms are there, before the loss is divided or scaled
+    def __init__(self,
+        every:int=10, # Batches from one measurement to the next; the first batch of an epoch is always measured
+    ): self.every = check_integer(every, 'every (batches between measurements)', least=1)
+
+    def before_fit(self):
+        "Open a column of the log for each term"
+        model = self.learn.model
+        if not any(isinstance(cb, DistillFit) for cb in self.learn.cbs):
+            raise ValueError('gradient shares are those of the terms of a distillation, and there is none in this fit: '
+                             'leave out GradientShares (log_shares), or add a teacher')
+        if hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None):
+            raise ValueError('gradient shares need several backward passes through one batch, which a compiled student '
+                             'does not allow: measure them with a student that is not compiled')
+        names = [m.name for m in self.learn.metrics if isinstance(m, _TermMean)]
+        self.learn.metrics = list(self.learn.metrics) + [_TermMean(self.learn.loss_terms, f'share_{n}') for n in names]
+
+    def after_loss(self):
+        if self.iter % self.every: return
+        terms,params = self.learn.loss_terms,[p for p in unwrap(self.learn.model).parameters() if p.requires_grad]
+        scaler = getattr(self.learn, 'scaler', None) # half-precision gradients would vanish
+        scale = 1. if scaler is None else scaler.get_scale()
+        norms = {name: _gradient_norm(scale*part, params) for name,part in terms.parts.items()}
+        total = sum(norms.values())
+        for name,norm in norms.items(): terms.note(f'share_{name}', norm/total.clamp(min=1e-30))
+
+    def state_dict(self): return {}
+    def load_state_dict(self, state): "Nothing changes"
+
+def _gradient_norm(value, params):
+    "Euclidean norm of the gradient of a value with respect to parameters, float32; the graph is kept"
+    if not value.requires_grad: return value.new_zeros((), dtype=torch.float32)
+    grads = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
+    squares = [g.float().square().sum() for g in grads if g is not None]
+    return torch.stack(squares).sum().sqrt() if squares else value.new_zeros((), dtype=torch.float32)

@@ -6,7 +6,7 @@ Docs: https://kdmed.github.io/kdmed/distill/methods.html.md"""
 
 # %% auto #0
 __all__ = ['TOO_LARGE', 'create_model', 'fit_classifier', 'has_temperature', 'tune_callbacks', 'distill_callbacks',
-           'methods_table', 'distill', 'check_fit', 'errors_named']
+           'adapt_student', 'methods_table', 'distill', 'check_fit', 'errors_named']
 
 # %% ../../nbs/distill/45_methods.ipynb #aa7dc3a7
 import random, warnings
@@ -31,10 +31,12 @@ from ..models.exits import ExitModel
 from ..train.nan_guard import StopOnNaN
 from .callbacks import LogitKD
 from .features import comparable_stages
-from .fit import DistillCallback, at_progress, check_setting, few_images, same_random_numbers
+from .fit import (
+    DistillCallback, GradientShares, at_progress, check_setting, few_images, same_random_numbers)
 from .registry import ALL, METHODS, TEACHERLESS, register_method
 from .teacher import MeanTeacher, as_teacher
-import kdmed.distill.multidim, kdmed.distill.multistage # noqa: F401 - they register their methods
+import kdmed.distill.embeddings, kdmed.distill.labelfree, kdmed.distill.labelwise # noqa: F401 - they register
+import kdmed.distill.multidim, kdmed.distill.multistage, kdmed.distill.subclasses # noqa: F401 - their methods
 
 # %% ../../nbs/distill/45_methods.ipynb #1853e156
 def create_model(
@@ -292,6 +294,17 @@ def distill_callbacks(
                       'multi_stage and self_exits train them')
     return tune_callbacks(METHODS[method].make(student, teacher), *tuned)
 
+# %% ../../nbs/distill/45_methods.ipynb #4673ff88
+def adapt_student(
+    method,            # As for `distill_callbacks`
+    student:nn.Module, # Not changed
+    teacher=None,      # `Teacher`, or what it can be created from
+)->nn.Module: # The same, unless the method trains another one, such as one that ends in its teacher's classifier
+    "The student that a method trains"
+    adapt = METHODS[method].adapt if isinstance(method, str) and method in METHODS else None
+    if adapt is None or teacher is None: return student
+    return adapt(student, as_teacher(teacher))
+
 # %% ../../nbs/distill/45_methods.ipynb #97f45766
 def _own_callbacks(method, student, teacher):
     "Callbacks from a function of the user's"
@@ -328,7 +341,7 @@ def methods_table(
     "What each method does, what it is right for, where it comes from"
     rows = {name: dict(what=m.what, tasks=m.tasks, source=m.source) for name,m in METHODS.items()}
     for name in rows if student is not None and teacher is not None else ():
-        try: cbs = distill_callbacks(name, student, teacher)
+        try: cbs = distill_callbacks(name, adapt_student(name, student, teacher), teacher)
         except (ValueError, TypeError) as e: rows[name]['terms'] = f'– ({e})'
         else: rows[name]['terms'] = ', '.join(term for cb in cbs for term in _describe_terms(cb))
     return pd.DataFrame.from_dict(rows, orient='index')
@@ -351,12 +364,15 @@ def distill(
     temperature=None,  # This and the next two as in `distill_callbacks`
     weight:float=1.,
     label_weight:float=1.,
+    log_shares:bool=False, # Log each term's share of the student's gradient, every 10 batches: see `GradientShares`
 )->Learner: # Fitted, with its training log in `history`; `learn.model` is the student alone
     "Train a student with a teacher; `fit_classifier` with the same arguments is its control"
     if isinstance(method, str): check_in(method, ['auto', *METHODS], 'method')
     _check_training(dls, epochs, lr, seed, cbs, weight_decay, schedule)
-    student = create_model(student, dls, seed)
-    cbs = [*distill_callbacks(method, student, teacher, temperature, weight, label_weight), *L(cbs)]
+    teacher = as_teacher(teacher)
+    student = adapt_student(method, create_model(student, dls, seed), teacher)
+    shares = [GradientShares()] if log_shares else []
+    cbs = [*distill_callbacks(method, student, teacher, temperature, weight, label_weight), *shares, *L(cbs)]
     return fit_classifier(dls, student, epochs, lr, seed, cbs, progress, metrics, optimizer, weight_decay, schedule)
 
 # %% ../../nbs/distill/45_methods.ipynb #f5ab4933

@@ -24,6 +24,7 @@ class Method:
     source:str    # Where it comes from
     needs:str=''  # What the student must have: `token`, `exits`, or be a `vit`, as its teacher
     teacher:bool=True # Whether it needs a teacher besides the student itself
+    adapt:Callable=None # From (student, teacher) to the student it trains, where that is another model
 
 ALL,SEVERAL = 'binary, multiclass, multilabel','multiclass with 3 or more classes'
 METHODS,TEACHERLESS = {},[] # by name; names of methods without a teacher
@@ -42,6 +43,7 @@ def register_method(
     source:str,  # Author and year
     needs:str='', # What the student must have: `token`, `exits`, or be a `vit`, as its teacher
     teacher:bool=True, # Whether it needs a teacher besides the student itself
+    adapt=None,  # Function from (student, teacher) to the student it trains, where that is another model
 ): # Decorator for a function from (student, teacher) to a list of callbacks; returns the function
     "Make a method known by its name: in `distill`, `methods_table`, `compare_methods` and the `kdmed` command"
     check_in(needs, NEEDS, 'needs')
@@ -55,7 +57,7 @@ def register_method(
                             f'got {inspect.signature(make)}')
         if name=='auto' or name in METHODS and not _is_same(make, METHODS[name].make):
             raise ValueError(f'method {name!r} is taken: choose another name')
-        METHODS[name] = Method(make, what, tasks, source, needs, teacher)
+        METHODS[name] = Method(make, what, tasks, source, needs, teacher, adapt)
         if not teacher and name not in TEACHERLESS: TEACHERLESS.append(name)
         return make
     return register

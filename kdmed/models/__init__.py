@@ -7,15 +7,15 @@ Docs: https://kdmed.github.io/kdmed/models/index.html.md"""
 # %% auto #0
 __all__ = ['AVERAGES', 'FOUNDATION', 'OUTPUTS', 'PIP_WEIGHTS', 'STUDENT_FORMAT', 'WRAPPERS', 'AttentionHead',
            'DistillationTokenViT', 'ExitModel', 'FoundationClassifier', 'FoundationEncoder', 'FoundationRecipe',
-           'FusedTeacher', 'JointEncoder', 'NeighborsHead', 'WeightsCard', 'add_distillation_token', 'add_exits',
-           'add_lora', 'check_license', 'check_stats', 'classify', 'create_encoder', 'create_fused_teacher',
-           'create_student', 'create_teacher', 'describe_license', 'early_exit', 'exit_confidence', 'exit_curve',
-           'exit_macs', 'feature_map', 'find_normalization', 'foundation_models', 'foundation_recipe', 'input_channels',
-           'join_encoders', 'licenses_of', 'load_student', 'load_weights', 'luminance', 'merge_lora', 'model_spec',
-           'model_stats', 'normalization_of', 'output_names', 'pip_weights', 'plot_exits', 'pooled_features',
-           'predict_images', 'prepared_for', 'read_settings', 'read_weights', 'renormalize', 'same_stats',
-           'save_student', 'set_model_stats', 'stage_names', 'transfer_weights', 'truncate_vit', 'unfreeze_last',
-           'usable_stages']
+           'FusedTeacher', 'JointEncoder', 'NeighborsHead', 'ReusedClassifier', 'WeightsCard', 'add_distillation_token',
+           'add_exits', 'add_lora', 'check_license', 'check_stats', 'classify', 'create_encoder',
+           'create_fused_teacher', 'create_student', 'create_teacher', 'describe_license', 'early_exit',
+           'exit_confidence', 'exit_curve', 'exit_macs', 'feature_map', 'find_classifier', 'find_normalization',
+           'foundation_models', 'foundation_recipe', 'input_channels', 'join_encoders', 'licenses_of', 'load_student',
+           'load_weights', 'luminance', 'merge_lora', 'model_spec', 'model_stats', 'normalization_of', 'output_names',
+           'pip_weights', 'plot_exits', 'pooled_features', 'predict_images', 'prepared_for', 'read_settings',
+           'read_weights', 'renormalize', 'reuse_classifier', 'same_stats', 'save_student', 'set_model_stats',
+           'stage_names', 'transfer_weights', 'truncate_vit', 'unfreeze_last', 'usable_stages']
 
 # %% ../../nbs/models/index.ipynb #3ae5461d
 from ..core.basics import input_channels, model_spec
@@ -25,6 +25,7 @@ from .create import (
     create_fused_teacher, create_student, create_teacher, feature_map, find_normalization, load_student, luminance,
     model_stats, normalization_of, output_names, pooled_features, predict_images, read_settings, same_stats,
     save_student, set_model_stats, stage_names, truncate_vit, usable_stages)
+from .classifier import ReusedClassifier, find_classifier, reuse_classifier
 from .exits import ExitModel, add_exits, early_exit, exit_confidence, exit_curve, exit_macs, plot_exits
 from .foundation import (
     FOUNDATION, FoundationEncoder, FoundationRecipe, check_license, create_encoder, describe_license, foundation_models,
@@ -39,11 +40,12 @@ from .weights import AVERAGES, PIP_WEIGHTS, load_weights, pip_weights, read_weig
 _all_ = [
     'AVERAGES', 'FOUNDATION', 'OUTPUTS', 'PIP_WEIGHTS', 'STUDENT_FORMAT', 'WRAPPERS', 'AttentionHead',
     'DistillationTokenViT', 'ExitModel', 'FoundationClassifier', 'FoundationEncoder', 'FoundationRecipe',
-    'FusedTeacher', 'JointEncoder', 'NeighborsHead', 'WeightsCard', 'add_distillation_token', 'add_exits', 'add_lora',
-    'check_license', 'check_stats', 'classify', 'create_encoder', 'create_fused_teacher', 'create_student',
-    'create_teacher', 'describe_license', 'early_exit', 'exit_confidence', 'exit_curve', 'exit_macs', 'feature_map',
-    'find_normalization', 'foundation_models', 'foundation_recipe', 'input_channels', 'join_encoders', 'licenses_of',
-    'load_student', 'load_weights', 'luminance', 'merge_lora', 'model_spec', 'model_stats', 'normalization_of',
-    'output_names', 'pip_weights', 'plot_exits', 'pooled_features', 'predict_images', 'prepared_for', 'read_settings',
-    'read_weights', 'renormalize', 'same_stats', 'save_student', 'set_model_stats', 'stage_names', 'transfer_weights',
-    'truncate_vit', 'unfreeze_last', 'usable_stages']
+    'FusedTeacher', 'JointEncoder', 'NeighborsHead', 'ReusedClassifier', 'WeightsCard', 'add_distillation_token',
+    'add_exits', 'add_lora', 'check_license', 'check_stats', 'classify', 'create_encoder', 'create_fused_teacher',
+    'create_student', 'create_teacher', 'describe_license', 'early_exit', 'exit_confidence', 'exit_curve', 'exit_macs',
+    'feature_map', 'find_classifier', 'find_normalization', 'foundation_models', 'foundation_recipe', 'input_channels',
+    'join_encoders', 'licenses_of', 'load_student', 'load_weights', 'luminance', 'merge_lora', 'model_spec',
+    'model_stats', 'normalization_of', 'output_names', 'pip_weights', 'plot_exits', 'pooled_features',
+    'predict_images', 'prepared_for', 'read_settings', 'read_weights', 'renormalize', 'reuse_classifier', 'same_stats',
+    'save_student', 'set_model_stats', 'stage_names', 'transfer_weights', 'truncate_vit', 'unfreeze_last',
+    'usable_stages']

@@ -465,18 +465,20 @@ def save_student(
 WRAPPERS = {} # {entry of a spec: function (model, value of the entry) that makes the model with that entry}
 BUILDERS = {} # {entry of a spec: function (spec) that makes the model without weights}, instead of `create_student`
 _BUILT_LATER = {'foundation': 'kdmed.models.heads'} # entries whose function a later module adds to BUILDERS
-_LATER = {'exits': 'kdmed.models.exits'} # entries whose function a later module adds to WRAPPERS when it is imported
+# entries whose function a later module adds to WRAPPERS when it is imported
+_LATER = {'exits': 'kdmed.models.exits', 'reused': 'kdmed.models.classifier'}
 
 def _wrap(model, entry, value):
     "The model that an entry of a spec makes of `model`"
     if entry in _LATER and entry not in WRAPPERS: importlib.import_module(_LATER[entry])
     return WRAPPERS[entry](model, value) if entry in WRAPPERS else model
 
+# %% ../../nbs/models/05_create.ipynb #a674113a
 # arguments of create_student, which cannot be options of timm
 _OWN_ARGUMENTS = {
     'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights', 'weights_key', 'mean', 'std'}
 _ENTRIES = dict(fusion={'hidden', 'dropout', 'freeze', 'options'}, exits={'layers', 'fuse', 'dropout'},
-                foundation={'encoder', 'head', 'tune'})
+                foundation={'encoder', 'head', 'tune'}, reused={'width'})
 _KINDS = dict(model=(str, list), classes=(int, list), size=int, task=str)
 
 def _check_settings(settings, file):

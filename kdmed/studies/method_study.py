@@ -21,7 +21,7 @@ from ..core.basics import COLORS, figure
 from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.fingerprints import digest, value_text, weights_checksum
 from ..train.resume import Resume
-from ..distill.methods import check_fit, distill_callbacks, errors_named, fit_classifier
+from ..distill.methods import adapt_student, check_fit, distill_callbacks, errors_named, fit_classifier
 from ..distill.registry import METHODS, SEVERAL
 from ..distill.teacher import Teacher
 from ..evaluate.intervals import evaluate, paired_difference
@@ -119,6 +119,7 @@ def _check_method(name, method):
 def _train(dls, student, teacher, method, epochs, lr, seed, home=None):
     "A student of one method; None is the plain one. With a folder for checkpoints it resumes from the last one"
     model = new_model(student, dls, seed)
+    if method is not None: model = adapt_student(method, model, teacher)
     cbs = [] if method is None else [*_callbacks(method, model, teacher)]
     if home is not None: cbs.append(Resume(home, minutes=10))
     return fit_classifier(dls, model, epochs, lr, seed, cbs=cbs, progress=False)
@@ -131,8 +132,9 @@ def _rehearse(dls, model, teacher, methods, taps):
     "Raise an error before training for a method that would fail later, with its name"
     for name,method in methods.items():
         teacher.taps,teacher.capture = taps,None
-        student = deepcopy(model)
-        with errors_named(f'method {name!r}'): check_fit(dls, student, _callbacks(method, student, teacher))
+        with errors_named(f'method {name!r}'):
+            student = adapt_student(method, deepcopy(model), teacher)
+            check_fit(dls, student, _callbacks(method, student, teacher))
 
 def _check_numbers(epochs, lr, seeds):
     "Raise an error for numbers that are out of range"

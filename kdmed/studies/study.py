@@ -36,7 +36,7 @@ from ..train.checkpoints import read_checkpoint, write_checkpoint
 from ..train.resume import Resume
 from ..distill.cache import TeacherCache
 from ..distill.methods import (
-    TOO_LARGE, check_fit, distill, distill_callbacks, errors_named, fit_classifier)
+    TOO_LARGE, adapt_student, check_fit, distill, distill_callbacks, errors_named, fit_classifier)
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
 from ..evaluate.comparison import Comparison, compare_predictions, rehearse_report, shared_groups_note
@@ -345,6 +345,7 @@ class Study:
     temperature:float=None
     weight:float=1.
     label_weight:float=1.
+    log_shares:bool=False
 
     def __post_init__(self):
         if isinstance(self.teacher, (list, tuple)) and not self.members: self.teacher = Teacher(self.teacher)
@@ -385,9 +386,9 @@ class Study:
         student = new_model(self.student, self.dls, 0)
         made = [new_model(m, self.dls, 0) for m in self.members]
         teacher = self.teacher if self.trained else made[0] if len(made)==1 else Teacher(made)
-        trial = new_model(self.student, self.dls, 0)
         with errors_named(f'method {self.method!r}'):
-            check_fit(self.dls, trial, [*distill_callbacks(self.method, student, teacher, **self.tuned)])
+            trial = adapt_student(self.method, new_model(self.student, self.dls, 0), teacher)
+            check_fit(self.dls, trial, [*distill_callbacks(self.method, trial, teacher, **self.tuned)])
         return teacher,student
 
     def facts(self,
@@ -457,6 +458,7 @@ class Study:
         how = dict(lr=self.lr, seed=fit.seed, cbs=cbs, progress=progress.bars, metrics=self.metrics)
         how |= dict(optimizer=self.optimizer, weight_decay=self.weight_decay, schedule=self.schedule)
         if fit.kind=='distilled':
+            how['log_shares'] = self.log_shares
             return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how, **self.tuned)
         model = self.members[fit.member] if fit.kind=='teacher' else self.student
         return fit_classifier(self.dls, model, fit.epochs, **how)
@@ -661,10 +663,11 @@ def distillation_study(
     weight:float=1.,      # Factor on the weights of the method's terms
     label_weight:float=1., # Factor on the label loss of the distilled students
     files=None,           # With `folder`: further files to write when the study begins, as a dict from names to texts
+    log_shares:bool=False, # Log each term's share of the distilled students' gradient, see `GradientShares`
 )->tuple: # Comparison on the test images; models by name: Learners, or with `folder` `Cell`s; all have `history`
     "Teacher, plain students and distilled students, trained alike and compared on the test images"
     study = Study(dls, teacher, student, method, teacher_epochs, epochs, lr, seeds, subgroups, optimizer, weight_decay,
-                  schedule, callbacks, metrics, cache, n_boot, temperature, weight, label_weight)
+                  schedule, callbacks, metrics, cache, n_boot, temperature, weight, label_weight, log_shares)
     progress = _as_progress(progress)
     study.check()
     built = study.check_models()
