@@ -34,7 +34,8 @@ from ..core.files import check_room, write_atomic
 from ..core.fingerprints import weights_checksum
 from ..train.resume import Resume
 from ..distill.cache import TeacherCache
-from ..distill.methods import TOO_LARGE, check_fit, distill_callbacks, fit_classifier, has_temperature
+from ..distill.methods import (
+    TOO_LARGE, adapt_student, check_fit, distill_callbacks, fit_classifier, has_temperature)
 from ..distill.registry import METHODS, SEVERAL
 from ..distill.teacher import Teacher, evaluate_teacher
 from ..models.exits import ExitModel
@@ -129,8 +130,8 @@ def suitable_methods(
         fits_task = dls.task in method.tasks and (method.tasks!=SEVERAL or len(dls.classes) > 2)
         trains_all = method.needs=='exits' or not isinstance(student, ExitModel)
         if names is None and not (fits_task and trains_all): continue
-        trial = deepcopy(student)
         try:
+            trial = adapt_student(name, deepcopy(student), teacher)
             cbs = distill_callbacks(name, trial, teacher)
             check_fit(dls, trial, cbs)
         except (ValueError, TypeError) as e:
@@ -503,11 +504,15 @@ class _Trainer:
         return result
 
     def _fit(self, c, epochs, seed, cbs):
-        model = new_model(self.student, self.dls, seed)
+        model = self._student(c.method, seed)
         settings = {k: v for k,v in c.arguments().items() if k not in ('lr', 'epochs')}
         terms = distill_callbacks(student=model, teacher=self.teacher, **settings) if c.method else []
         cbs = [*terms, *L(self.callbacks() if self.callbacks else []), *cbs]
         return fit_classifier(self.dls, model, epochs, c.lr, seed, cbs, progress=False, **self.how)
+
+    def _student(self, method, seed):
+        "An untrained student, as a method trains it"
+        return adapt_student(method, new_model(self.student, self.dls, seed), self.teacher)
 
     def _save(self, learn, home, keep):
         "Write the predictions, and the student where it is kept; the figure, or None where it is undefined"
@@ -518,7 +523,7 @@ class _Trainer:
 
     def load(self, trial):
         "The student of a trial of the last round"
-        make = partial(new_model, self.student, self.dls, trial.seed)
+        make = partial(self._student, trial.candidate.method, trial.seed)
         return load_fitted(self.home(trial)/'student', make).to(self.dls.device)
 
 def _made(folder):
@@ -613,11 +618,12 @@ def _check_teacher(teacher, dls):
 
 def _cached(s, folder, cache, tell):
     "One cache for all trials, where the images repeat; else the teacher itself"
-    teacher,trial = s.teacher,deepcopy(s.model)
+    teacher,method = s.teacher,s.references[0].method
+    trial = adapt_student(method, deepcopy(s.model), teacher)
     for tap in s.taps: teacher.add_tap(*tap)
     if isinstance(teacher, TeacherCache) or cache is False: return teacher
     cached = TeacherCache(teacher, folder/'answers')
-    try: check_fit(s.dls, trial, distill_callbacks(s.references[0].method, trial, cached))
+    try: check_fit(s.dls, trial, distill_callbacks(method, trial, cached))
     except (ValueError, OSError) as e:
         if cache: raise
         tell(f'The outputs of the teacher are not cached, it runs in every trial: {e}')
@@ -919,7 +925,9 @@ def _checked(dls, teacher, student, budget, space, method, epochs, lr, seeds, me
 
 def _method_of(method, methods, student, teacher):
     "The name of what `auto` stands for"
-    def key(name): return repr([(type(cb), cb.settings) for cb in distill_callbacks(name, student, teacher)])
+    def key(name):
+        trained = adapt_student(name, deepcopy(student), teacher)
+        return repr([(type(cb), cb.settings) for cb in distill_callbacks(name, trained, teacher)])
     return next((name for name in methods if key(name)==key(method)), method)
 
 def _facts_of(s, space, more):
