@@ -730,8 +730,8 @@ BUGS = {
     'labelwise': [
         ('labelwise_embeddings', 'order is ignored', 'classifier.weight[order]', 'classifier.weight'),
         ('_relative_distances', 'absolute distances', 'return _1', 'return distances'),
-        ('_relative_distances', 'the mean over all pairs', 'pairs.sum((1, 2), keepdim=True)',
-            'torch.ones_like(pairs).sum((1, 2), keepdim=True)'),
+        ('_relative_distances', 'the mean over all pairs', 'pairs.sum(over, keepdim=True)',
+            'torch.ones_like(pairs).sum(over, keepdim=True)'),
         ('structure_loss', 'absent labels count', 'present[:, :, None] & present[:, None] & apart',
             'apart & torch.ones_like(present[:, :, None] & present[:, None])'),
         ('structure_loss', 'the teacher is trained', 'cut_off_teacher(student_embeddings, teacher_embeddings)',

@@ -31,16 +31,18 @@ def labelwise_embeddings(
     return embeddings[:, None]*weight[None].to(embeddings)
 
 # %% ../../nbs/distill/34_labelwise.ipynb #lab00009
-def _relative_distances(x, pairs):
-    "Distances [G, N, N] between vectors x [G, N, D] of a group, over the mean of those that count in the group, or 0"
+def _relative_distances(x, pairs, by_group):
+    "Distances [G, N, N] between vectors x [G, N, D] of a group, over the mean of those that count, or 0"
     distances = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')*pairs
-    mean = distances.sum((1, 2), keepdim=True) / pairs.sum((1, 2), keepdim=True).clamp(min=1)
+    over = (1, 2) if by_group else (0, 1, 2)
+    mean = distances.sum(over, keepdim=True) / pairs.sum(over, keepdim=True).clamp(min=1)
     return distances / mean.masked_fill(mean==0, torch.inf)
 
 def structure_loss(
     student_embeddings:Tensor, # [G, N, D]: vectors in groups, such as images of one label
     teacher_embeddings:Tensor, # [G, N, D'], any width; computed without gradient
     present:Tensor,            # Bool, [G, N]: which vectors count
+    by_group:bool=True,        # Divide distances by the mean of their group, or else by that of all groups
 )->Tensor: # Scalar, without unit: mean over all pairs of different vectors of a group that both count; 0 without any
     "Huber loss between relative distances of student and teacher, within groups"
     groups = [tuple(t.shape[:2]) for t in (student_embeddings, teacher_embeddings, present)]
@@ -50,7 +52,7 @@ def structure_loss(
     s,t = cut_off_teacher(student_embeddings, teacher_embeddings)
     apart = ~torch.eye(present.shape[1], dtype=torch.bool, device=present.device)
     pairs = present[:, :, None] & present[:, None] & apart
-    with torch.autocast(s.device.type, enabled=False): gaps = [_relative_distances(x, pairs) for x in (s, t)]
+    with torch.autocast(s.device.type, enabled=False): gaps = [_relative_distances(x, pairs, by_group) for x in (s, t)]
     return F.smooth_l1_loss(*gaps, reduction='sum') / pairs.sum().clamp(min=1)
 
 # %% ../../nbs/distill/34_labelwise.ipynb #lab00014
@@ -94,7 +96,7 @@ class LabelwiseKD(SeveralTerms, EmbeddingKD):
         if 'class_aware' in names: # a group for each label
             values['class_aware'] = structure_loss(ours.transpose(0, 1), theirs.transpose(0, 1), present.T)
         if 'instance_aware' in names: # a group for each image
-            values['instance_aware'] = structure_loss(ours, theirs, present)
+            values['instance_aware'] = structure_loss(ours, theirs, present, by_group=False)
         return values
 
     def labelwise(self):
