@@ -47,11 +47,10 @@ def param_text(features, blocks=1):
     first = split(conv('data', 3, features), 2 + 5 + 1)
     around,x = first[0],first[1:]
     for b in range(blocks):
+        keep_block = x.pop(0)
         for r in range(3):
-            keep_block = x.pop(0) if r==0 else keep_block
-            keep,seen = x.pop(0),[]
-            inputs = list(x)
-            assert len(inputs)>=5
+            keep,*inputs = x
+            assert len(inputs)==5
             y1 = split(conv(inputs[0], features, 32, *leaky), 4)
             y2 = split(conv(layer('Concat', [inputs[1], y1[0]]), features+32, 32, *leaky), 3)
             y3 = split(conv(layer('Concat', [inputs[2], y1[1], y2[0]]), features+64, 32, *leaky), 2)
@@ -118,8 +117,9 @@ def swapped(kind):
     return change
 
 @pytest.mark.parametrize('message, text, content', [
-    *[(OTHER, lambda t, old=old, new=new: t.replace(old, new, 1), None) for old,new in
-      (('2.000000e-01', '1.000000e-01'), (' 1=3 ', ' 1=5 '), ('9=2 ', '9=1 '), ('0=5 ', '0=6 '), ('Interp', 'Pooling'))],
+    *[(OTHER, lambda t, old=old, new=new: t.replace(old, new, 1), None)
+      for old,new in (('2.000000e-01', '1.000000e-01'), (' 1=3 ', ' 1=5 '), ('9=2 ', '9=1 '), ('0=5 ', '0=6 '),
+                      ('Interp', 'Pooling'))],
     (OTHER, swapped('Concat'), None), (OTHER, swapped('Eltwise'), None), (OTHER, without_a_layer, None),
     (OTHER, lambda t: param_text(5, 1).replace('Concat', 'Crop'), None),
     (UNFIT, lambda t: param_text(5, 1), None), (UNFIT, lambda t: param_text(6, 2), None),

@@ -476,7 +476,7 @@ class KDConvNeXt(Recipe):
     temperature:float = ours(4., 'T is not stated; the term is multiplied by T²')
     gamma:float = ours(2., 'γ is not stated; the default of the focal loss')
     class_weights:str = ours('inverse', 'α_t: inverse class frequency, averaging to 1; or `none`')
-    super_resolution:str = ours('', 'stated: Real-ESRGAN before training; `pip` or a file of its weights switches it on')
+    super_resolution:str = ours('', 'stated: Real-ESRGAN before training; `pip` or a file of weights switches it on')
     name:ClassVar[str] = 'kd_convnext'
     paper:ClassVar[str] = (
         'Zheng et al., KD_ConvNeXt: knowledge distillation-based image classification of lung tumor surgical specimen '
