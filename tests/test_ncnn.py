@@ -201,12 +201,14 @@ def test_ncnn_itself_agrees(real):
 @needs_package
 @pytest.mark.slow
 def test_the_package_in_tiles_and_again(real):
-    pixels = pixels_of(pattern(70, 50))
+    pixels = pixels_of(pattern(70, 40))
     whole = real(pixels)
     np.testing.assert_array_equal(real(pixels), whole)
-    tiled = SuperResolution('pip', tile=32, overlap=32, device='cpu')(pixels)
-    off = np.abs(tiled.astype(int)-whole)
-    assert off.mean()<.1 and off.max()<=3, (off.mean(), off.max())
+    def off(overlap):
+        "Mean difference in gray levels; the network sees further than tiles overlap, unless they overlap entirely"
+        tiled = SuperResolution('pip', tile=40, overlap=overlap, device='cpu')(pixels)
+        return np.abs(tiled.astype(int)-whole).mean()
+    assert off(0) > 2*off(32) and off(32) < 1 and off(72) < .001
 
 @needs_package
 @pytest.mark.slow

