@@ -17,9 +17,10 @@ __all__ = ['BREAKHIS_IMAGES', 'BREAKHIS_SUBTYPES', 'CHESTXRAY14_FINDINGS', 'CLAH
            'files_below', 'find_copies', 'fingerprints', 'group_copies', 'guess_groups', 'image_dls', 'image_table',
            'is_unlabeled', 'kd_convnext_augment', 'kfold_groups', 'leakage_report', 'list_stores', 'load_distributed',
            'match_copies', 'mixup', 'mskd_augment', 'official_split', 'open_image', 'own_loader', 'pack_images',
-           'read_breakhis', 'read_chestxray14', 'read_csv', 'read_dataset', 'read_dicom_folder', 'read_folder',
-           'read_ham10000', 'read_lc25000', 'read_medmnist', 'register_reader', 'repeat_splits', 'show_images',
-           'show_leaks', 'show_views', 'skin_augment', 'split_groups', 'synthetic_table', 'tissue_augment']
+           'pip_esrgan', 'read_breakhis', 'read_chestxray14', 'read_csv', 'read_dataset', 'read_dicom_folder',
+           'read_folder', 'read_ham10000', 'read_lc25000', 'read_medmnist', 'read_ncnn_esrgan', 'register_reader',
+           'repeat_splits', 'show_images', 'show_leaks', 'show_views', 'skin_augment', 'split_groups',
+           'synthetic_table', 'tissue_augment']
 
 # %% ../../nbs/data/index.ipynb #83a00159
 from ..core.basics import UNLABELED
@@ -37,6 +38,7 @@ from kdmed.data.images import (
 from .loaders import (
     BinaryLossFlat, ClassLossFlat, FindingsAccuracy, FindingsLossFlat, ImageDL, ImageRow, ReplayCutMix, ReplayMixUp,
     TableLoaders, available_memory, decoded_bytes, image_dls, load_distributed, own_loader)
+from .ncnn import pip_esrgan, read_ncnn_esrgan
 from .readers import (
     READER_OPTIONS, READERS, Reader, read_csv, read_dataset, read_dicom_folder, read_folder, register_reader)
 from .splits import check_leakage, kfold_groups, official_split, repeat_splits, split_groups
@@ -59,7 +61,8 @@ _all_ = [
     'decoded_bytes', 'deit_lung_augment', 'describe', 'files_below', 'find_copies', 'fingerprints', 'group_copies',
     'guess_groups', 'image_dls', 'image_table', 'is_unlabeled', 'kd_convnext_augment', 'kfold_groups',
     'leakage_report', 'list_stores', 'load_distributed', 'match_copies', 'mixup', 'mskd_augment',
-    'official_split', 'open_image', 'own_loader', 'pack_images', 'read_breakhis', 'read_chestxray14', 'read_csv',
-    'read_dataset', 'read_dicom_folder', 'read_folder', 'read_ham10000', 'read_lc25000', 'read_medmnist',
+    'official_split', 'open_image', 'own_loader', 'pack_images', 'pip_esrgan', 'read_breakhis', 'read_chestxray14',
+    'read_csv', 'read_dataset', 'read_dicom_folder', 'read_folder', 'read_ham10000', 'read_lc25000',
+    'read_medmnist', 'read_ncnn_esrgan',
     'register_reader', 'repeat_splits', 'show_images', 'show_leaks', 'show_views', 'skin_augment', 'split_groups',
     'synthetic_table', 'tissue_augment']
