@@ -34,6 +34,7 @@ from ..core.basics import weights_size
 from ..core.checks import check_in
 from ..core.extensions import load_extensions
 from ..core.files import claimed_folder, write_atomic
+from ..core.processes import from_first, is_first, process_count
 from ..data.copies import expected_seconds
 from ..data.images import SPLITS, class_counts, name_of, synthetic_table
 from ..data.loaders import available_memory, decoded_bytes, image_dls
@@ -119,12 +120,22 @@ def _check_run(o, table, loading):
     "Raise an error for options that do not suit the machine or the data"
     if o['amp'] and torch.device(loading.get('device') or default_device()).type!='cuda':
         raise ValueError('--amp needs an NVIDIA GPU; leave it out on this machine')
+    if o.get('sync_bn') and (process_count()==1 or not torch.cuda.is_available()):
+        raise ValueError('--sync-bn needs several GPUs, with a process for each, as torchrun or accelerate launch '
+                         'start them; leave it out')
     missing = [c for c in o['subgroups'] or () if c not in table]
     if missing:
         raise ValueError(f'--subgroups must be columns of the image table, but {missing} are not among '
                          f'{list(table.columns)}')
     if not o.get('allow_leakage', True): check_leakage(table) # before the search for copies, which takes minutes
     with _naming('--metric'): MetricByName(o['metric'], table.attrs['classes'], table.attrs['task'])
+
+def _extra_callbacks(o):
+    "fastai callbacks that options ask for"
+    cbs = [MixedPrecision()] if o['amp'] else []
+    if not o.get('sync_bn'): return cbs
+    from kdmed.train.distributed import DistributedFit
+    return [*cbs, DistributedFit(sync_bn=True)]
 
 def _train(o, work, dls, files):
     "Train and compare, in the folder of the run"
@@ -133,7 +144,7 @@ def _train(o, work, dls, files):
     with _naming('--metric'): MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
     how = dict(optimizer=OPTIMIZERS[o['optimizer']], weight_decay=o['weight_decay'], cache=o['cache'], metrics=metrics)
-    if o['amp']: how['callbacks'] = lambda: [MixedPrecision()]
+    how['callbacks'] = lambda: _extra_callbacks(o)
     progress = choose_progress(o)
     STATE['begun'] = True
     try:
@@ -182,27 +193,36 @@ def _print_finished(o):
 # %% ../../nbs/cli/05_commands.ipynb #63a2501e
 def _study(o, command, read, noted=None):
     "A run of `distill` or `demo`, from its options to its folder; `noted`: the options to write down, if others"
-    work = open_run(o)
-    if work is None: return _print_finished(o)
+    work = from_first(open_run, o)
+    if work is None: return _print_finished(o) if is_first() else 0
     start,total = time.time(),2*o['repeats'] + (0 if o['teacher_checkpoint'] else 1)
     STATE['kept'] = lambda: kept_models(work, o['out'], total)
     with claimed_folder(o['out']):
         with _printing_to_stderr(o):
             table,loading = read()
             _check_run(o, table, loading)
-            found = work/COPIES # of a run that resumes
-            copies,files = (json.loads(found.read_text()), {}) if found.is_file() else _find_copies(table, o)
+            copies,files = from_first(_known_copies, work, table, o)
             files |= {'config.toml': config_text(command, noted or o), COPIES: json.dumps(copies)}
             bar = not o['quiet'] and sys.stderr.isatty()
             dls = image_dls(table, o['size'], o['bs'], progress=bar, **loading)
             comparison,models = _train(o, work, dls, files)
         comparison.about.update(data=about_data(dls.table, copies, dls.quarantine), metric=o['metric'])
         seconds = round(time.time()-start, 1)
-        _save_run(work, comparison, models, o, dls, seconds)
-        if work.name==NEW: swap_in(work.parent)
+        from_first(_finish_run, work, comparison, models, o, dls, seconds)
+    if not is_first(): return 0
     _print_comparison(comparison, o)
     print(f"\nTook {in_words(seconds)}. Report, student and settings are in {o['out']}")
     return 0
+
+def _known_copies(work, table, o):
+    "What was found of copies, by a run that resumes or now, and the file that lists them"
+    found = work/COPIES
+    return (json.loads(found.read_text()), {}) if found.is_file() else _find_copies(table, o)
+
+def _finish_run(work, *what):
+    "Write the report, and let the run take the place of an old one"
+    _save_run(work, *what)
+    if work.name==NEW: swap_in(work.parent)
 
 # %% ../../nbs/cli/05_commands.ipynb #f2e6a57d
 def _prepare(o):
@@ -298,19 +318,19 @@ def _recipe_progress(o):
 # %% ../../nbs/cli/05_commands.ipynb #94fff201
 def _run_recipe(chosen, table, out, o):
     "Train the recipe, or the rows of its table, in the folder of the run"
-    copies,files = _find_copies(table, o) if table.split.notna().all() else ([], {})
+    copies,files = from_first(_find_copies, table, o) if table.split.notna().all() else ([], {})
     loading = dict(allow_leakage=o['allow_leakage'], unreadable=o['unreadable'], num_workers=o['workers'],
                    device=choose_device(o['device']))
     how = dict(store=store_argument(o), progress=_recipe_progress(o), loading=loading)
     with claimed_folder(out, 'recipe'):
-        for name,text in files.items(): write_atomic(out/name, text)
+        for name,text in files.items() if is_first() else (): write_atomic(out/name, text)
         if o['ablate']:
             study = ablate(chosen, table, out, o['rows'], o['repeats'], resplit=not o['one_split'], **how)
-            study.save(out, overwrite=True)
+            if is_first(): study.save(out, overwrite=True)
         else:
             about = about_data(table, copies)
             study = run_recipe(chosen, table, out, o['repeats'], subgroups=o['subgroups'] or (), about=about, **how)
-        write_atomic(out/'config.toml', config_text('recipe', o))
+        if is_first(): write_atomic(out/'config.toml', config_text('recipe', o))
     return study
 
 def recipe_command(
@@ -324,6 +344,7 @@ def recipe_command(
     out = check_out(o)
     STATE['kept'] = lambda: kept_recipe(out, o['out'])
     with _printing_to_stderr(o): study = _run_recipe(chosen, _recipe_table(o), out, o)
+    if not is_first(): return 0
     _print_study(study.findings(), study.table())
     if chosen.note: print(f'\n{chosen.note}')
     print(f"\nEverything is in {o['out']}")

@@ -222,6 +222,7 @@ class TrainingOptions:
     optimizer:_one_of(TRAINING, 'optimizer of fastai', *OPTIMIZER_NAMES, optional=False) = 'adam'
     weight_decay:_optional_number(TRAINING, "decoupled weight decay [default: fastai's 0.01]") = None
     amp:_switch(TRAINING, 'mixed precision; needs a GPU') = False
+    sync_bn:_switch(TRAINING, 'several GPUs: normalize BatchNorm layers by the images of all of them') = False
     cache:_switch(TRAINING, "cache the teacher's outputs on disk while students are trained; needs --views, "
                   'or --augment none') = False
     repeats:_whole(TRAINING, 'training seeds; each gives a plain and a distilled student') = 3

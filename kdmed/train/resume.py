@@ -24,7 +24,6 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import Normalize
 from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop
 from fastcore.foundation import L
 from safetensors import SafetensorError
@@ -35,6 +34,7 @@ from torch.utils.data import Dataset
 from ..core.basics import unwrap
 from ..core.checks import check_integer, check_number
 from ..core.files import check_format, check_room, claim, is_writable, write_atomic
+from ..core.processes import from_first, is_first, process_count, process_rank
 from ..core.fingerprints import fingerprint, is_library, weights_checksum
 from ..data.images import name_of
 from ..data.store import identify_images, writing_to
@@ -324,7 +324,7 @@ _NUMBERS = 'iter', 'n_iter', 'train_iter', 'pct_train', 'smooth_loss', 'final_re
 
 def _random_states(dls):
     "`random_state` of every process that takes part in the training"
-    states = [random_state(dls)]*max(1, num_distrib())
+    states = [random_state(dls)]*process_count()
     if len(states)>1 and torch.distributed.is_initialized(): torch.distributed.all_gather_object(states, states[0])
     return states
 
@@ -352,7 +352,7 @@ def _restore(learn, state):
     if state['recorder'] and 'recorder' in vars(learn): _load_recorder(learn, state['recorder'])
     vars(learn).update(_restored(state['numbers']))
     # random numbers last
-    set_random_state(_restored(state['random'][min(rank_distrib(), len(state['random'])-1)]), learn.dls)
+    set_random_state(_restored(state['random'][min(process_rank(), len(state['random'])-1)]), learn.dls)
 
 def save_checkpoint(
     learn:Learner, # Any; call it in every process where there are several, the first one writes
@@ -360,7 +360,7 @@ def save_checkpoint(
 )->None:
     "Write a Learner's model, optimizer, log, random numbers, and the state of callbacks that have a `state_dict`"
     state = _learner_state(learn)
-    if not rank_distrib(): write_checkpoint(state, file)
+    if is_first(): write_checkpoint(state, file)
 
 # %% ../../nbs/train/00_resume.ipynb #9fa4dd01
 def load_checkpoint(
@@ -446,7 +446,7 @@ class StopOnNaN(_Helper):
 
     def _keep(self, facts):
         "Write inputs, targets and prediction of this batch, and the facts; a sentence that says where they are"
-        learn,rank = self.learn,f'_rank{rank_distrib()}' if rank_distrib() else ''
+        learn,rank = self.learn,'' if is_first() else f'_rank{process_rank()}'
         file = self.folder/f'nan_epoch{learn.epoch}_batch{learn.iter}{rank}.safetensors'
         predictions = learn.pred if isinstance(learn.pred, tuple) else (learn.pred,)
         tensors = {}
@@ -607,7 +607,7 @@ def describe_run(
     return {'epochs': learn.n_epoch, **_describe_data(learn.dls), **_describe_training(learn),
             'shape of': {n: tuple(p.shape) for n,p in model.named_parameters()},
             'trained parameters': sum(p.requires_grad for p in model.parameters()),
-            'loss function': getattr(loss, '__name__', type(loss).__name__), 'processes': max(1, num_distrib()),
+            'loss function': getattr(loss, '__name__', type(loss).__name__), 'processes': process_count(),
             'callback': callbacks, 'seed': vars(learn).get('seed'), **_describe_distillation(learn)}
 
 def _describe_distillation(learn):
@@ -644,6 +644,8 @@ def _other_run(there, here):
 
 # %% ../../nbs/train/00_resume.ipynb #72265c12
 # Long because: one callback, in the order of its events
+_BATCHES_UNWATCHED = 16 # between looks at the clock, where several processes must agree
+
 class Resume(_Helper):
     "Resume where the same script was interrupted: to the bit on a CPU, with the same log"
     order,run_valid = -1000,False # before all others; `_AfterOthers` has the last word
@@ -683,8 +685,7 @@ class Resume(_Helper):
         self.saved,self.since,self.rows = None,None,[]
         self.fitting = inside and 'lr_finder' not in vars(self.learn)
         if not self.fitting: return
-        if self.minutes and num_distrib()>1: raise ValueError('several processes cannot agree on minutes: use every')
-        if not rank_distrib(): _hold(self.folder)
+        if is_first(): _hold(self.folder)
         self.counts = vars(self.learn).setdefault('resumed_fits', {})
         self.number = self.counts.get(str(self.folder.resolve()), 0)
         self.file = self.folder/f'fit_{self.number}.pt'
@@ -697,9 +698,9 @@ class Resume(_Helper):
     def _look(self):
         "Load a finished fit; see whether another one can resume, or begin"
         self.facts,self.start = describe_run(self.learn),weights_checksum(unwrap(self.learn.model))
-        self.saved = self._find()
+        self.saved = from_first(self._find)
         if self.saved is not None and self.saved['position']['finished']: self._skip_fit()
-        if not rank_distrib(): self._make_room()
+        from_first(self._make_room)
 
     def _make_room(self):
         "Clear away what a kill left half written, and see whether the disk can take the checkpoints to come"
@@ -725,7 +726,7 @@ class Resume(_Helper):
         if wrong := _other_run(state['facts'], self.facts):
             raise ValueError(f'{file} belongs to another run: {"; ".join(wrong)}. '
                              f'Change it back to resume that run. {ways_out}')
-        if damaged and not rank_distrib():
+        if damaged and is_first():
             print(f'{damaged[0]}; resuming from the checkpoint before it')
             # else the next one would replace the good one
             os.replace(self.file, self.file.with_suffix('.damaged.pt'))
@@ -748,7 +749,7 @@ class Resume(_Helper):
         "Count a fit, and let go of the folder"
         self.fitting,self.counts[str(self.folder.resolve())] = False,self.number+1
         _FINISHED[self.file.resolve()] = weakref.ref(self.learn)
-        if not rank_distrib(): _let_go(self.folder)
+        if is_first(): _let_go(self.folder)
 
     def _mute(self):
         "Put all other callbacks to sleep"
@@ -820,7 +821,7 @@ class Resume(_Helper):
         if self.saved is None: self.epoch_start = _random_states(self.learn.dls)
         else:
             self.epoch_start = self.saved['epoch_start']
-            set_random_state(_restored(self.epoch_start[min(rank_distrib(), len(self.epoch_start)-1)]), self.learn.dls)
+            set_random_state(_restored(self.epoch_start[min(process_rank(), len(self.epoch_start)-1)]), self.learn.dls)
             self._mute()
 
     def _batch_is_done(self):
@@ -830,8 +831,12 @@ class Resume(_Helper):
             if done==self.saved['position']['batch']: _restore(self.learn, self.saved)
             return
         by_batches = self.every and done%self.every==0
-        by_time = self.minutes and time.monotonic()-self.saved_at >= 60*self.minutes
-        if by_batches or by_time: self._write(self.epoch, done)
+        if by_batches or self._is_time(done): self._write(self.epoch, done)
+
+    def _is_time(self, done):
+        "Whether `minutes` have passed; several processes look at the first one's watch, now and then"
+        if not self.minutes or (process_count()>1 and done%_BATCHES_UNWATCHED): return False
+        return from_first(lambda: time.monotonic()-self.saved_at >= 60*self.minutes)
 
     def _epoch_is_done(self):
         if self.saved is not None: return
@@ -852,7 +857,7 @@ class Resume(_Helper):
         state = _learner_state(self.learn, self.since) | dict(
             position=dict(epoch=epoch, batch=batch, finished=finished), facts=self.facts, start=self.start,
             rows=self.rows, epoch_start=self.epoch_start if batch else None)
-        if not rank_distrib(): write_checkpoint(state, self.file, keep_previous=True)
+        if is_first(): write_checkpoint(state, self.file, keep_previous=True)
         self.saved_at = time.monotonic()
 
 # %% ../../nbs/train/00_resume.ipynb #a15070ad
