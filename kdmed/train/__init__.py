@@ -1,4 +1,4 @@
-"""Fits that survive: checkpoints, resuming, losses that are not finite
+"""Fits that survive: checkpoints, resuming, losses that are not finite; several GPUs
 
 Docs: https://kdmed.github.io/kdmed/train/index.html.md"""
 

@@ -132,16 +132,17 @@ class DistributedFit(DistributedTrainer):
         cpu:bool=False,     # Compute on the CPU, even where there are GPUs
     ):
         join_processes(cpu)
-        super().__init__(sync_bn=sync_bn, **dict(cpu=True) if not _on_cuda(cpu) else {})
         if sync_bn and not _on_cuda(cpu): raise ValueError('sync_bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs')
+        super().__init__(sync_bn=sync_bn, cpu=not _on_cuda(cpu))
         self.old_dls,self.batch_norms = None,{}
 
     def before_fit(self):
         self.restore() # after a fit that was interrupted
         model = self.learn.model
         if self.sync_bn: self.batch_norms,model = _synchronize(model)
-        elif any(isinstance(m, _BatchNorm) for m in model.modules()): _note_batch_norm(self.dls.train)
-        self.even = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs) or self.recorder.train_metrics
+        self.own_norms = not self.sync_bn and any(isinstance(m, _BatchNorm) for m in model.modules())
+        accumulates = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
+        self.even = accumulates or getattr(self.learn.recorder, 'train_metrics', False)
         self.learn.model = self.accelerator.prepare(model)
         self.old_dls = list(self.dls.loaders)
         self.learn.dls.loaders = [self._wrap_dl(dl, training=not i) for i,dl in enumerate(self.old_dls)]
@@ -160,6 +161,7 @@ class DistributedFit(DistributedTrainer):
 
     def before_backward(self):
         "Weigh the loss by the images it is the mean of; let every parameter take part"
+        if self.own_norms: _note_batch_norm(self.dl)
         if self.dl.weight!=1: self.learn.loss_grad = self.learn.loss_grad*self.dl.weight
         known = parameters_of(self.learn.loss_grad)
         self.unused = [p for p in self.trained if id(p) not in known]
@@ -209,7 +211,7 @@ def _note_batch_norm(dl):
     _NOTED.append('BatchNorm')
     warnings.warn(f'BatchNorm normalizes by the {bs} images of each process, not by the {(bs or 1)*process_count()} of a '
                   'step, so the weights are not quite those of one process with a larger batch; on GPUs, '
-                  'DistributedFit(sync_bn=True) normalizes by all of them')
+                  'sync_bn=True normalizes by all of them')
 
 # %% ../../nbs/train/05_distributed.ipynb #d15701d3
 def with_processes(
