@@ -183,7 +183,8 @@ def environment()->dict:
     "Versions and hardware that a run depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = dict(kdmed=__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__)
-    return versions | dict(python=platform.python_version(), device=device, threads=torch.get_num_threads(), processes=process_count())
+    used = dict(device=device, threads=torch.get_num_threads(), processes=process_count())
+    return versions | dict(python=platform.python_version(), **used)
 
 # %% ../../nbs/cli/04_runs.ipynb #e0511e88
 class BarsProgress(StudyProgress):

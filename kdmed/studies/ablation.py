@@ -34,6 +34,7 @@ from .recipes import RECIPES, Recipe, Row, deal, rehearse, study_facts, told, tr
 from .study import is_finished, run_cell, study_folder
 
 # %% ../../nbs/studies/15_ablation.ipynb #42fce949
+# Long because: one class, what belongs to a split and how it is found again
 class _Split:
     "One split of the images, and the folder of its cells"
     def __init__(self, recipe, table, folder, store, keep_models, loading=None):

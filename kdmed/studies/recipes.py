@@ -795,6 +795,7 @@ def run(
     with quiet_unless_first():
         return _run(recipe, table, out, repeats, store, subgroups, progress if is_first() else False, loading, about)
 
+# %% ../../nbs/studies/10_recipes.ipynb #99e2b39c
 def _run(recipe, table, out, repeats, store, subgroups, progress, loading, about):
     "The comparison of a recipe that is checked, on a table that is split"
     home = study_folder(out, study_facts(recipe, table, kind='run'))
@@ -864,6 +865,7 @@ def _with_lines(todo, show):
         seconds = time.monotonic()-start
         if seconds > 1: spent.append(seconds) # else it was finished before
 
+# %% ../../nbs/studies/10_recipes.ipynb #16eb2fe1
 def rehearse(
     recipe:Recipe, # Scaled as it is to be run
     dls,           # From `recipe.loaders`

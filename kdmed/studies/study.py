@@ -612,8 +612,10 @@ def distillation_study(
     study = Study(dls, teacher, student, method, teacher_epochs, epochs, lr, seeds, subgroups, optimizer, weight_decay,
                   schedule, callbacks, metrics, cache, n_boot)
     progress = _as_progress(progress)
-    with quiet_unless_first(): return _run_study(study, progress if is_first() else StudyProgress(), folder, settings, files)
+    shown = progress if is_first() else StudyProgress()
+    with quiet_unless_first(): return _run_study(study, shown, folder, settings, files)
 
+# %% ../../nbs/studies/00_study.ipynb #15e1ae37
 def _run_study(study, progress, folder, settings, files):
     "Comparison and models of a study that is checked first"
     study.check()

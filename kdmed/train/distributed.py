@@ -16,12 +16,11 @@ from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import apply, default_device, maybe_gather, to_detach
 from fastcore.foundation import L
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.basics import unwrap
 from ..core.processes import from_first, is_first, join_processes, process_count, process_rank
-from ..data.loaders import own_loader
 
 try: from fastai.distributed import DistributedDL, DistributedTrainer
 except (ImportError, NameError): DistributedDL = DistributedTrainer = object # it needs accelerate, which is optional
@@ -209,8 +208,9 @@ def _note_batch_norm(dl):
     bs = getattr(dl, 'bs', None)
     if not is_first() or _NOTED: return
     _NOTED.append('BatchNorm')
-    warnings.warn(f'BatchNorm normalizes by the {bs} images of each process, not by the {(bs or 1)*process_count()} of a '
-                  'step, so the weights are not quite those of one process with a larger batch; on GPUs, '
+    whole = (bs or 1)*process_count()
+    warnings.warn(f'BatchNorm normalizes by the {bs} images of each process, not by the {whole} of a step, '
+                  'so the weights are not quite those of one process with a larger batch; on GPUs, '
                   'sync_bn=True normalizes by all of them')
 
 # %% ../../nbs/train/05_distributed.ipynb #d15701d3
