@@ -32,7 +32,8 @@ from kdmed.models.create import create_student
 from kdmed.models.exits import add_exits
 
 pytestmark = pytest.mark.slow
-CLASSES,SIZE = ['a', 'b', 'c'],32
+SIZE = 32
+CLASSES = synthetic_table(n=30, classes=3, size=8).attrs['classes']
 
 
 def vit(seed, depth=2):
@@ -45,7 +46,6 @@ def vit(seed, depth=2):
 def loaders(images=107, bs=16, **kwargs):
     "Images in a number that no batch divides; a batch of one process is its share"
     table = split_groups(synthetic_table(n=images, classes=3, size=SIZE), sizes=(.6, .2, .2))
-    table.attrs['classes'] = list(table.attrs['classes'])
     how = dict(augment=tissue_augment(seed=4), views=2, device='cpu') | kwargs
     return image_dls(table, SIZE, bs=bs//process_count(), **how)
 
@@ -99,8 +99,10 @@ def untrained_exits(folder): return taught(lambda t: [LogitKD(t)], add_exits(vit
 def balanced(folder):
     seen = Seen()
     return taught(lambda t: [LogitKD(t)], dls=loaders(sampling='balanced'), cbs=seen) | dict(seen=seen.epochs)
-def few(folder): # fewer images than a step takes, in an odd number
+def few(folder): # fewer images than a process takes
     return taught(lambda t: [LogitKD(t)], dls=loaders(images=37, bs=64), epochs=3)
+def middling(folder): # more than a process takes, fewer than a step
+    return taught(lambda t: [LogitKD(t)], dls=loaders(images=75, bs=64), epochs=3)
 def batch_norm(folder):
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as said:
@@ -113,7 +115,7 @@ def batch_norm(folder):
 
 
 JOBS = {f.__name__: f for f in (logits, features, later, narrow, cached, stages, untrained_exits, balanced, few,
-                                batch_norm)}
+                                middling, batch_norm)}
 
 
 def work(folder):
@@ -148,16 +150,21 @@ def launch(folder, *what, processes=2):
     start = [sys.executable] if processes==1 else [
         sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_port', port]
     return subprocess.Popen([*start, *map(str, what)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=environment(folder), start_new_session=True)
+                            env=environment(folder))
+
+
+def kill(process):
+    "A launcher and its processes, which are not in its group, at once"
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    for pid in (process.pid, *map(int, children)): os.kill(pid, signal.SIGKILL)
+    return process.communicate()[0]
 
 
 def output(process, seconds=400):
     "What it printed, without what the launcher says; and its exit status"
     try: text,_ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text,_ = process.communicate()
-        pytest.fail(f'it hangs:\n{text[-3000:]}')
+        pytest.fail(f'it hangs:\n{kill(process)[-3000:]}')
     return text,process.returncode
 
 
@@ -186,7 +193,7 @@ def test_two_processes_learn_what_one_does_with_batches_twice_as_large(together,
     assert first['log'].shape==one['log'].shape and gap(first['log'], one['log']) < 1e-4
     assert (first['kind'], first['loaders'])==(one['kind'], one['loaders']) # nothing is left of how it was trained
     if job=='narrow': assert len(first['projectors'])
-    if job=='cached': assert first['filled'] > .9
+    if job=='cached': assert first['filled'] > .6
 
 
 def test_each_image_once_an_epoch(together):
@@ -214,7 +221,7 @@ def test_batch_norm_runs_and_says_once_what_differs(together):
 # -- the command
 
 SETTINGS = ('--size', 32, '--teacher', 'test_vit', '--student', 'test_vit', '--augment', 'none', '--optimizer', 'sgd',
-            '--repeats', 1, '--teacher-epochs', 1, '--lr', .01, '--no-copies', '--device', 'cpu')
+            '--repeats', 1, '--teacher-epochs', 1, '--lr', .01, '--no-copies')
 
 
 @pytest.fixture(scope='module')
@@ -228,10 +235,10 @@ def images(tmp_path_factory):
     return folder
 
 
-def command(images, out, *options, processes=2):
+def command(images, out, *options, processes=2, device='cpu'):
     bs = 16//processes
     return launch(images, '-m', 'kdmed.cli', 'distill', '--data', images/'data', '--out', out, '--bs', bs, *SETTINGS,
-                  *options, processes=processes)
+                  '--device', device, *options, processes=processes)
 
 
 def same_students(a, b, most=1e-5):
@@ -264,39 +271,44 @@ def test_both_killed_and_started_again(whole, images):
     until,checkpoint = time.monotonic()+300,out/'cells'/'distilled-0'/'fit'/'fit_0.previous.pt'
     while not checkpoint.exists() and run.poll() is None and time.monotonic()<until: time.sleep(.01)
     assert run.poll() is None, run.communicate()[0][-3000:]
-    os.killpg(run.pid, signal.SIGKILL) # launcher and processes
-    run.communicate()
+    kill(run)
     text,status = output(command(images, out, '--epochs', 3))
     assert status==0 and text.count('Finished before, not trained again')==1, text[-3000:]
     same_students(out, whole[0], 0)
-    metrics = [json.loads((folder/'metrics.json').read_text()) for folder in (out, whole[0])]
-    assert metrics[0]['scores']==metrics[1]['scores']
+    def metrics(folder):
+        read = json.loads((folder/'metrics.json').read_text())
+        return json.dumps([read[key] for key in ('differences', 'harm', 'calibration', 'agreements')])
+    assert metrics(out)==metrics(whole[0])
+    for cell in ('teacher-0', 'plain-0', 'distilled-0'):
+        one,other = ((folder/'cells'/cell/'test.npy').read_bytes() for folder in (out, whole[0]))
+        assert one==other
 
 
 def test_other_settings_are_refused_once(whole, images):
     text,status = output(launch(images, '-m', 'kdmed.cli', 'distill', '--data', images/'data', '--out', whole[0],
-                                '--bs', 8, *SETTINGS, '--epochs', 4))
+                                '--bs', 8, *SETTINGS, '--epochs', 4, '--device', 'cpu'))
     assert status!=0 and text.count('kdmed: error:')==1 and 'already holds a run of other settings' in text
 
 
 @pytest.mark.parametrize('options,message', [
-    (('--metric', 'nonsense'), '--metric'), (('--bs', 0), '--bs'), (('--method', 'nonsense'), '--method'),
-    (('--device', 'cuda:1'), '--device cuda:1 is one GPU'), (('--sync-bn',), '--sync-bn needs several GPUs')])
+    (('--metric', 'nonsense'), '--metric'), (('--epochs', 0), '--epochs'), (('--method', 'nonsense'), '--method'),
+    ((), '--device cuda:1 is one GPU'), (('--sync-bn',), '--sync-bn needs several GPUs')])
 def test_an_error_of_all_is_told_once(images, tmp_path, options, message):
-    text,status = output(command(images, tmp_path/'out', *options), 200)
+    text,status = output(command(images, tmp_path/'out', *options, device='cpu' if options else 'cuda:1'), 200)
     assert status!=0 and text.count('kdmed: error:')==1 and message in text, text[-3000:]
     assert 'kdmed: stopped' not in text
 
 
 def test_an_error_of_one_ends_all(images, tmp_path):
-    run = launch(images, __file__, 'fail', 'distill', '--data', images/'data', '--out', tmp_path/'out', *SETTINGS)
+    run = launch(images, __file__, 'fail', 'distill', '--data', images/'data', '--out', tmp_path/'out', *SETTINGS,
+                 '--device', 'cpu')
     text,status = output(run, 200)
     assert status!=0 and text.count('this process has no luck')==1 and text.count('kdmed: error:')==1, text[-3000:]
 
 
 def test_a_recipe_in_two_processes(images):
     out = images/'recipe'
-    settings = 'size=32', 'epochs=1', 'teacher_epochs=1', 'batch_size=8', 'shares=.6,.2,.2'
+    settings = 'size=64', 'epochs=1', 'teacher_epochs=1', 'batch_size=8', 'shares=.6,.2,.2'
     text,status = output(launch(images, '-m', 'kdmed.cli', 'recipe', 'kd_convnext', '--scale', .1, '--data',
                                 images/'data', '--out', out, '--device', 'cpu', '--set', *settings))
     assert status==0 and text.count('Everything is in')==1, text[-3000:]
