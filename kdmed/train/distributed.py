@@ -132,7 +132,8 @@ class DistributedFit(DistributedTrainer):
     ):
         join_processes(cpu)
         if sync_bn and not _on_cuda(cpu): raise ValueError('sync_bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs')
-        super().__init__(sync_bn=sync_bn, cpu=not _on_cuda(cpu))
+        # half precision is fastai's `MixedPrecision`, which scales losses, whatever the launcher was told
+        super().__init__(sync_bn=sync_bn, cpu=not _on_cuda(cpu), mixed_precision='no')
         self.old_dls,self.batch_norms = None,{}
 
     def before_fit(self):
