@@ -18,6 +18,8 @@ from cyclopts.config import Dict
 
 from .. import __version__
 from ..core.checks import writing_as
+from ..core.processes import (
+    OtherProcessFailed, first_to_fail, is_first, join_processes, leave_processes, process_count, quiet_unless_first)
 from .options import (
     FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions,
     RecipeOptions, RunOptions, SearchOptions, TrainingOptions, Whole, as_option, check_concerns, check_names,
@@ -35,11 +37,25 @@ def _run(command, *options, **more):
     check_names(values)
     if 'dataset' in values and (command!='recipe' or values['out'] is not None): check_concerns(values)
     check_paths(values)
+    if process_count()>1 and not _join(command, values): return 0
     with warnings.catch_warnings():
         deprecated = '`torch.jit.script` is deprecated'
         warnings.filterwarnings('ignore', message=deprecated, category=FutureWarning) # timm's, at import
         from kdmed.cli import commands
     return getattr(commands, f'{command}_command')(values)
+
+# %% ../../nbs/cli/10_app.ipynb #52900af8
+def _join(command, o):
+    "Let the processes of a launcher find each other; False in one that has nothing to do"
+    alone = command=='check' or o.get('out') is None # nothing is trained
+    if alone: return is_first()
+    device = o.get('device') or ''
+    if ':' in device:
+        raise ValueError(f'--device {device} is one GPU, but {process_count()} processes were started, each with its '
+                         'own: give --device cuda, or leave it out')
+    join_processes(cpu=device=='cpu')
+    o['quiet'] = o['quiet'] or not is_first()
+    return True
 
 # %% ../../nbs/cli/10_app.ipynb #4c83dfb7
 _RECIPE_OUT = Parameter(name='--out', group=RUNNING,
@@ -172,10 +188,14 @@ def _last_line(signum):
     except Exception: text = 'what was finished is kept' # the folder cannot be read
     return f'kdmed: {"interrupted" if signum==signal.SIGINT else "stopped"}: {text}'
 
+def _speaks_last():
+    "Whether this process says why a run ends: of several the first, unless another one has failed and said why"
+    return is_first() and first_to_fail()
+
 def _end_now(signum):
     "End the process, whatever it is doing"
     if STATE.pop('armed', None) is None: return
-    sys.stderr.write('\n' + _last_line(signum) + '\n')
+    if _speaks_last(): sys.stderr.write('\n' + _last_line(signum) + '\n')
     sys.stderr.flush()
     os._exit(128+signum)
 
@@ -209,15 +229,18 @@ def main(
     "The `kdmed` command"
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
     STATE.clear()
-    with _Signals():
-        try: return _main(argv)
+    with _Signals(), quiet_unless_first():
+        try:
+            status = _main(argv)
+            leave_processes()
+            return status
         except Stopped as e:
             if sys.stderr.isatty(): print(file=sys.stderr) # after ^C, or an unfinished bar
-            print(_last_line(e.signum), file=sys.stderr, flush=True)
+            if _speaks_last(): print(_last_line(e.signum), file=sys.stderr, flush=True)
             STATE.pop('armed', None)
             return 128+e.signum
         except KeyboardInterrupt:
-            print(_last_line(signal.SIGINT), file=sys.stderr, flush=True)
+            if _speaks_last(): print(_last_line(signal.SIGINT), file=sys.stderr, flush=True)
             return 130
         except MissingArgumentError as e:
             command = ' '.join(['kdmed', *(e.command_chain or ())])
@@ -240,8 +263,8 @@ def _main(argv):
 
 # %% ../../nbs/cli/10_app.ipynb #4d11924b
 def _refuse(text):
-    "Print an error; the exit status"
-    print(f'kdmed: error: {text}', file=sys.stderr, flush=True)
+    "Print an error, of several processes once; the exit status"
+    if first_to_fail(): print(f'kdmed: error: {text}', file=sys.stderr, flush=True)
     return 2
 
 _LESS_MEMORY = 'not enough memory: choose a smaller --bs or --size, or --store to keep images on the disk'
@@ -258,6 +281,7 @@ def _error_text(error):
 
 def _explain(error, argv):
     "One line for an error, with a hint and what is kept"
+    if isinstance(error, OtherProcessFailed): return 2 # and says why
     if '--verbose' in argv: traceback.print_exc()
     text = _error_text(error)
     hint = next((h for kind,h in _HINTS.items() if isinstance(error, kind)), '')

@@ -38,6 +38,7 @@ from ..core.checks import check_in, writing_as
 from ..core.extensions import load_extensions
 from ..core.files import claimed_folder, write_atomic
 from ..core.fingerprints import digest
+from ..core.processes import from_first, is_first, process_count
 from ..data.copies import expected_seconds
 from ..data.images import SPLITS, class_counts, name_of, synthetic_table
 from ..data.loaders import available_memory, decoded_bytes, image_dls
@@ -104,6 +105,8 @@ FOUNDATION_FOLDER = '.foundation' # in that of a run, until it is finished
 
 def _check_foundation(o):
     "Raise an error for a foundation model that is not known, or whose license is not accepted"
+    if process_count()>1:
+        raise ValueError('--foundation fits its head in one process: start kdmed without a launcher')
     with _naming('--student'): create_student(o['student'], 2, o['size'])
     with _naming('--foundation'): recipe = foundation_recipe(o['foundation'])
     with redirect_stdout(sys.stderr): check_license(recipe, o['accept_license'])
@@ -174,6 +177,9 @@ def _check_run(o, table, loading):
     "Raise an error for options that do not suit the machine or the data"
     if o['amp'] and torch.device(loading.get('device') or default_device()).type!='cuda':
         raise ValueError('--amp needs an NVIDIA GPU; leave it out on this machine')
+    if o.get('sync_bn') and (process_count()==1 or not torch.cuda.is_available()):
+        raise ValueError('--sync-bn needs several GPUs, with a process for each, as torchrun or accelerate launch '
+                         'start them; leave it out')
     missing = [c for c in o['subgroups'] or () if c not in table]
     if missing:
         raise ValueError(f'--subgroups must be columns of the image table, but {missing} are not among '
@@ -181,23 +187,31 @@ def _check_run(o, table, loading):
     if not o.get('allow_leakage', True): check_leakage(table) # before the search for copies, which takes minutes
     with _naming('--metric'): MetricByName(o['metric'], table.attrs['classes'], table.attrs['task'])
 
+# %% ../../nbs/cli/05_commands.ipynb #3c1a2386
+def _extra_callbacks(o):
+    "fastai callbacks that options ask for"
+    cbs = [MixedPrecision()] if o['amp'] else []
+    if not o.get('sync_bn'): return cbs
+    from kdmed.train.distributed import DistributedFit
+    return [*cbs, DistributedFit(sync_bn=True)]
+
+def _teachers(o, makers, work, dls):
+    "Trained teachers, or functions that make one to be trained"
+    if o['foundation']: return [_foundation_model(o, work, dls)]
+    return [make() for make in makers] if o['teacher_checkpoint'] else makers
+
 def _train(o, work, dls, files):
     "Train and compare, in the folder of the run"
     makers,student = _makers(o, dls.classes, dls.task)
-    def make_teachers():
-        if o['foundation']: return [_foundation_model(o, work, dls)]
-        return [make() for make in makers] if o['teacher_checkpoint'] else makers
-
     seeds = tuple(range(o['seed'], o['seed']+o['repeats']))
     with _naming('--metric'): MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
     how = dict(optimizer=OPTIMIZERS[o['optimizer']], weight_decay=o['weight_decay'], cache=o['cache'], metrics=metrics)
-    how['log_shares'] = o['log_shares']
-    if o['amp']: how['callbacks'] = lambda: [MixedPrecision()]
+    how['log_shares'],how['callbacks'] = o['log_shares'],lambda: _extra_callbacks(o)
     progress = choose_progress(o)
     STATE['begun'] = True
     try:
-        teachers = make_teachers()
+        teachers = _teachers(o, makers, work, dls)
         return distillation_study(
             dls, teachers[0] if len(teachers)==1 else teachers, student, o['method'], o['teacher_epochs'],
             o['epochs'], float(o['lr']), seeds, progress, o['subgroups'] or (), work, settings_of(o),
@@ -245,8 +259,8 @@ def _print_finished(o):
 # %% ../../nbs/cli/05_commands.ipynb #63a2501e
 def _study(o, command, read, noted=None):
     "A run of `distill` or `demo`, from its options to its folder; `noted`: the options to write down, if others"
-    work = open_run(o)
-    if work is None: return _print_finished(o)
+    work = from_first(open_run, o)
+    if work is None: return _print_finished(o) if is_first() else 0
     trained = o['teacher_checkpoint'] or o['foundation']
     start,total = time.time(),2*o['repeats'] + (0 if trained else len(as_list(o['teacher'])))
     STATE['kept'] = lambda: kept_models(work, o['out'], total)
@@ -254,19 +268,28 @@ def _study(o, command, read, noted=None):
         with _printing_to_stderr(o):
             table,loading = read()
             _check_run(o, table, loading)
-            found = work/COPIES # of a run that resumes
-            copies,files = (json.loads(found.read_text()), {}) if found.is_file() else _find_copies(table, o)
+            copies,files = from_first(_known_copies, work, table, o)
             files |= {'config.toml': config_text(command, noted or o), COPIES: json.dumps(copies)}
             bar = not o['quiet'] and sys.stderr.isatty()
             dls = image_dls(table, o['size'], o['bs'], progress=bar, **loading)
             comparison,models = _train(o, work, dls, files)
         comparison.about.update(data=about_data(dls.table, copies, dls.quarantine), metric=o['metric'])
         seconds = round(time.time()-start, 1)
-        _save_run(work, comparison, models, o, dls, seconds)
-        if work.name==NEW: swap_in(work.parent)
+        from_first(_finish_run, work, comparison, models, o, dls, seconds)
+    if not is_first(): return 0
     _print_comparison(comparison, o)
     print(f"\nTook {in_words(seconds)}. Report, student and settings are in {o['out']}")
     return 0
+
+def _known_copies(work, table, o):
+    "What was found of copies, by a run that resumes or now, and the file that lists them"
+    found = work/COPIES
+    return (json.loads(found.read_text()), {}) if found.is_file() else _find_copies(table, o)
+
+def _finish_run(work, *what):
+    "Write the report, and let the run take the place of an old one"
+    _save_run(work, *what)
+    if work.name==NEW: swap_in(work.parent)
 
 # %% ../../nbs/cli/05_commands.ipynb #f2e6a57d
 def _prepare(o):
@@ -323,6 +346,7 @@ def read_space(
 # %% ../../nbs/cli/05_commands.ipynb #822d43a6
 def _check_search(o):
     "Raise an error for options that a search does not take; its budget and its space"
+    if process_count()>1: raise ValueError('kdmed search runs in one process: start it without a launcher')
     budget = parse_budget(o['budget'])
     for name in _tuned(o):
         raise ValueError(f'{option(name)} is chosen by the search: --space {name}=VALUE,VALUE says from what')
@@ -510,19 +534,19 @@ def _recipe_progress(o):
 # %% ../../nbs/cli/05_commands.ipynb #94fff201
 def _run_recipe(chosen, table, out, o):
     "Train the recipe, or the rows of its table, in the folder of the run"
-    copies,files = _find_copies(table, o) if table.split.notna().all() else ([], {})
+    copies,files = from_first(_find_copies, table, o) if table.split.notna().all() else ([], {})
     loading = dict(allow_leakage=o['allow_leakage'], unreadable=o['unreadable'], num_workers=o['workers'],
                    device=choose_device(o['device']))
     how = dict(store=store_argument(o), progress=_recipe_progress(o), loading=loading)
     with claimed_folder(out, 'recipe'):
-        for name,text in files.items(): write_atomic(out/name, text)
+        for name,text in files.items() if is_first() else (): write_atomic(out/name, text)
         if o['ablate']:
             study = ablate(chosen, table, out, o['rows'], o['repeats'], resplit=not o['one_split'], **how)
-            study.save(out, overwrite=True)
+            if is_first(): study.save(out, overwrite=True)
         else:
             about = about_data(table, copies)
             study = run_recipe(chosen, table, out, o['repeats'], subgroups=o['subgroups'] or (), about=about, **how)
-        write_atomic(out/'config.toml', config_text('recipe', o))
+        if is_first(): write_atomic(out/'config.toml', config_text('recipe', o))
     return study
 
 def recipe_command(
@@ -536,6 +560,7 @@ def recipe_command(
     out = out_folder(o)
     STATE['kept'] = lambda: kept_recipe(out, o['out'])
     with _printing_to_stderr(o): study = _run_recipe(chosen, _recipe_table(o), out, o)
+    if not is_first(): return 0
     _print_study(study.findings(), study.table())
     if chosen.note: print(f'\n{chosen.note}')
     print(f"\nEverything is in {o['out']}")

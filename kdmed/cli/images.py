@@ -28,6 +28,7 @@ from fastai.torch_core import default_device
 from fastai.vision.augment import Dihedral, Flip
 
 from ..core.checks import check_in
+from ..core.processes import process_count
 from ..data.copies import check_copies
 from ..data.filters import CLAHE, GaussianFilter, MedianFilter
 from ..data.images import SPLITS, card, name_of
@@ -224,7 +225,8 @@ def store_argument(
     o:dict, # Options by name
 ): # `memory`, a folder, or True for the default folder
     "Where decoded images are kept, as an argument of `image_dls`"
-    return 'memory' if o['store'] is None else next(iter(o['store']), True)
+    if o['store'] is None: return 'memory' if process_count()==1 else True # which processes share
+    return next(iter(o['store']), True)
 
 def loading_arguments(
     o:dict, # Options by name

@@ -247,6 +247,7 @@ class TrainingOptions:
     amp:_switch(TRAINING, 'mixed precision; needs a GPU') = False
     log_shares:_switch(TRAINING, "log each loss term's share of the student's gradient, every 10 batches; a backward "
                        'pass for each term') = False
+    sync_bn:_switch(TRAINING, 'several GPUs: normalize BatchNorm layers by the images of all of them') = False
     cache:_switch(TRAINING, "cache the teacher's outputs on disk while students are trained; needs --views, "
                   'or --augment none') = False
     repeats:_whole(TRAINING, 'training seeds; each gives a plain and a distilled student') = 3

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import __version__
 from ..core.files import claim
+from ..core.processes import process_count
 from ..core.study_folders import changed_settings
 from ..evaluate.report_files import REPORT_FILES
 from ..studies.study import LineProgress, StudyProgress, TellEpochs, in_words, is_finished, read_study
@@ -193,7 +194,8 @@ def environment()->dict:
     "Versions and hardware that a run depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = dict(kdmed=__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__)
-    return versions | dict(python=platform.python_version(), device=device, threads=torch.get_num_threads())
+    used = dict(device=device, threads=torch.get_num_threads(), processes=process_count())
+    return versions | dict(python=platform.python_version(), **used)
 
 # %% ../../nbs/cli/04_runs.ipynb #e0511e88
 class BarsProgress(StudyProgress):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .processes import is_first
+
 # %% ../../nbs/core/10_files.ipynb #48746419
 def write_atomic(
     path, # File to write; replaced if it exists. Its folder must exist
@@ -155,8 +157,8 @@ def check_unclaimed(
     folder,          # Folder, which need not exist
     what:str='run',  # What it holds, for the message
 )->None:
-    "Raise `RuntimeError` if another process holds a folder; the folder is neither made nor held afterwards"
-    if (Path(folder).expanduser()/'.lock').is_file():
+    "Raise `RuntimeError` if a process of another training holds a folder, which is neither made nor held afterwards"
+    if is_first() and (Path(folder).expanduser()/'.lock').is_file():
         with claim(folder, what): pass
 
 @contextmanager
@@ -164,8 +166,13 @@ def claimed_folder(
     folder,         # Folder; made if missing
     what:str='run', # What it holds, for the message
 ): # Context manager that gives the folder as a `Path`
-    "Hold a folder for this process while a block runs; if the block leaves it empty, it is removed again"
+    """Hold a folder for this process while a block runs; if the block leaves it empty, it is removed again
+
+    Of processes that train together, the first holds it for all."""
     folder = Path(folder).expanduser()
+    if not is_first():
+        yield folder
+        return
     try:
         with claim(folder, what): yield folder
     finally:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .files import check_format, claimed_folder, write_atomic
+from .processes import is_first, process_rank, wait_for_all
 
 # %% ../../nbs/core/20_study_folders.ipynb #f3520509
 _NOTED = 'format','versions' # written down, not compared
@@ -101,6 +102,13 @@ class StudyFolder:
 
     def note(self, packages=('kdmed', 'torch', 'timm', 'fastai'))->None:
         "Write down what the study is, and the versions of some packages; growing facts keep the entries they had"
+        if is_first(): self._note(packages)
+        wait_for_all()
+        if self.file.is_file(): return
+        raise FileNotFoundError(f'{self.path}: process {process_rank()} does not see what the first one wrote there; '
+                                'on several machines it must be a folder that all of them share')
+
+    def _note(self, packages):
         before = self.read()
         about = dict(format=self.format, versions={name: version(name) for name in packages})
         self.path.mkdir(parents=True, exist_ok=True)
@@ -108,7 +116,7 @@ class StudyFolder:
 
     def write(self, name, data)->Path: # The file
         "Write a file of the folder, completely or not at all: `bytes`, text, or a function of the path"
-        return write_atomic(self.path/name, data)
+        return write_atomic(self.path/name, data) if is_first() else self.path/name
 
     @contextmanager
     def claimed(self):
@@ -119,6 +127,7 @@ class StudyFolder:
 
     def clear(self)->None:
         "Remove partial files of a killed process; only while the folder is claimed"
+        if not is_first(): return
         for pattern in ('.rehearsal-*', '.part-*', '.*.part', 'cells/*/.*.part'):
             for left in self.path.glob(pattern):
                 if left.is_dir(): shutil.rmtree(left, ignore_errors=True)

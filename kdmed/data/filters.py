@@ -25,6 +25,7 @@ from scipy.ndimage import gaussian_filter
 from ..core.basics import figure
 from ..core.checks import check_in
 from .images import open_image
+from .ncnn import pip_esrgan, read_ncnn_esrgan
 
 # %% ../../nbs/data/20_filters.ipynb #956b1b76
 def _check_pixels(pixels):
@@ -283,9 +284,11 @@ def _torch_version(): return tuple(int(''.join(filter(str.isdigit, v)) or 0) for
 
 def _read_weights(path):
     "Tensors of a weights file, read without running any code it may contain, and a digest of the file"
-    path = Path(path)
+    path = pip_esrgan() if path=='pip' else Path(path)
     if not path.is_file(): raise FileNotFoundError(f'weights: no file {str(path)!r}')
     data,plain = path.read_bytes(),path.suffix.lower()=='.safetensors'
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    if path.suffix.lower()=='.bin' and path.with_suffix('.param').is_file(): return read_ncnn_esrgan(path),digest
     if not plain and _torch_version() < (2, 6):
         raise ValueError(f'{path}: PyTorch {torch.__version__} cannot read such a file safely; '
                          'use a .safetensors file, or PyTorch 2.6 or newer')
@@ -293,7 +296,7 @@ def _read_weights(path):
     except Exception as e:
         raise ValueError(f'{path}: refused, expected a file of plain tensors ({type(e).__name__}); '
                          'anything else in a file may be a program') from e
-    return state,hashlib.sha256(data).hexdigest()[:16]
+    return state,digest
 
 def _to_network(state, path):
     "The image-to-image network that spandrel builds from these tensors"
@@ -332,7 +335,7 @@ def _placed(network, device):
 @dataclass(frozen=True)
 class SuperResolution:
     "Send an image through a restoration network, tile by tile; it gets `scale` times the pixels along each side"
-    weights:str=field(repr=False, compare=False) # File: `.safetensors`, or `.pth` of plain tensors
+    weights:str=field(repr=False, compare=False) # `.safetensors`, `.pth`, ncnn's `.bin`, or 'pip': Real-ESRGAN ×4
     tile:int=256     # Side of the tiles, in pixels; limits the memory that is needed
     overlap:int=32   # Pixels the network sees beyond each side of a tile, and that are discarded
     device:str=field(default='auto', repr=False, compare=False) # As PyTorch names it; `auto`: the GPU if there is one

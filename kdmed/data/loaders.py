@@ -14,7 +14,6 @@ import ctypes, os, sys, zlib
 from collections import namedtuple
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import fastai.callback.progress # Learner.no_bar
@@ -29,7 +28,7 @@ from fastai.data.transforms import (
     Categorize, Category, IntToFloatTensor, MultiCategorize, MultiCategory, Normalize, ToTensor)
 from fastai.learner import Metric
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
-from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory, default_device, num_distrib, to_device
+from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory, default_device, to_device
 from fastai.vision.core import imagenet_stats
 from fastcore.basics import chunked, listify
 from fasttransform import Transform
@@ -37,6 +36,7 @@ from torch import nn
 
 from ..core.basics import UNLABELED
 from ..core.checks import check_in, check_integer, written
+from ..core.processes import join_processes, process_count
 from ..core.fingerprints import digest, value_text
 from .folders import file_identity, some_names
 from kdmed.data.images import (
@@ -506,12 +506,12 @@ def _read_table(table, *how):
     return images,table.iloc[kept] if bad else table,left_out,kept
 
 # %% ../../nbs/data/40_loaders.ipynb #c41d07a6
-def load_distributed()->None:
-    "Import `fastai.distributed`, which needs accelerate, if several processes train (`WORLD_SIZE`)"
-    if num_distrib()<=1: return
-    if find_spec('accelerate') is None:
-        raise ImportError(f"several processes (WORLD_SIZE={num_distrib()}) train together through accelerate, "
-                          "which is not installed: pip install 'kdmed[distributed]'")
+def load_distributed(
+    device=None, # Where batches will go; default: fastai's default device
+)->None:
+    "If several processes train: let them find each other, and import `fastai.distributed`, which needs accelerate"
+    if process_count()==1: return
+    join_processes(cpu=device is not None and torch.device(device).type=='cpu')
     import_module('fastai.distributed')
 
 # %% ../../nbs/data/40_loaders.ipynb #8bcbafa1
@@ -539,7 +539,7 @@ def image_dls(
 )->DataLoaders: # `train`, `valid` and, if the table has test images, `test`
     """fastai `DataLoaders` of an image table, with `task`, `classes`, `counts` (training images of each class),
     `unlabeled` (training images without a label), `size`, `table` and `quarantine`"""
-    load_distributed()
+    load_distributed(device)
     size,bs = check_integer(size, 'size', 1),check_integer(bs, 'bs', 1)
     num_workers = check_integer(num_workers, 'num_workers', 0)
     _check_batch(size, bs)

@@ -112,7 +112,7 @@ class OrthogonalKD(EmbeddingKD):
         pairs,            # `[(student layer, teacher layer)]`, such as those of `pair_embeddings`
         weight=FEATURE_WEIGHTS['vkd'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss
-        loss:str='l2',    # `l2`: half the squared differences; `l1`: absolute ones; summed over channels, / their root
+        loss:str='l2',    # `l2`: half the squared differences; `l1`: absolute ones; over the root of the channels
         # The teacher's features: `standardize` each channel over the batch, or `whiten` them
         normalize:str='standardize',
     ):

@@ -20,13 +20,14 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Metric
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
-from fastai.torch_core import get_random_states, rank_distrib, set_random_states, to_device
+from fastai.torch_core import get_random_states, set_random_states, to_device
 from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import nn
 
 from ..core.basics import capture_activations, evaluating, unwrap
 from ..core.checks import check_integer, check_number
+from ..core.processes import is_first, process_count, summed
 from ..data.loaders import own_loader
 from .logit_losses import bernoulli_soft_target_loss, soft_target_loss
 from .losses import distillation_mask
@@ -54,8 +55,21 @@ class LossTerms:
         self.images[name] = self.images.get(name, 0) + self.size
 
     def mean(self, name):
-        "Mean of a term over the images since `reset`; None before there are any"
-        return float(self.sums[name]/self.images[name]) if name in self.sums else None
+        "Mean of a term over the images since `reset`, those of all processes; None before there are any"
+        if name not in self.sums: return None
+        total,images = summed((self.sums[name], self.images[name]))
+        return total/images
+
+    def state_dict(self)->dict:
+        "The sums so far, of all processes"
+        if process_count()==1: return dict(sums=dict(self.sums), images=dict(self.images))
+        both = [summed(of_terms.values()) for of_terms in (self.sums, self.images)]
+        return {name: dict(zip(self.sums, totals)) for name,totals in zip(('sums', 'images'), both)}
+
+    def load_state_dict(self, state):
+        "Continue from there: the first process with what all had, the others from 0"
+        share = 1 if is_first() else 0
+        self.sums,self.images = ({k: v*share for k,v in state[name].items()} for name in ('sums', 'images'))
 
     def reset(self): self.sums,self.images,self.values,self.parts = {},{},{},{}
 
@@ -468,7 +482,7 @@ class DistillFit(Callback):
     def _evaluate_teachers(self):
         "Print how good each teacher is, once for a set of validation images, before it is learned from"
         valid,model = own_loader(getattr(self.dls, 'valid', [])),unwrap(self.learn.model)
-        quiet = self.learn.logger.__name__=='noop' or rank_distrib()
+        quiet = self.learn.logger.__name__=='noop' or not is_first()
         device = next(model.parameters()).device
         new = [t for t in self.comparable if t.evaluated_on is not valid]
         with same_random_numbers(), evaluating(model):
@@ -552,8 +566,7 @@ class DistillFit(Callback):
         "What it takes to resume after an interruption: means of the epoch so far, teachers, projectors"
         if self.pending is not None: return self.pending
         if not self.callbacks: return {}
-        terms = self.learn.loss_terms
-        return dict(sums=dict(terms.sums), images=dict(terms.images), teachers=[t.state_dict() for t in self.teachers],
+        return dict(**self.learn.loss_terms.state_dict(), teachers=[t.state_dict() for t in self.teachers],
                     callbacks=[_state_of(cb) for cb in self.callbacks], in_optimizer=_has_further(self.learn))
 
     def load_state_dict(self, state:dict):
@@ -572,7 +585,7 @@ class DistillFit(Callback):
         "Take over the rest of what `load_state_dict` was given, once the fit is set up"
         state,self.pending = self.pending,None
         if state is None: return
-        self.learn.loss_terms.sums,self.learn.loss_terms.images = dict(state['sums']),dict(state['images'])
+        self.learn.loss_terms.load_state_dict(state)
         for teacher,its in zip(self.teachers, state['teachers']): teacher.load_state_dict(its)
 
     def __getstate__(self): # `learn.export` keeps nothing of a fit

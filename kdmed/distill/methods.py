@@ -14,16 +14,19 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pandas as pd
+import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, accuracy, accuracy_multi
 from fastai.optimizer import Adam
+from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import nn
 
 from ..core.basics import evaluating, model_spec, seed_everything, unwrap
 from ..core.checks import check_in, check_integer, check_number, check_seed
+from ..core.processes import is_first, process_count, process_rank, quiet_unless_first, wait_for_all
 from ..data.loaders import FindingsAccuracy, own_loader
 from ..models.adapt import needed_channels
 from ..models.create import create_student, find_normalization, model_stats, same_stats, set_model_stats
@@ -101,6 +104,9 @@ def _smallest_batch(dls):
     bs,n = getattr(train, 'bs', None) or getattr(train, 'batch_size', None),len(getattr(train, 'dataset', ()))
     if not bs or not n: return None
     drops = getattr(train, 'drop_last', False)
+    if process_count()>1:
+        from kdmed.train.distributed import share_out
+        return min(len(part) for part in share_out(n, bs, process_count(), drops)[-1])
     return bs if drops or n%bs==0 else n%bs
 
 def _single_valued_norms(dls, model):
@@ -194,15 +200,29 @@ def _create_learner(dls, model, seed, metrics, optimizer, weight_decay):
     learn.seed = seed
     return learn
 
+# %% ../../nbs/distill/45_methods.ipynb #909a8f15
+def _share_fit(learn, cbs):
+    "Callbacks of a fit, with the one that several processes need; what each draws at random is its own from here on"
+    if process_count()==1: return L(cbs)
+    from kdmed.train.distributed import with_processes
+    if process_rank(): seed_everything((learn.seed + 1_000_003*process_rank()) % 2**32)
+    return with_processes(cbs, cpu=torch.device(learn.dls.device).type=='cpu')
+
 def _fit(learn, epochs, lr, cbs, progress, schedule):
-    "Fit a Learner from its seed on"
+    "Fit a Learner from its seed on, together with other processes where there are any"
     seed_everything(learn.seed)
     train = learn.dls.train
     train.rng = random.Random(learn.seed)
     if hasattr(train, 'set_epoch'): train.set_epoch(0)
-    cbs,fit = [*L(cbs), _StopAtNaN()],learn.fit_one_cycle if schedule=='one_cycle' else learn.fit
-    bars,log = (nullcontext(), nullcontext()) if progress else (learn.no_bar(), learn.no_logging())
-    with bars, log, _plain_errors(): fit(epochs, lr, cbs=cbs)
+    cbs = [*_share_fit(learn, cbs), _StopAtNaN()]
+    fit = learn.fit_one_cycle if schedule=='one_cycle' else learn.fit
+    shown = progress and is_first()
+    bars,log = (nullcontext(), nullcontext()) if shown else (learn.no_bar(), learn.no_logging())
+    try:
+        with bars, log, _plain_errors(): fit(epochs, lr, cbs=cbs)
+    finally:
+        for cb in cbs: getattr(cb, 'restore', noop)() # model and loaders, also after an error
+    wait_for_all()
 
 # %% ../../nbs/distill/45_methods.ipynb #fitclf
 def fit_classifier(
@@ -219,13 +239,14 @@ def fit_classifier(
     schedule:str='one_cycle', # Of the learning rate: `one_cycle`, or `constant`
 )->Learner: # Fitted; `history` holds its training log
     "Train a classifier, repeatably; the normalization of the data becomes the model's own"
-    _check_training(dls, epochs, lr, seed, cbs, weight_decay, schedule)
-    learn = _create_learner(dls, model, seed, metrics, optimizer, weight_decay)
-    _note_normalization(learn.model, dls)
-    _fit(learn, epochs, lr, cbs, progress, schedule)
-    names = [n for n in learn.recorder.metric_names if n not in ('epoch', 'time')]
-    learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
-    return learn
+    with quiet_unless_first():
+        _check_training(dls, epochs, lr, seed, cbs, weight_decay, schedule)
+        learn = _create_learner(dls, model, seed, metrics, optimizer, weight_decay)
+        _note_normalization(learn.model, dls)
+        _fit(learn, epochs, lr, cbs, progress, schedule)
+        names = [n for n in learn.recorder.metric_names if n not in ('epoch', 'time')]
+        learn.history = pd.DataFrame([list(v) for v in learn.recorder.values], columns=names)
+        return learn
 
 # %% ../../nbs/distill/45_methods.ipynb #43c83a42
 @register_method('mean_teacher', "the student's own average; no other teacher", ALL, 'Tarvainen & Valpola 2017',
@@ -367,13 +388,14 @@ def distill(
     log_shares:bool=False, # Log each term's share of the student's gradient, every 10 batches: see `GradientShares`
 )->Learner: # Fitted, with its training log in `history`; `learn.model` is the student alone
     "Train a student with a teacher; `fit_classifier` with the same arguments is its control"
-    if isinstance(method, str): check_in(method, ['auto', *METHODS], 'method')
-    _check_training(dls, epochs, lr, seed, cbs, weight_decay, schedule)
-    teacher = as_teacher(teacher)
-    student = adapt_student(method, create_model(student, dls, seed), teacher)
-    shares = [GradientShares()] if log_shares else []
-    cbs = [*distill_callbacks(method, student, teacher, temperature, weight, label_weight), *shares, *L(cbs)]
-    return fit_classifier(dls, student, epochs, lr, seed, cbs, progress, metrics, optimizer, weight_decay, schedule)
+    with quiet_unless_first():
+        if isinstance(method, str): check_in(method, ['auto', *METHODS], 'method')
+        _check_training(dls, epochs, lr, seed, cbs, weight_decay, schedule)
+        teacher = as_teacher(teacher)
+        student = adapt_student(method, create_model(student, dls, seed), teacher)
+        shares = [GradientShares()] if log_shares else []
+        cbs = [*distill_callbacks(method, student, teacher, temperature, weight, label_weight), *shares, *L(cbs)]
+        return fit_classifier(dls, student, epochs, lr, seed, cbs, progress, metrics, optimizer, weight_decay, schedule)
 
 # %% ../../nbs/distill/45_methods.ipynb #f5ab4933
 class _StopAtFirstBatch(Callback):

@@ -21,6 +21,7 @@ from scipy.stats import page_trend_test
 from ..core.basics import COLORS, figure
 from ..core.checks import check_in, check_integer
 from ..core.files import write_atomic
+from ..core.processes import from_first, is_first, processes_sentence, quiet_unless_first
 from ..data.images import check_table
 from ..data.splits import repeat_splits
 from ..distill.cache import TeacherCache
@@ -33,6 +34,7 @@ from .recipes import RECIPES, Recipe, Row, deal, rehearse, study_facts, told, tr
 from .study import is_finished, run_cell, study_folder
 
 # %% ../../nbs/studies/15_ablation.ipynb #42fce949
+# Long because: one class, what belongs to a split and how it is found again
 class _Split:
     "One split of the images, and the folder of its cells"
     def __init__(self, recipe, table, folder, store, keep_models, loading=None):
@@ -45,6 +47,9 @@ class _Split:
     @cached_property
     def truth(self):
         "Targets and groups of the test images, and the number of training images"
+        return from_first(self._truth)
+
+    def _truth(self):
         file = self.folder/'truth.npz'
         if not file.is_file():
             targets = np.concatenate([y.cpu().numpy() for _,y in self.dls.test])
@@ -71,7 +76,7 @@ class _Split:
         "Release images and teacher, and delete the teacher's cached outputs"
         vars(self).pop('dls', None)
         self.loaded_teacher = None
-        shutil.rmtree(self.folder/'answers', ignore_errors=True)
+        if is_first(): shutil.rmtree(self.folder/'answers', ignore_errors=True)
 
 # %% ../../nbs/studies/15_ablation.ipynb #b31f1d23
 def _splits_anew(table, resplit): return bool(resplit and check_table(table).split.isna().all())
@@ -93,10 +98,10 @@ def _cells_to_train(splits, repetitions, students):
             if split==i: cells += [(i, row, r, seed) for row in students]
     return cells
 
-def _run_cells(splits, todo, train, progress):
+def _run_cells(splits, todo, train, progress, together=''):
     "{(name, repetition): Cell}; those that are not there are trained first"
     cells,previous = {},None
-    for i,name,repetition,seed in told(todo, progress):
+    for i,name,repetition,seed in told(todo, progress if is_first() else False, together):
         if previous not in (None, i): splits[previous].close()
         cells[name, repetition],previous = splits[i].cell(name, seed, train),i
     splits[previous].close()
@@ -128,14 +133,15 @@ def ablate(
     home.check()
     splits,repetitions = _make_splits(recipe, table, home.path, repeats, resplit, store, keep_models, loading)
     todo = _cells_to_train(splits, repetitions, students)
-    finished = [is_finished(splits[i].folder/f'{row}-{seed}') for i,row,_,seed in todo]
+    finished = from_first(lambda: [is_finished(splits[i].folder/f'{row}-{seed}') for i,row,_,seed in todo])
     if not all(finished): rehearse(recipe, splits[0].dls, students)
     def train(split, row, seed, home):
         if row!='teacher': return train_row(recipe, row, split.dls, split.teacher(cache), seed, home)
         return train_row(recipe, row, split.dls, None, seed + 1000*splits.index(split), home)
-    with home.claimed():
+    together = processes_sentence(recipe.batch_size, recipe.learning_rate)
+    with quiet_unless_first(), home.claimed():
         home.note()
-        cells = _run_cells(splits, todo, train, progress)
+        cells = _run_cells(splits, todo, train, progress, together)
     about_rows = {r: (recipe.rows[r], recipe.architecture(r)) for r in rows}
     order = [r for r in recipe.order if r in rows]
     pairs = _pairs_to_compare(recipe, rows, order)
@@ -177,9 +183,10 @@ def compare_backbones(
     for r in recipes.values(): r.make_teacher(splits[0].dls) # or an error, before training
     todo = [(i, n, r, seed) for r,(i,seed) in enumerate(repetitions) for n in names]
     def train(split, name, seed, home): return train_row(recipes[name], 'teacher', split.dls, None, seed, home)
-    with home.claimed():
+    together = processes_sentence(recipe.batch_size, recipe.learning_rate)
+    with quiet_unless_first(), home.claimed():
         home.note()
-        cells = _run_cells(splits, todo, train, progress)
+        cells = _run_cells(splits, todo, train, progress, together)
     known = recipe.backbones
     rows = {n: (known.get(n, Row(n))._replace(taught=False), recipes[n].architecture('teacher')) for n in names}
     pairs = [(n, names[0]) for n in names[1:]]

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..core.basics import COLORS, figure
 from ..core.checks import check_in, check_integer, check_number, check_seed, written
+from ..core.processes import is_first
 from ..core.fingerprints import digest, value_text, weights_checksum
 from ..train.resume import Resume
 from ..distill.methods import adapt_student, check_fit, distill_callbacks, errors_named, fit_classifier
@@ -67,7 +68,7 @@ def compare_methods(
     taps,model = teacher.taps,new_model(student, dls, 0)
     _rehearse(dls, model, teacher, methods, taps)
     def train(name, seed, home=None):
-        if progress: print(f'seed {seed}: {name}', flush=True)
+        if progress and is_first(): print(f'seed {seed}: {name}', flush=True)
         teacher.taps,teacher.capture = taps,None # not those of the method before
         return _train(dls, student, teacher, methods.get(name), epochs, lr, seed, home)
 

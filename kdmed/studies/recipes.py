@@ -35,6 +35,7 @@ from torch import nn
 # %% ../../nbs/studies/10_recipes.ipynb #f5b8779f
 from ..core.basics import seed_everything
 from ..core.checks import check_in, check_integer, check_number
+from ..core.processes import from_first, is_first, process_count, processes_sentence, quiet_unless_first
 from ..data.filters import SuperResolution
 from ..data.images import check_table
 from ..data.loaders import image_dls
@@ -476,7 +477,7 @@ class KDConvNeXt(Recipe):
     temperature:float = ours(4., 'T is not stated; the term is multiplied by T²')
     gamma:float = ours(2., 'γ is not stated; the default of the focal loss')
     class_weights:str = ours('inverse', 'α_t: inverse class frequency, averaging to 1; or `none`')
-    super_resolution:str = ours('', 'stated: Real-ESRGAN before training; a file of its weights switches it on')
+    super_resolution:str = ours('', 'stated: Real-ESRGAN before training; `pip` or a file of weights switches it on')
     name:ClassVar[str] = 'kd_convnext'
     paper:ClassVar[str] = (
         'Zheng et al., KD_ConvNeXt: knowledge distillation-based image classification of lung tumor surgical specimen '
@@ -741,8 +742,8 @@ def _model_and_callbacks(recipe, row, dls, teacher, seed):
 
 @contextmanager
 def _folder_or_temporary(folder):
-    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as home:
-        home = Path(home)
+    with tempfile.TemporaryDirectory() if folder is None and is_first() else nullcontext(folder) as home:
+        home = Path(from_first(str, home)) # one for all processes
         home.mkdir(parents=True, exist_ok=True)
         yield home
 
@@ -766,7 +767,8 @@ def study_facts(recipe, table, **more):
     "What must be the same for a study to resume"
     data = dict(data=table.attrs.get('name', 'images'), classes=list(table.attrs['classes']), images=len(table))
     facts = dict(recipe=recipe.name, settings=_plain_settings(recipe), **data, checksum=table_checksum(table))
-    return facts | more
+    together = dict(processes=process_count()) if process_count()>1 else {}
+    return facts | together | more
 
 # %% ../../nbs/studies/10_recipes.ipynb #2b9c4795
 def run(
@@ -790,6 +792,12 @@ def run(
     columns = [subgroups] if isinstance(subgroups, str) else subgroups
     if missing := [c for c in columns if c not in table]:
         raise ValueError(f'subgroups must be columns of the image table, but {missing} are not')
+    with quiet_unless_first():
+        return _run(recipe, table, out, repeats, store, subgroups, progress if is_first() else False, loading, about)
+
+# %% ../../nbs/studies/10_recipes.ipynb #99e2b39c
+def _run(recipe, table, out, repeats, store, subgroups, progress, loading, about):
+    "The comparison of a recipe that is checked, on a table that is split"
     home = study_folder(out, study_facts(recipe, table, kind='run'))
     home.check()
     dls = recipe.loaders(table, store, progress=progress is True, loading=loading)
@@ -797,10 +805,14 @@ def run(
     with home.claimed():
         home.note()
         cells = _run_rows(recipe, dls, home.path, repeats, progress)
-        comparison = _compare_cells(recipe, dls, cells, subgroups, about)
-        comparison.save(home.path, overwrite=True)
-        card = f'# {recipe.name}\n\n{recipe.paper}\n\n{recipe.note}\n\n{markdown_table(recipe.settings())}\n'
-        home.write('recipe.md', card)
+        return from_first(_write_report, recipe, dls, home, cells, subgroups, about)
+
+def _write_report(recipe, dls, home, cells, subgroups, about):
+    "The comparison of trained rows, and its files"
+    comparison = _compare_cells(recipe, dls, cells, subgroups, about)
+    comparison.save(home.path, overwrite=True)
+    card = f'# {recipe.name}\n\n{recipe.paper}\n\n{recipe.note}\n\n{markdown_table(recipe.settings())}\n'
+    home.write('recipe.md', card)
     return comparison
 
 # %% ../../nbs/studies/10_recipes.ipynb #201a3865
@@ -809,7 +821,7 @@ def _run_rows(recipe, dls, out, repeats, progress):
     cells = {'teacher': [], 'plain': [], 'distilled': []}
     todo = [('teacher', 'teacher', 0)]
     for seed in range(repeats): todo += [('plain', 'plain', seed), ('distilled', recipe.full, seed)]
-    for name,row,seed in told(todo, progress):
+    for name,row,seed in told(todo, progress, processes_sentence(recipe.batch_size, recipe.learning_rate)):
         teacher = cells['teacher'][0].model if row!='teacher' else None
         def train(home): return train_row(recipe, row, dls, teacher, seed, home)
         cells[name].append(run_cell(out/'cells'/f'{row}-{seed}', dls, train))
@@ -830,8 +842,10 @@ def _compare_cells(recipe, dls, cells, subgroups, about):
 def told(
     todo,     # Tuples: the first entry is not shown, the others say what is trained
     progress, # True: a bar; False: nothing; or a function that receives a line before each
+    together='', # What several processes change, shown first
 ):
     "Yield what is to be trained, and show what it is and how long the rest will take"
+    if together and progress: (progress if callable(progress) else print)(together)
     if callable(progress): yield from _with_lines(list(todo), progress)
     elif not progress: yield from todo
     else:
@@ -851,6 +865,8 @@ def _with_lines(todo, show):
         seconds = time.monotonic()-start
         if seconds > 1: spent.append(seconds) # else it was finished before
 
+
+# %% ../../nbs/studies/10_recipes.ipynb #16eb2fe1
 def rehearse(
     recipe:Recipe, # Scaled as it is to be run
     dls,           # From `recipe.loaders`

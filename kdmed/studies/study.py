@@ -28,6 +28,7 @@ from ..core.basics import count_parameters, model_spec, seed_everything, unwrap,
 from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.files import check_room, write_atomic
 from ..core.fingerprints import weights_checksum
+from ..core.processes import from_first, is_first, process_count, processes_sentence, quiet_unless_first
 from ..core.study_folders import StudyFolder, changed_settings
 from ..data.images import name_of
 from ..models.create import create_student, load_student, save_student
@@ -124,11 +125,15 @@ def run_cell(
 )->Cell:
     "The predictions of a fit, from its folder; trained first if they are not there"
     folder = Path(folder)
-    if not is_finished(folder):
+    if not from_first(is_finished, folder):
         learn = train(folder/'fit')
-        save_cell(learn, folder, dls() if callable(dls) else dls, keep_model)
+        from_first(save_cell, learn, folder, dls() if callable(dls) else dls, keep_model)
+    return Cell(folder, *from_first(_finish_cell, folder), make)
+
+def _finish_cell(folder):
+    "Remove the checkpoints of a finished fit; its predictions for validation and test images"
     if (folder/'fit').exists(): shutil.rmtree(folder/'fit', ignore_errors=True)
-    return Cell(folder, *(_load_array(folder/f'{name}.npy') for name in ('valid', 'test')), make)
+    return [_load_array(folder/f'{name}.npy') for name in ('valid', 'test')]
 
 # %% ../../nbs/studies/00_study.ipynb #04934666
 STUDY_FORMAT = 1
@@ -429,8 +434,9 @@ class Study:
     )->dict: # `teacher`, and lists `plain` and `distilled`: Learners, or a `Cell` each
         "Train whatever is not there yet"
         fits = self.fits()
-        done = [f for f in fits if folder is not None and is_finished(folder/f.name)]
+        done = from_first(lambda: [f for f in fits if folder is not None and is_finished(folder/f.name)])
         progress.plan(fits, done)
+        if sentence := processes_sentence(self.dls.train.bs, self.lr): progress.tell(sentence)
         if done: progress.tell(f'Finished before, not trained again: {", ".join(map(str, done))}')
         models,teachers = dict(teacher=self.teacher if self.trained else None, plain=[], distilled=[]),[]
         for fit in fits:
@@ -442,7 +448,7 @@ class Study:
                 if len(teachers)==len(self.members): models['teacher'] = teachers if len(teachers)>1 else result
         if len(teachers)>1: self.ensemble = Teacher([t.model if isinstance(t, Cell) else t for t in teachers])
         if folder is None: return models
-        shutil.rmtree(folder/'answers', ignore_errors=True)
+        if is_first(): shutil.rmtree(folder/'answers', ignore_errors=True)
         if self.several: models['teacher'] = _teacher_cell(self, folder)
         return models
 
@@ -521,7 +527,9 @@ def new_model(
 def _settings_facts(study):
     "How students are trained, of plain values"
     names = 'method','epochs','lr','optimizer','weight_decay','schedule'
-    return {n: getattr(study, n) for n in names} | dict(optimizer=_function_name(study.optimizer)) | study.tuned
+    together = dict(processes=process_count()) if process_count()>1 else {}
+    settings = {n: getattr(study, n) for n in names} | dict(optimizer=_function_name(study.optimizer))
+    return settings | study.tuned | together
 
 def _teacher_facts(study, teacher):
     "What identifies a teacher: its weights if it came trained, else how it will be trained"
@@ -627,11 +635,12 @@ def _run_in_folder(study, built, progress, folder, settings, files):
     with home.claimed():
         home.clear()
         cells = home.path/'cells'
-        if not all(is_finished(cells/fit.name) for fit in study.fits()): study.rehearse(home.path, *built)
+        if is_first() and not all(is_finished(cells/fit.name) for fit in study.fits()):
+            study.rehearse(home.path, *built)
         home.note()
         for name,text in (files or {}).items(): home.write(name, text)
         models = study.train(progress, cells)
-        return study.compare(models),models
+        return from_first(study.compare, models),models
 
 # %% ../../nbs/studies/00_study.ipynb #5c59b9ca
 # Long because: the signature documents each of a study's many arguments
@@ -669,10 +678,16 @@ def distillation_study(
     study = Study(dls, teacher, student, method, teacher_epochs, epochs, lr, seeds, subgroups, optimizer, weight_decay,
                   schedule, callbacks, metrics, cache, n_boot, temperature, weight, label_weight, log_shares)
     progress = _as_progress(progress)
+    shown = progress if is_first() else StudyProgress()
+    with quiet_unless_first(): return _run_study(study, shown, folder, settings, files)
+
+# %% ../../nbs/studies/00_study.ipynb #15e1ae37
+def _run_study(study, progress, folder, settings, files):
+    "Comparison and models of a study that is checked first"
     study.check()
     built = study.check_models()
     if folder is not None: return _run_in_folder(study, built, progress, folder, settings, files)
     models = study.train(progress)
     if isinstance(study.several, Teacher) and not isinstance(study.teacher, (torch.nn.Module, Learner)):
-        models['teacher'] = study.several.as_module(dls)
-    return study.compare(models),models
+        models['teacher'] = study.several.as_module(study.dls)
+    return from_first(study.compare, models),models

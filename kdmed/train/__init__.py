@@ -1,4 +1,4 @@
-"""Checkpoints, fits that resume after an interruption, losses that are not finite
+"""Checkpoints, fits that resume after an interruption, losses that are not finite; several GPUs
 
 Docs: https://kdmed.github.io/kdmed/train/index.html.md"""
 

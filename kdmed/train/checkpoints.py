@@ -22,12 +22,12 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ..core.basics import unwrap
 from ..core.files import check_format, write_atomic
+from ..core.processes import is_first, process_count, process_rank
 from ..data.store import writing_to
 
 # %% ../../nbs/train/00_checkpoints.ipynb #d782eb82
@@ -339,7 +339,7 @@ def random_states(
     dls, # `DataLoaders` of this process
 )->list: # One state for each process
     "`random_state` of every process of a distributed fit"
-    states = [random_state(dls)]*max(1, num_distrib())
+    states = [random_state(dls)]*process_count()
     if len(states)>1 and torch.distributed.is_initialized(): torch.distributed.all_gather_object(states, states[0])
     return states
 
@@ -374,7 +374,7 @@ def restore_learner(
     if state['recorder'] and 'recorder' in vars(learn): _load_recorder(learn, state['recorder'])
     vars(learn).update(from_plain(state['numbers']))
     # last, because the steps above may draw random numbers
-    set_random_state(from_plain(state['random'][min(rank_distrib(), len(state['random'])-1)]), learn.dls)
+    set_random_state(from_plain(state['random'][min(process_rank(), len(state['random'])-1)]), learn.dls)
 
 def save_checkpoint(
     learn:Learner, # In a distributed fit, call it in every process; the first one writes
@@ -382,7 +382,7 @@ def save_checkpoint(
 )->None:
     "Save model, optimizer, training log, random states, and the state of callbacks that have a `state_dict`"
     state = learner_state(learn)
-    if not rank_distrib(): write_checkpoint(state, file)
+    if is_first(): write_checkpoint(state, file)
 
 # %% ../../nbs/train/00_checkpoints.ipynb #9fa4dd01
 def load_checkpoint(

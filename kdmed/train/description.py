@@ -16,13 +16,13 @@ from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core.basics import unwrap
 from ..core.fingerprints import fingerprint, is_library, weights_checksum
+from ..core.processes import process_count
 from ..data.store import identify_images
 from .checkpoints import dict_differences, inner_loader, named_callbacks, to_plain
 
@@ -171,7 +171,7 @@ def describe_run(
     return {'epochs': learn.n_epoch, **describe_data(learn.dls), **_describe_training(learn),
             'shape of': {n: tuple(p.shape) for n,p in model.named_parameters()},
             'trained parameters': sum(p.requires_grad for p in model.parameters()),
-            'loss function': getattr(loss, '__name__', type(loss).__name__), 'processes': max(1, num_distrib()),
+            'loss function': getattr(loss, '__name__', type(loss).__name__), 'processes': process_count(),
             'callback': callbacks, 'seed': vars(learn).get('seed'), **_describe_distillation(learn)}
 
 def _describe_distillation(learn):

@@ -12,12 +12,12 @@ import json
 from pathlib import Path
 
 import torch
-from fastai.torch_core import rank_distrib
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.files import write_atomic
+from ..core.processes import is_first, process_rank
 from ..data.images import name_of
 from .checkpoints import TrainingHelper, compact_copy, inner_loader, trained_parameters
 
@@ -79,7 +79,7 @@ class StopOnNaN(TrainingHelper):
 
     def _save(self, facts):
         "Write inputs, targets and predictions of this batch, and the facts; return a note on where they are"
-        learn,rank = self.learn,f'_rank{rank_distrib()}' if rank_distrib() else ''
+        learn,rank = self.learn,'' if is_first() else f'_rank{process_rank()}'
         file = self.folder/f'nan_epoch{learn.epoch}_batch{learn.iter}{rank}.safetensors'
         predictions = learn.pred if isinstance(learn.pred, tuple) else (learn.pred,)
         tensors = {}

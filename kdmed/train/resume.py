@@ -15,7 +15,6 @@ from fastai.callback.core import Callback, CancelBatchException, CancelEpochExce
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop
 from fastcore.foundation import L
 
@@ -23,6 +22,7 @@ from ..core.basics import unwrap
 from ..core.checks import check_integer, check_number
 from ..core.files import check_format, check_room, claim, is_writable
 from ..core.fingerprints import weights_checksum
+from ..core.processes import from_first, is_first, process_count, process_rank
 from .checkpoints import (
     CHECKPOINT_FORMAT, TrainingHelper, callback_digests, checkpoint_size, from_plain, learner_state, previous_of,
     random_states, read_checkpoint, restore_learner, set_random_state, to_plain, trained_parameters, write_checkpoint)
@@ -31,6 +31,8 @@ from .nan_guard import StopOnNaN
 
 # %% ../../nbs/train/15_resume.ipynb #72265c12
 # Long because: one callback, in the order of its events
+_BATCHES_UNWATCHED = 16 # between looks at the clock, where several processes must agree
+
 class Resume(TrainingHelper):
     "Resume a fit where the same script was interrupted: bit-identical on a CPU, with the same log"
     order,run_valid = -1000,False # before all others; `_AfterOthers` comes last
@@ -70,10 +72,7 @@ class Resume(TrainingHelper):
         self.saved,self.since,self.rows = None,None,[]
         self.fitting = inside_fit and 'lr_finder' not in vars(self.learn)
         if not self.fitting: return
-        if self.minutes and num_distrib()>1:
-            raise ValueError('minutes cannot be used in a distributed fit, whose processes must save after the same '
-                             'batch: use every')
-        if not rank_distrib(): _claim_folder(self.folder)
+        if is_first(): _claim_folder(self.folder)
         self.counts = vars(self.learn).setdefault('resumed_fits', {})
         self.number = self.counts.get(str(self.folder.resolve()), 0)
         self.file = self.folder/f'fit_{self.number}.pt'
@@ -86,9 +85,9 @@ class Resume(TrainingHelper):
     def _inspect_fit(self):
         "Load a finished fit; check whether an unfinished one can resume or begin"
         self.facts,self.start = describe_run(self.learn),weights_checksum(unwrap(self.learn.model))
-        self.saved = self._load_newest()
+        self.saved = from_first(self._load_newest)
         if self.saved is not None and self.saved['position']['finished']: self._skip_fit()
-        if not rank_distrib(): self._check_folder()
+        from_first(self._check_folder)
 
     def _check_folder(self):
         "Remove partial files of a killed process, and check the disk space for the next checkpoints"
@@ -114,7 +113,7 @@ class Resume(TrainingHelper):
         if wrong := run_differences(state['facts'], self.facts):
             raise ValueError(f'{file} belongs to another run: {"; ".join(wrong)}. '
                              f'Undo the change to resume that run, or {elsewhere}')
-        if damaged and not rank_distrib():
+        if damaged and is_first():
             print(f'{damaged[0]}; resuming from the checkpoint before it')
             # otherwise the next checkpoint would replace the intact one
             os.replace(self.file, self.file.with_suffix('.damaged.pt'))
@@ -137,7 +136,7 @@ class Resume(TrainingHelper):
         "Count the fit, and release the folder"
         self.fitting,self.counts[str(self.folder.resolve())] = False,self.number+1
         _FINISHED[self.file.resolve()] = weakref.ref(self.learn)
-        if not rank_distrib(): _release_folder(self.folder)
+        if is_first(): _release_folder(self.folder)
 
     def _disable_callbacks(self):
         "Disable all other callbacks"
@@ -210,7 +209,7 @@ class Resume(TrainingHelper):
         if self.saved is None: self.epoch_start = random_states(self.learn.dls)
         else:
             self.epoch_start = self.saved['epoch_start']
-            set_random_state(from_plain(self.epoch_start[min(rank_distrib(), len(self.epoch_start)-1)]), self.learn.dls)
+            set_random_state(from_plain(self.epoch_start[min(process_rank(), len(self.epoch_start)-1)]), self.learn.dls)
             self._disable_callbacks()
 
     def _after_batch(self):
@@ -220,8 +219,12 @@ class Resume(TrainingHelper):
             if done==self.saved['position']['batch']: restore_learner(self.learn, self.saved)
             return
         by_batches = self.every and done%self.every==0
-        by_time = self.minutes and time.monotonic()-self.saved_at >= 60*self.minutes
-        if by_batches or by_time: self._write(self.epoch, done)
+        if by_batches or self._is_time(done): self._write(self.epoch, done)
+
+    def _is_time(self, done):
+        "Whether `minutes` have passed; of several processes, the first looks at the clock, every few batches, for all"
+        if not self.minutes or (process_count()>1 and done%_BATCHES_UNWATCHED): return False
+        return from_first(lambda: time.monotonic()-self.saved_at >= 60*self.minutes)
 
     def _after_epoch(self):
         if self.saved is not None: return
@@ -242,7 +245,7 @@ class Resume(TrainingHelper):
         state = learner_state(self.learn, self.since) | dict(
             position=dict(epoch=epoch, batch=batch, finished=finished), facts=self.facts, start=self.start,
             rows=self.rows, epoch_start=self.epoch_start if batch else None)
-        if not rank_distrib(): write_checkpoint(state, self.file, keep_previous=True)
+        if is_first(): write_checkpoint(state, self.file, keep_previous=True)
         self.saved_at = time.monotonic()
 
 # %% ../../nbs/train/15_resume.ipynb #a15070ad
