@@ -22,7 +22,7 @@ from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
 from ..core.basics import evaluating, model_spec
-from ..core.checks import check_in, check_integer
+from ..core.checks import check_in, check_integer, written
 from .create import feature_map
 from .weights import check_checkpoint, check_hub, hub_problem, load_weights, pip_weights, read_weights
 
@@ -213,7 +213,7 @@ def check_license(
     try: answer = '' if ask is None else ask('Read it at its source. Do you accept the license? [yes/no] ')
     except Exception: answer = '' # a notebook that runs without a person
     if answer.strip().lower() in ('y', 'yes'): return
-    raise PermissionError(f'{text}. Read it, and pass accept_license=True if you accept it; students that learn from '
+    raise PermissionError(f'{text}. Read it, and pass {written("accept_license", True)} if you accept it; students that learn from '
                           'this model may fall under it, too')
 
 # %% ../../nbs/models/20_foundation.ipynb #fnd00018

@@ -29,7 +29,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from ..core.basics import COLORS, figure, weights_size
-from ..core.checks import check_in, check_integer, check_number, check_seed
+from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.files import check_room, write_atomic
 from ..core.fingerprints import weights_checksum
 from ..train.resume import Resume
@@ -66,7 +66,7 @@ def parse_budget(
     if not isinstance(budget, str): return Budget(check_number(budget, 'budget (seconds)', above=0), 'seconds')
     text = budget.strip().lower()
     parts = re.findall(r'(\d+\.?\d*|\.\d+)\s*([a-z]+)\s*', text)
-    wrong = f'budget must be {_BUDGETS}, got {budget!r}'
+    wrong = f'{written("budget")} must be {_BUDGETS}, got {budget!r}'
     if not parts or ''.join(n+unit for n,unit in parts)!=re.sub(r'\s', '', text): raise ValueError(wrong)
     numbers,units = [float(n) for n,_ in parts],[unit if len(unit)==1 else unit.rstrip('s') for _,unit in parts]
     if units==['epoch'] and numbers[0]==int(numbers[0]) and numbers[0] > 0: return Budget(numbers[0], 'epochs')
@@ -887,7 +887,7 @@ def _check_budget(s, halving):
     needed = least + s.budget.amount-left
     exact = s.budget.unit=='epochs'
     shown = f'{math.ceil(needed)} epochs' if exact else f'about {in_words(1.1*needed)} on this machine'
-    raise ValueError(f'budget must be larger: the least possible is {shown}, for two candidates and a last round of '
+    raise ValueError(f'{written("budget")} must be larger: the least possible is {shown}, for two candidates and a last round of '
                      f'three students on {len(s.seeds)} seeds, got {s.budget}; fewer seeds or epochs take less')
 
 def _run(s, home, trainer, clock, tell):
