@@ -213,8 +213,8 @@ def check_license(
     try: answer = '' if ask is None else ask('Read it at its source. Do you accept the license? [yes/no] ')
     except Exception: answer = '' # a notebook that runs without a person
     if answer.strip().lower() in ('y', 'yes'): return
-    raise PermissionError(f'{text}. Read it, and pass {written("accept_license", True)} if you accept it; students that '
-                          'learn from this model may fall under it, too')
+    raise PermissionError(f'{text}. Read it, and pass {written("accept_license", True)} if you accept it; students '
+                          'that learn from this model may fall under it, too')
 
 # %% ../../nbs/models/20_foundation.ipynb #fnd00018
 def licenses_of(

@@ -887,8 +887,9 @@ def _check_budget(s, halving):
     needed = least + s.budget.amount-left
     exact = s.budget.unit=='epochs'
     shown = f'{math.ceil(needed)} epochs' if exact else f'about {in_words(1.1*needed)} on this machine'
-    raise ValueError(f'{written("budget")} must be larger: the least possible is {shown}, for two candidates and a last '
-                     f'round of three students on {len(s.seeds)} seeds, got {s.budget}; fewer seeds or epochs take less')
+    raise ValueError(f'{written("budget")} must be larger: the least possible is {shown}, for two candidates and a '
+                     f'last round of three students on {len(s.seeds)} seeds, got {s.budget}; '
+                     'fewer seeds or epochs take less')
 
 def _run(s, home, trainer, clock, tell):
     "The search in its folder, from where it stands"
