@@ -33,7 +33,7 @@ from kdmed.models.exits import add_exits
 
 pytestmark = pytest.mark.slow
 SIZE = 32
-CLASSES = synthetic_table(n=30, classes=3, size=8).attrs['classes']
+CLASSES = synthetic_table(n=30, classes=3, size=16).attrs['classes']
 
 
 def vit(seed, depth=2):

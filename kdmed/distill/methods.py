@@ -347,6 +347,7 @@ def _suits(student, teacher):
 # %% ../../nbs/distill/45_methods.ipynb #methtab
 def _describe_terms(cb):
     "The terms of a callback with their weights"
+    if not isinstance(cb, DistillCallback): return [cb.name]
     if not cb.adds_term: return [f'{cb.name} as label loss']
     moments,described = [cb.weights_at(progress) for progress in (0., .5, .999)],[]
     for name,weight in moments[0].items():
