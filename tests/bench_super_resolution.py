@@ -165,7 +165,7 @@ def teach(clock):
     teacher = create_teacher('tf_efficientnet_lite0', CLASSES, SIZE, weights='pip')
     if file.is_file(): teacher.load_state_dict(torch.load(file, weights_only=True))
     else:
-        clock.check(240)
+        clock.check(150)
         table = first(films(), TEACHER_PER_CLASS)
         dls = loaders(table, [film(r) for _,r in table.iterrows()])
         fit_classifier(dls, teacher, TEACHER_EPOCHS, lr=1e-3, progress=False)
