@@ -65,7 +65,7 @@ def compact_table(n=N, groups=10_000):
     label = pd.Categorical.from_codes((np.arange(n)%3).astype(np.int8), ['a', 'b', 'c'])
     image = np.arange(n, dtype=np.int32)
     table = pd.DataFrame(dict(image=image, label=label, group=group.astype(np.int16), split=split))
-    table.attrs = dict(synthetic_table(6, classes=3, size=8).attrs, classes=['a', 'b', 'c'], task='multiclass')
+    table.attrs = dict(synthetic_table(6, classes=3, size=16).attrs, classes=['a', 'b', 'c'], task='multiclass')
     return table
 
 
@@ -163,9 +163,9 @@ def seen(dl, seed=0, processes=RANKS):
 @pytest.mark.parametrize('n', [1280, 1301, 1343])
 def test_64_processes_see_each_image_once_an_epoch(n, views):
     "Where 64 does not divide their number, the first samples fill up: fewer than there are processes"
-    table = synthetic_table(n+64, classes=3, size=8, tiles_per_patient=1)
+    table = synthetic_table(n+64, classes=3, size=16, tiles_per_patient=1)
     table['split'] = ['train']*n + ['valid']*64
-    dls = image_dls(table, 8, bs=4, augment=tissue_augment(), views=views, device='cpu')
+    dls = image_dls(table, 16, bs=4, augment=tissue_augment(), views=views, device='cpu')
     drawn = collections.Counter()
     for epoch in range(5):
         ranks = seen(dls.train.set_epoch(epoch), seed=epoch)
