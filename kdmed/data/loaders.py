@@ -54,7 +54,7 @@ def _views(drawn, epoch, views=None):
     repetition = pd.Series(drawn).groupby(np.asarray(drawn)).cumcount().to_numpy()
     return epoch + _SECOND_DRAW*repetition if views is None else (epoch+repetition) % views
 
-# %% ../../nbs/data/40_loaders.ipynb #50144714
+# %% ../../nbs/data/40_loaders.ipynb #3b2a5c3a
 class _Part:
     "Rows of an array or store of images, without copying them"
     def __init__(self, images, rows):
@@ -63,6 +63,7 @@ class _Part:
     def __len__(self): return len(self.rows)
     def __getitem__(self, idxs): return self.images[self.rows[idxs]]
 
+# %% ../../nbs/data/40_loaders.ipynb #8a65b4b5
 class _StoredImage(np.ndarray):
     "Pixels of a packed image, uint8 [H, W, 3], which has been preprocessed"
 
@@ -76,6 +77,7 @@ class _StoredColumn:
         return _StoredColumn(_Part(self.part, np.arange(len(self))[i]))
     take = __getitem__
 
+# %% ../../nbs/data/40_loaders.ipynb #50144714
 class _OpenImage(Transform):
     "`open_image` at one size"
     def __init__(self, size, preprocess=()): self.size,self.preprocess = size,preprocess
