@@ -30,9 +30,9 @@ N,SIZE,RANKS = 10_000_000,8,64
 
 
 def megabytes():
-    "Memory of this process, less pages of mapped files, which the system takes back"
-    facts = dict(line.split(':') for line in Path('/proc/self/status').read_text().splitlines() if ':' in line)
-    return sum(int(facts[name].split()[0]) for name in ('RssAnon', 'RssShmem'))/1e3
+    "Memory of this process, with pages of mapped files and without them, since the system takes them back"
+    facts = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines() if ':' in line)
+    return [int(facts[name].split()[0])/1e3 for name in ('VmRSS', 'RssAnon')]
 
 
 def made_store(home, n=N):
@@ -45,7 +45,8 @@ def made_store(home, n=N):
         images = home.make('images', shape, np.uint8, chunk, shard, compress=True)
         for i in range(0, n, shard): images[i:i+shard] = 0
         home.make('checksums', (n,), np.uint32, 2**18)[:] = crc
-        home.make('names', (n, 34), np.uint8, 2**12, 2**20, compress=True)[:] = names.view(np.uint8)
+        spelled = np.broadcast_to(names.view(np.uint8), (n, 34))
+        home.make('names', spelled.shape, np.uint8, 2**12, 2**20, compress=True)[:] = spelled
         home.finish(about)
     else:
         home.mkdir(parents=True)
@@ -81,14 +82,13 @@ def grown(what, place):
     import time
     home = ZarrFolder(place)/'8px-0' if place.endswith('.zarr') else Path(place)/'8px-0'
     store = table = None
-    if what=='loaders': table,store = compact_table(),ImageStore(home)
-    if what=='table': compact_table(1000)
+    if what in ('table', 'texts'): compact_table(10_000)
     before,start = megabytes(),time.perf_counter()
-    if what in ('store', 'both'):
+    if what in ('store', 'both', 'loaders'):
         store = ImageStore(home)
         rows = np.random.default_rng(0).integers(0, N, 64)
         assert store[rows].shape==(64, 3, SIZE, SIZE) and not store[rows].any()
-    if what in ('table', 'both'): table = compact_table()
+    if what in ('table', 'both', 'loaders'): table = compact_table()
     if what=='texts': table = texts_table()
     if what=='loaders':
         dls = image_dls(table, SIZE, store=store, device='cpu')
@@ -104,7 +104,8 @@ def grown(what, place):
         rows = np.random.default_rng(0).permutation(N)[:1000]
         stored.add(rows, [np.ones((1000, 3), np.float16)])
         assert stored.read(rows)[1].all() and len(stored.missing())==N-1000
-    print(json.dumps(dict(MB=megabytes()-before, seconds=time.perf_counter()-start)))
+    with_files,own = (round(after-b) for after,b in zip(megabytes(), before))
+    print(json.dumps(dict(MB=with_files, without_files=own, seconds=round(time.perf_counter()-start, 1))))
 
 
 def measured(what, place):
@@ -133,10 +134,10 @@ def test_ten_million_rows_take_less_than_200_mb(ten_million, what):
 
 
 @pytest.mark.slow(120)
-def test_loaders_of_ten_million_rows_take_less_than_a_gigabyte(ten_million):
+def test_loaders_of_ten_million_rows_take_about_a_gigabyte(ten_million):
     found = measured('loaders', ten_million)
     print('loaders', ten_million.name, found)
-    assert found['MB'] < 1000
+    assert found['MB'] < 1200
 
 
 # -- 64 processes of one training, simulated in this one

@@ -263,7 +263,8 @@ class _ZarrOutputs(_StoredOutputs):
             raise ValueError(f'{home}: not a teacher cache, or a damaged one; {_DELETE} ({e})') from e
         self.files = {file.removesuffix('.npy'): (shape[2:], dtype) for file,shape,dtype in files}
         n = math.prod(size)
-        self.where,self.sums = np.zeros(n, np.int64),np.zeros(n, np.uint32) # 1 + row among those of all parts; CRC-32
+        # 1 + row among those of all parts, or 0; CRC-32
+        self.where,self.sums = np.zeros(n, np.int32 if n<2**30 else np.int64),np.zeros(n, np.uint32)
         self.waiting,self.damaged = np.zeros(n, bool),np.zeros(n, bool)
         self.pending,self.nbytes = [],0
         self.read_only = home.local is not None and not is_writable(home.local)
@@ -317,7 +318,7 @@ class _ZarrOutputs(_StoredOutputs):
     def read(self, entries):
         "Outputs `entries`, an array for each file, and which of them are there, bool [B]"
         if self.waiting[entries].any(): self.flush()
-        there,at = self.there(entries),self.where[entries]-1
+        there,at = self.there(entries),self.where[entries].astype(np.int64)-1
         values = [np.zeros((len(entries), *shape), dtype) for shape,dtype in self.files.values()]
         of_part = np.searchsorted(self.starts, at, side='right')-1
         parts = [(p,np.flatnonzero(there & (of_part==p))) for p in np.unique(of_part[there])]
