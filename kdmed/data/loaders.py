@@ -54,7 +54,7 @@ def _views(drawn, epoch, views=None):
     repetition = pd.Series(drawn).groupby(np.asarray(drawn)).cumcount().to_numpy()
     return epoch + _SECOND_DRAW*repetition if views is None else (epoch+repetition) % views
 
-# %% ../../nbs/data/40_loaders.ipynb #50144714
+# %% ../../nbs/data/40_loaders.ipynb #3b2a5c3a
 class _Part:
     "Rows of an array or store of images, without copying them"
     def __init__(self, images, rows):
@@ -63,10 +63,26 @@ class _Part:
     def __len__(self): return len(self.rows)
     def __getitem__(self, idxs): return self.images[self.rows[idxs]]
 
+# %% ../../nbs/data/40_loaders.ipynb #8a65b4b5
+class _StoredImage(np.ndarray):
+    "Pixels of a packed image, uint8 [H, W, 3], which has been preprocessed"
+
+class _StoredColumn:
+    "Images of a packed store as a column of a table, each read when it is asked for"
+    def __init__(self, part): self.part = part
+    def __len__(self): return len(self.part)
+    def __iter__(self): return (self[i] for i in range(len(self)))
+    def __getitem__(self, i):
+        if isinstance(i, (int, np.integer)): return self.part[i].transpose(1, 2, 0).view(_StoredImage)
+        return _StoredColumn(_Part(self.part, np.arange(len(self))[i]))
+    take = __getitem__
+
+# %% ../../nbs/data/40_loaders.ipynb #50144714
 class _OpenImage(Transform):
     "`open_image` at one size"
     def __init__(self, size, preprocess=()): self.size,self.preprocess = size,preprocess
-    def encodes(self, image): return open_image(image, self.size, self.preprocess)
+    def encodes(self, image):
+        return open_image(image, self.size, () if isinstance(image, _StoredImage) else self.preprocess)
 
 class ReplayTransform(Transform):
     "Augment training batches, each image in the view its loader chose"
@@ -566,7 +582,8 @@ def _make_loaders(table, ids, images, weights, after_batch, loader, device):
     "A loader for each split of a table whose rows are `ids` of all images"
     parts = [np.flatnonzero(table.split==s) for s in SPLITS]
     order,ends = np.concatenate(parts),np.cumsum([0, *map(len, parts)])
-    rows = _Rows(table.image.array.take(order), table.label.array.take(order))
+    column = table.image.array if table.image.dtype.kind not in 'iu' else _StoredColumn(images)
+    rows = _Rows(column.take(order), table.label.array.take(order))
     open_rows = [_image_of, _OpenImage(loader['size'], loader['preprocess'])]
     tfms = [open_rows, _label_tfms(table.attrs['classes'], table.attrs['task'])]
     dsets = Datasets(rows, tfms, splits=[slice(a, b) for a,b in zip(ends, ends[1:])])

@@ -142,6 +142,7 @@ def store_folder(
 ): # `Path`, or `ZarrFolder` for a path or URL that ends in `.zarr`
     "A folder for stores and caches, `default_store_folder()` by default"
     if folder is None: return default_store_folder()
+    if isinstance(folder, ZarrFolder): return folder
     if not isinstance(folder, (str, Path)) or not str(folder).strip():
         raise ValueError('folder must be the name of a folder, or None for the default '
                          f'{default_store_folder()}, got {folder!r}')
