@@ -38,7 +38,7 @@ def side(recipe):
 def test_every_recipe_builds_and_reads_tokens(name):
     recipe = FOUNDATION[name]
     if recipe.library=='transformers' and find_spec('transformers') is None:
-        with pytest.raises(ImportError, match=r"pip install 'kdmed\[foundation\]'"):
+        with pytest.raises(ImportError, match=r"pip install transformers"):
             create_encoder(name, weights=False, accept_license=True)
         pytest.skip('transformers is not installed')
     size = side(recipe)
@@ -106,7 +106,8 @@ def test_a_teacher_for_every_task_and_head(task, head, tmp_path):
     dls = loaders(task)
     how = dict(weights='pip', size=32, folder=tmp_path, progress=False)
     teacher = foundation_teacher('tf_efficientnet_lite0', dls, head, **how)
-    assert teacher.report.score.iloc[0]>.5
+    row = teacher.report.iloc[0] # 48 validation images at 32 px: better than chance is all that can be asked
+    assert row.score > row.chance
     again = load_student(save_student(teacher.model, tmp_path/'saved'))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(again(images), teacher.model(images))

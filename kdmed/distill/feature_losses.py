@@ -216,4 +216,4 @@ FEATURE_WEIGHTS = {
     'tokens': 1.,        # our decision, for Zhang et al. 2025
 }
 START_WEIGHTS = FEATURE_WEIGHTS | { # of methods by name, with which a term has .1 to .6 of a new student's gradient
-    'attention': 60., 'relational': .3, 'similarity': 120.}
+    'attention': 60., 'relational': .2, 'similarity': 90.}

@@ -59,9 +59,10 @@ def _encoder(name, weights, accept_license, size, features, options):
 
 def _report(rows):
     "The figures of a teacher, one row a stage, and a line for each"
-    table = pd.DataFrame(rows)[['teacher', 'images', 'loss', 'metric', 'score']]
+    table = pd.DataFrame(rows)[['teacher', 'images', 'loss', 'metric', 'score', 'chance']]
     for row in table.itertuples():
-        print(f'{row.teacher}: {row.metric} {row.score:.3f}, loss {row.loss:.3f} on {row.images:,} validation images')
+        print(f'{row.teacher}: {row.metric} {row.score:.3f} (chance {row.chance:.3f}), loss {row.loss:.3f} on '
+              f'{row.images:,} validation images')
     return table
 
 # %% ../../nbs/distill/50_foundation.ipynb #ftc00007

@@ -312,7 +312,7 @@ def _resolved(options):
 def _import_transformers(name):
     try: import transformers
     except ImportError as e:
-        raise ImportError(f"{name} needs the package transformers: pip install 'kdmed[foundation]'") from e
+        raise ImportError(f"{name} needs the package transformers: pip install transformers") from e
     return transformers
 
 def _build(recipe, options, **pretrained):
