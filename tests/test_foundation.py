@@ -149,7 +149,7 @@ SMALL = '--group-pattern (\\d+)_ --student test_resnet --size 32 --epochs 1 --te
 
 @pytest.mark.slow
 def test_the_command_distils_a_foundation_model(folder_of_images, tmp_path, capsys):
-    lite = '--foundation tf_efficientnet_lite0 --foundation-size 32 --teacher-weights pip'
+    lite = '--foundation tf_efficientnet_lite0 --foundation-size 32 --teacher-weights pip --augment none'
     run = f'distill --data {folder_of_images} {SMALL} {lite} --out {tmp_path}/run'
     assert main(run.split())==0, capsys.readouterr().err
     printed = capsys.readouterr()
@@ -162,6 +162,7 @@ def test_the_command_distils_a_foundation_model(folder_of_images, tmp_path, caps
 @pytest.mark.parametrize('options, message', [
     ('--foundation UNI2-h', '--accept-license'),
     ('--foundation uni3 --accept-license', "did you mean 'MahmoodLab/UNI2-h'"),
+    ('--foundation tf_efficientnet_lite0 --teacher-weights pip', '--foundation computes the features of each image once'),
     ('--head knn', '--head needs --foundation'),
     ('--foundation UNI2-h --head knn --tune last', '--tune last trains a linear head'),
     ('--foundation UNI2-h --teacher-weights no/where', '--teacher-weights no/where: file not found')])

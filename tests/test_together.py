@@ -191,7 +191,7 @@ def test_two_processes_learn_what_one_does_with_batches_twice_as_large(together,
     for key in ('weights', 'projectors', 'log'): # a term without weight has no mean
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, equal_nan=True, msg=key)
     assert gap(first['weights'], one['weights']) < 1e-5 and gap(first['projectors'], one['projectors']) < 1e-5
-    assert first['log'].shape==one['log'].shape and gap(first['log'], one['log']) < 1e-4
+    assert first['log'].shape==one['log'].shape and gap(first['log'], one['log']) < 1e-3
     assert (first['kind'], first['loaders'])==(one['kind'], one['loaders']) # nothing is left of how it was trained
     if job=='narrow': assert len(first['projectors'])
     if job=='cached': assert first['filled'] > .6
@@ -222,7 +222,7 @@ def test_batch_norm_runs_and_says_once_what_differs(together):
 # -- the command
 
 SETTINGS = ('--size', 32, '--teacher', 'test_vit', '--student', 'test_vit', '--augment', 'none', '--optimizer', 'sgd',
-            '--repeats', 1, '--teacher-epochs', 1, '--lr', .01, '--no-copies')
+            '--repeats', 1, '--method', 'logit', '--teacher-epochs', 1, '--lr', .01, '--no-copies')
 
 
 @pytest.fixture(scope='module')

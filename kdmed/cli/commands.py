@@ -110,6 +110,9 @@ def _check_foundation(o):
     with _naming('--student'): create_student(o['student'], 2, o['size'])
     with _naming('--foundation'): recipe = foundation_recipe(o['foundation'])
     with redirect_stdout(sys.stderr): check_license(recipe, o['accept_license'])
+    if o['augment']=='none' or o['views'] is not None: return
+    raise ValueError('--foundation computes the features of each image once: give --augment none, or --views N with a '
+                     'policy of kdmed.data.transforms')
 
 def _foundation_model(o, work, dls):
     "The foundation model with its head: fitted, or from the folder of a run that resumes"

@@ -22,7 +22,7 @@ from ..core.basics import unwrap
 from ..core.checks import check_integer, check_number
 from ..core.files import check_format, check_room, claim, is_writable
 from ..core.fingerprints import weights_checksum
-from ..core.processes import from_first, is_first, process_count, process_rank
+from ..core.processes import from_first, is_first, process_count, process_rank, wait_for_all
 from .checkpoints import (
     CHECKPOINT_FORMAT, TrainingHelper, callback_digests, checkpoint_size, from_plain, learner_state, previous_of,
     random_states, read_checkpoint, restore_learner, set_random_state, to_plain, trained_parameters, write_checkpoint)
@@ -85,7 +85,9 @@ class Resume(TrainingHelper):
     def _inspect_fit(self):
         "Load a finished fit; check whether an unfinished one can resume or begin"
         self.facts,self.start = describe_run(self.learn),weights_checksum(unwrap(self.learn.model))
-        self.saved = from_first(self._load_newest)
+        wait_for_all()
+        self.saved = self._load_newest()
+        wait_for_all()
         if self.saved is not None and self.saved['position']['finished']: self._skip_fit()
         from_first(self._check_folder)
 
