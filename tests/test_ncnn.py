@@ -1,6 +1,5 @@
 """Real-ESRGAN from ncnn's files: small networks in the same layout, files that do not fit, the package's own."""
 import hashlib
-import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -161,7 +160,7 @@ def pattern(height=12, width=10):
 
 def pixels_of(values): return np.rint(255*values).astype(np.uint8).transpose(1, 2, 0)
 
-# what ncnn 1.0.20261020 gives for this pattern, on a CPU in single precision: every 8th row and column, and means
+# what ncnn 1.0.20261020 gives for this pattern (CPU, single precision): every 8th row and column; mean of each channel
 NCNN_VALUES = [
     [(108.5, 149.1, 41.0), (192.7, 210.7, 0.0), (161.2, 220.5, 13.8), (17.8, 200.6, 97.1), (239.5, 238.9, 35.6)],
     [(224.9, 227.6, 0.0), (232.6, 207.8, 0.0), (14.9, 211.8, 109.6), (49.6, 206.6, 95.7), (200.6, 233.2, 132.4)],
