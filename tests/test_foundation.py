@@ -162,7 +162,7 @@ def test_the_command_distils_a_foundation_model(folder_of_images, tmp_path, caps
 @pytest.mark.parametrize('options, message', [
     ('--foundation UNI2-h', '--accept-license'),
     ('--foundation uni3 --accept-license', "did you mean 'MahmoodLab/UNI2-h'"),
-    ('--foundation tf_efficientnet_lite0 --teacher-weights pip', '--foundation computes the features of each image once'),
+    ('--foundation tf_efficientnet_lite0 --teacher-weights pip', '--foundation computes the features'),
     ('--head knn', '--head needs --foundation'),
     ('--foundation UNI2-h --head knn --tune last', '--tune last trains a linear head'),
     ('--foundation UNI2-h --teacher-weights no/where', '--teacher-weights no/where: file not found')])
