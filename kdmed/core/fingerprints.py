@@ -72,9 +72,10 @@ def identify_file(
 def is_library(
     module:str, # Its name
 )->bool:
-    "Whether a module is installed, and so changes only with its version"
+    "Whether a module is kdmed's or installed, and so counts by its version"
     file = getattr(sys.modules.get(module), '__file__', None) or ''
-    return module.partition('.')[0] in sys.stdlib_module_names or 'site-packages' in file or 'dist-packages' in file
+    known = module.partition('.')[0] in {'kdmed', *sys.stdlib_module_names}
+    return known or 'site-packages' in file or 'dist-packages' in file
 
 # %% ../../nbs/core/15_fingerprints.ipynb #9018b44f
 def _codes_in(code):
@@ -89,13 +90,15 @@ def _unplaced(code):
 
 def _first_line(node): return min(n.lineno for n in [node, *getattr(node, 'decorator_list', [])])
 
+def _compiled(tree): return _codes_in(compile(tree, '<text>', 'exec', dont_inherit=True))
+
 @lru_cache(maxsize=64)
 def _parsed(text):
-    "Of some source text: functions by first line and name, all code objects, and the lines"
+    "Of some source text: functions by first line and name, all code objects of a file and of a cell, and the lines"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of third-party code
         tree = ast.parse(text)
-        codes = _codes_in(compile(text, '<text>', 'exec', dont_inherit=True))
+        codes = _compiled(tree),[c for statement in tree.body for c in _compiled(ast.Module([statement], []))]
     found = {}
     for node in ast.walk(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)): continue
@@ -118,10 +121,11 @@ def _find_code(code, codes):
 
 def _find_source(code):
     "Source text of a code object, or None if it is not available"
-    try: found,codes,lines = _parsed(''.join(inspect.findsource(code)[0]))
+    try: found,ways,lines = _parsed(''.join(inspect.findsource(code)[0]))
     except (OSError, TypeError, ValueError, SyntaxError, IndexError, RecursionError): return None
+    codes = next((codes for codes in ways if _find_code(code, codes)), None)
+    if codes is None: return None
     there = _find_code(code, codes)
-    if there is None: return None
     nodes = found.get((there.co_firstlineno, there.co_name), [])
     texts = [_segment(lines, node) for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset))]
     if len(texts) < 2: return texts[0] if texts else None
