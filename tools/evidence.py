@@ -1,0 +1,205 @@
+"""Train the fits behind `results/evidence`: several data sets, teachers, students, methods and seeds, one after another.
+
+    python tools/evidence.py run --data FOLDER --work FOLDER     # a background job: kill it at will, it resumes
+    python tools/evidence.py list --data FOLDER --work FOLDER    # which fits there are, and which are finished
+    python tools/evidence.py valid --data FOLDER --work FOLDER   # validation figures of finished fits: to choose by
+
+`--data` holds the folders `ham10000` and `pneumonia` as Kaggle lays them out, and `breastmnist.npz`."""
+import argparse
+import json
+import os
+import subprocess
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+import numpy as np
+import pandas as pd
+import torch
+
+from kdmed.core.files import write_atomic
+from kdmed.data.datasets import read_ham10000, read_medmnist
+from kdmed.data.images import image_table, synthetic_table
+from kdmed.data.loaders import image_dls
+from kdmed.data.splits import split_groups
+from kdmed.data.transforms import chest_augment, skin_augment, tissue_augment
+from kdmed.distill.cache import TeacherCache
+from kdmed.distill.methods import distill, fit_classifier
+from kdmed.evaluate.intervals import evaluate
+from kdmed.evaluate.metrics import MetricByName
+from kdmed.models.create import create_student, create_teacher, load_student, model_stats
+from kdmed.studies.recipes import KeepBest
+from kdmed.studies.study import is_finished, run_cell, targets_of
+from kdmed.train.resume import Resume
+
+SIZES = .6, .15, .25 # of train, valid, test; by groups
+
+
+# -- data
+
+def ham10000(data): return split_groups(read_ham10000(data/'ham10000', print_card=False), SIZES)
+
+def pneumonia(data):
+    "Three classes by file name; a number after `person` or `IM-` is one child, in both of the published parts"
+    files = sorted((data/'pneumonia').rglob('*.jpeg'))
+    def label(f): return 'normal' if f.parent.name=='NORMAL' else f.stem.split('_')[1]
+    def child(f):
+        if f.parent.name=='NORMAL': return 'IM-' + f.stem.split('IM-')[1].split('-')[0]
+        return f.stem.split('_')[0]
+    classes = ['normal', 'bacteria', 'virus']
+    table = image_table(files, [label(f) for f in files], [child(f) for f in files], classes, name='pneumonia',
+                        licence='CC BY 4.0', citation='Kermany et al., Cell 2018')
+    return split_groups(table, SIZES)
+
+def breast(data): return read_medmnist(next(data.rglob('breastmnist.npz')), print_card=False)
+
+def findings(data): return split_groups(synthetic_table(n=4000, classes=4, size=64, task='multilabel'), SIZES)
+
+SETS = dict(ham10000=(ham10000, skin_augment), pneumonia=(pneumonia, chest_augment),
+            breastmnist=(breast, tissue_augment), findings=(findings, tissue_augment))
+
+
+# -- what is trained
+
+@dataclass(frozen=True)
+class Run:
+    "One fit: `method` is `teacher`, `plain`, or that of a distilled student"
+    data:str
+    model:str
+    method:str
+    size:int=96
+    epochs:int=15
+    seed:int=0
+    sampling:str='balanced'
+    views:int=4
+    lr:float=3e-3
+    weights:str='' # '' is from scratch
+    teacher:str=''  # folder of the teacher's own run
+    settings:str='' # of the method, as JSON
+
+    @property
+    def name(self):
+        start = f'-{self.weights}' if self.weights else ''
+        what = f'/{Path(self.teacher).parent.name}' if self.teacher else ''
+        method = self.method + (f'-{self.settings}' if self.settings else '')
+        how = f'{self.sampling}-{self.epochs}x{self.views}-lr{self.lr:g}'
+        kind = 'teachers' if self.method=='teacher' else 'students'
+        return f'{self.data}-{self.size}/{kind}{what}/{self.model}{start}-{how}/{method}-{self.seed}'
+
+
+class Job:
+    "Where data lies and results are kept; loaders and teachers are made once"
+    def __init__(self, data, work): self.data,self.work = Path(data),Path(work)
+
+    @lru_cache(maxsize=2)
+    def dls(self, name, size, sampling, views, stats=None):
+        read,augment = SETS[name]
+        stats = {} if stats is None else dict(stats=stats)
+        how = dict(bs=64, sampling=sampling, views=views, device='cpu', store=self.work/'stores')
+        return image_dls(read(self.data), size, augment=augment(0), **how, **stats)
+
+    def folder(self, run): return self.work/run.name
+
+    def loaders(self, run, model=None):
+        stats = model_stats(model) if model is not None else None
+        return self.dls(run.data, run.size, run.sampling, run.views, stats)
+
+    def train(self, run, home):
+        "A fitted Learner; killed, it resumes from its last checkpoint"
+        start = dict(weights=run.weights) if run.weights else {}
+        classes_of = self.loaders(run)
+        model = create_student(run.model, classes_of.classes, run.size, classes_of.task, **start)
+        dls = self.loaders(run, model) if run.weights else classes_of
+        def make(): # channels last: half the time on a processor
+            model = create_teacher(run.model, dls.classes, run.size, dls.task, **start)
+            return model.to(memory_format=torch.channels_last)
+        cbs = [Resume(home, minutes=4)]
+        if run.method=='teacher':
+            cbs += [KeepBest(home/'best', monitor='macro_auroc')]
+            return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False, MetricByName('macro_auroc'))
+        if run.method=='plain': return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False)
+        teacher = TeacherCache(self.teacher(run.teacher), self.work/'caches')
+        return distill(dls, make, teacher, self.method(run), run.epochs, run.lr, run.seed, cbs, False)
+
+    def method(self, run): return run.method
+
+    @lru_cache(maxsize=1)
+    def teacher(self, name): return load_student(self.work/name).to(memory_format=torch.channels_last)
+
+    def do(self, run):
+        "Train one run, unless it is finished; its facts are in `run.json`"
+        folder = self.folder(run)
+        if is_finished(folder): return False
+        folder.mkdir(parents=True, exist_ok=True)
+        clock = folder/'seconds.json'
+        before = json.loads(clock.read_text()) if clock.exists() else [0., 0.]
+        wall,cpu = time.perf_counter(),time.process_time()
+        run_cell(folder, lambda: self.loaders(run, load_if_started(run, self)), lambda home: self.train(run, home))
+        seconds = [before[0]+time.perf_counter()-wall, before[1]+time.process_time()-cpu]
+        facts = asdict(run) | dict(seconds=seconds[0], cpu_seconds=seconds[1]) | about()
+        write_atomic(folder/'run.json', json.dumps(facts))
+        return True
+
+    def figures(self, run, on):
+        "Balanced accuracy (multilabel: none) and macro AUROC of a finished run on validation or test images"
+        dls = self.loaders(run)
+        probs = np.load(self.folder(run)/f'{on}.npy')
+        values = evaluate(probs, targets_of(getattr(dls, on)), classes=dls.classes, task=dls.task, n_boot=20).value
+        return {name: float(values[name]) for name in ('balanced_accuracy', 'macro_auroc') if name in values.index}
+
+def load_if_started(run, job):
+    "The normalization of a pretrained model is its own"
+    if not run.weights: return None
+    dls = job.loaders(run)
+    return create_student(run.model, dls.classes, run.size, dls.task, weights=run.weights)
+
+def about():
+    "What a figure belongs to"
+    import timm
+    asked = ['git', 'rev-parse', '--short', 'HEAD']
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return dict(commit=done.stdout.strip(), torch=torch.__version__.split('+')[0], timm=timm.__version__, date=time.strftime('%Y-%m-%d'))
+
+
+# -- the plan
+
+def teacher_runs():
+    lite = dict(model='tf_efficientnet_lite2', method='teacher', weights='pip', lr=1e-3)
+    return dict(ham10000=Run('ham10000', epochs=10, **lite), pneumonia=Run('pneumonia', epochs=8, **lite))
+
+def factor_runs():
+    "One seed, HAM10000, a tiny CNN: does sampling, length or temperature decide what a strong teacher can give?"
+    teacher = teacher_runs()['ham10000'].name
+    runs = []
+    for epochs in (10, 30):
+        for sampling in ('balanced', 'natural'):
+            for method in ('plain', 'logit', 'dist'):
+                its = '' if method=='plain' else teacher
+                runs.append(Run('ham10000', 'test_efficientnet', method, epochs=epochs, sampling=sampling, teacher=its))
+    return runs
+
+def plan(): return [teacher_runs()['ham10000'], *factor_runs(), teacher_runs()['pneumonia']]
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument('what', choices=['run', 'list', 'valid'])
+    args.add_argument('--data', required=True)
+    args.add_argument('--work', required=True)
+    args = args.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings('ignore')
+    job = Job(args.data, args.work)
+    for run in plan():
+        done = is_finished(job.folder(run))
+        if args.what=='list': print('done' if done else 'open', run.name)
+        if args.what=='valid' and done: print({k: round(v, 3) for k,v in job.figures(run, 'valid').items()}, run.name)
+        if args.what!='run' or done: continue
+        print(time.strftime('%H:%M:%S'), run.name, flush=True)
+        job.do(run)
+        print(time.strftime('%H:%M:%S'), 'done', job.figures(run, 'valid'), flush=True)
+
+if __name__ == '__main__': main()
