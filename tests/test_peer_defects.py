@@ -34,24 +34,13 @@ from kdmed.distill.cache import TeacherCache
 from kdmed.distill.callbacks import DecoupledKD, DistillTokenKD, DistKD, FocalKD, LogitKD, NormalizedKD
 from kdmed.distill.features import AttentionKD, ChannelKD, FeatureKD, RelationalKD, SimilarityKD
 from kdmed.distill.teacher import Teacher
+from kdmed.train.distributed import parameters_of
 
 pytestmark = pytest.mark.filterwarnings('ignore:the teacher is no better', 'ignore::DeprecationWarning', 'ignore:You are shadowing', 'ignore:load_learner')
 
 
 @pytest.fixture(scope='module')
 def tissue(): return split_groups(synthetic_table(n=96, classes=3, size=24), sizes=(.6, .2, .2))
-
-
-def leaves(loss):
-    "The parameters that a loss's graph ends in"
-    found,nodes,seen = set(),[loss.grad_fn],set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen: continue
-        seen.add(node)
-        if hasattr(node, 'variable'): found.add(id(node.variable))
-        nodes += [n for n,_ in node.next_functions]
-    return found
 
 
 def gradient(make, event='after_backward', **kwargs):
@@ -74,7 +63,7 @@ def test_01_teacher_keeps_no_gradients():
     def look(learn):
         logits,features = kds[0].teacher.forward(learn.xb)
         assert not logits.requires_grad and not any(f.requires_grad for f in features.values())
-        graphs.append(leaves(learn.loss_grad))
+        graphs.append(parameters_of(learn.loss_grad))
     learn.add_cb(At('after_loss', look))
     quietly(learn)
     ours = {id(p) for p in (*learn.model.parameters(), *kds[1].projectors.parameters())}

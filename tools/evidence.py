@@ -74,7 +74,7 @@ class Run:
     epochs:int=15
     seed:int=0
     sampling:str='balanced'
-    views:int=4
+    views:int=4 # of each image, which then repeat, so that a teacher's outputs are computed once; 0: always new ones
     lr:float=3e-3
     weights:str='' # '' is from scratch
     teacher:str=''  # folder of the teacher's own run
@@ -98,7 +98,7 @@ class Job:
     def dls(self, name, size, sampling, views, stats=None):
         read,augment = SETS[name]
         stats = {} if stats is None else dict(stats=stats)
-        how = dict(bs=64, sampling=sampling, views=views, device='cpu', store=self.work/'stores')
+        how = dict(bs=64, sampling=sampling, views=views or None, device='cpu', store=self.work/'stores')
         return image_dls(read(self.data), size, augment=augment(0), **how, **stats)
 
     def folder(self, run): return self.work/run.name
@@ -167,8 +167,8 @@ def about():
 # -- the plan
 
 def teacher_runs():
-    lite = dict(model='tf_efficientnet_lite2', method='teacher', weights='pip', lr=1e-3)
-    return dict(ham10000=Run('ham10000', epochs=10, **lite), pneumonia=Run('pneumonia', epochs=8, **lite))
+    lite = dict(model='tf_efficientnet_lite2', method='teacher', weights='pip', views=0, lr=5e-4)
+    return dict(ham10000=Run('ham10000', epochs=12, **lite), pneumonia=Run('pneumonia', epochs=8, **lite))
 
 def factor_runs():
     "One seed, HAM10000, a tiny CNN: does sampling, length or temperature decide what a strong teacher can give?"

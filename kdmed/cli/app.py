@@ -110,25 +110,6 @@ def _models():
     "List foundation models, with their licenses"
     return _run('models')
 
-# %% ../../nbs/cli/10_app.ipynb #757d1607
-def _recipe(name:Annotated[str, Parameter(help=extended_help('a published system', RECIPE_NAMES))], /, *,
-            out:Annotated[Optional[str], _RECIPE_OUT]=None, data:DataOptions=DataOptions(),
-            loading:LoadingOptions=LoadingOptions(), recipe:RecipeOptions=RecipeOptions(), run:RunOptions=RunOptions()):
-    """Run a published system on your images, or its ablation table
-
-    Without --out, print its settings and where they come from."""
-    return _run('recipe', data, loading, recipe, run, name=name, out=out)
-
-def _check(path:Annotated[Optional[str], _PATH]=None, /, *, data:DataOptions=DataOptions(),
-           loading:LoadingOptions=LoadingOptions(), pixels:PixelOptions=PixelOptions(),
-           models:ModelOptions=ModelOptions(), training:TrainingOptions=TrainingOptions(), run:RunOptions=RunOptions()):
-    """Look at your images without training
-
-    Card, classes, splits, copies, unreadable files, and what a run would take in time, memory and disk."""
-    if path is not None and data.data is not None:
-        raise ValueError(f'the data are given twice, as {path} and as --data {data.data}; give them once')
-    return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
-
 # %% ../../nbs/cli/10_app.ipynb #a6af6265
 def make_app(
     config=None, # Options from a file: a cyclopts configuration
