@@ -1,4 +1,4 @@
-"""Train the fits behind `results/evidence`: several data sets, teachers, students, methods and seeds, one after another.
+"""Train the fits behind `results/evidence`: data sets, teachers, students, methods and seeds, one after another.
 
     python tools/evidence.py run --data FOLDER --work FOLDER     # a background job: kill it at will, it resumes
     python tools/evidence.py list --data FOLDER --work FOLDER    # which fits there are, and which are finished
@@ -161,7 +161,8 @@ def about():
     import timm
     asked = ['git', 'rev-parse', '--short', 'HEAD']
     done = subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return dict(commit=done.stdout.strip(), torch=torch.__version__.split('+')[0], timm=timm.__version__, date=time.strftime('%Y-%m-%d'))
+    versions = dict(torch=torch.__version__.split('+')[0], timm=timm.__version__)
+    return dict(commit=done.stdout.strip(), date=time.strftime('%Y-%m-%d'), **versions)
 
 
 # -- the plan
