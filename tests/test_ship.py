@@ -177,6 +177,8 @@ def test_preprocessing_travels_with_a_bundle(tmp_path):
     assert bundle.settings['preprocess'][0].startswith('CLAHE(')
     with pytest.raises(ValueError, match=r'had gone through CLAHE\('): bundle.predict(table.image[:2])
     assert len(bundle.predict(table.image[:2], preprocess=[CLAHE(clip_limit=.02)]))==2
+    again = load_bundle(save_bundle(bundle.student, tmp_path/'again', calibrate=False))
+    assert again.settings['preprocess']==bundle.settings['preprocess'] and again.temperature==1
 
 
 @pytest.mark.parametrize('name', ['student.safetensors', 'student.json', 'README.md'])

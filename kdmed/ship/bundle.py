@@ -361,7 +361,7 @@ def _to_save(student, valid):
     mean,std = map(list, check_stats(*stats, input_channels(module)))
     classes = _check_valid(module, valid) if valid is not None else output_names(spec['classes'])
     made = copy(unwrap(module))
-    made.spec = {k: v for k,v in spec.items() if k not in ('temperature', 'thresholds', 'preprocess')}
+    made.spec = {k: v for k,v in spec.items() if k not in ('temperature', 'thresholds')}
     made.spec |= dict(classes=classes, mean=mean, std=std)
     return made
 
@@ -400,7 +400,7 @@ def save_bundle(
     name = _check_report(report, name, made.spec)
     fitted = calibrate_student(student, valid, criterion, at_least) if calibrate else None
     if fitted: made.spec |= {k: fitted.pop(k) for k in ('temperature', 'thresholds')}
-    if texts := _preprocess_texts(valid): made.spec['preprocess'] = texts
+    if valid is not None: made.spec['preprocess'] = _preprocess_texts(valid)
     bundle = dict(format=BUNDLE_FORMAT, resize=RESIZE, intended_use=without_private(intended_use), calibration=fitted,
                   teacher=_teacher_texts(teacher, report), data=_data_facts(data, valid, report),
                   report_name=name or None)
@@ -415,12 +415,11 @@ def _build(student, folder, bundle, report, report_folder):
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as part:
         new = save_student(student, Path(part)/'new')
         settings = json.loads((new/'student.json').read_text(encoding='utf-8'))
-        bundle['versions'] = {k: settings[k] for k in ('kdmed', 'timm', 'torch')}
-        card = model_card(student.spec, bundle, report, bundle['report_name'], count_parameters(student),
+        facts = bundle | dict(versions={k: settings[k] for k in ('kdmed', 'timm', 'torch')})
+        card = model_card(student.spec, facts, report, bundle['report_name'], count_parameters(student),
                           input_channels(student), licenses_of(student))
         (new/'README.md').write_text(card, encoding='utf-8')
         _write_report(report, report_folder, new)
-        del bundle['versions'] # student.json names them already
         settings['bundle'] = bundle | dict(files=_file_digests(new))
         (new/'student.json').write_text(seal_settings(settings), encoding='utf-8')
         load_bundle(new)
