@@ -39,7 +39,9 @@ from ..evaluate.report_files import REPORT_FILES
 # %% ../../nbs/ship/00_bundle.ipynb #shb00011
 def _check_valid(student, valid):
     "Class names of a loader of validation images; raise an error for other images, or other classes"
-    check_loader(valid)
+    try: check_loader(valid)
+    except (TypeError, ValueError) as e:
+        raise type(e)(f'valid must be a loader of validation images, such as dls.valid: {e}') from e
     if not len(valid.table): raise ValueError('valid must contain at least one image, got none')
     others = sorted(set(valid.table.split.dropna().astype(str))-{'valid'})
     if others:
@@ -460,6 +462,9 @@ def _bundle_settings(folder):
         raise ValueError(f'{folder} contains a student, but no bundle: load_student loads it, '
                          'save_bundle makes a bundle of it')
     check_format(bundle.get('format'), BUNDLE_FORMAT, 'bundle', file, way_out='save it again')
+    if 'settings_sha256' not in settings:
+        raise ValueError(f'{file} was changed since it was saved, or is damaged: it has no checksum of its own; '
+                         'restore it from a copy, or save the bundle again')
     _check_files(folder, bundle.get('files'))
     return settings
 
