@@ -70,6 +70,7 @@ def hints():
     from kdmed.data.store import store_folder
     from kdmed.models.create import create_student
     from kdmed.evaluate.saliency import saliency_maps
+    from kdmed.ship.onnx import import_onnx
     import torch
     model = create_student('test_resnet', ['a', 'b'], 32)
     yield 'filters', said(CLAHE(), np.arange(64*64*3, dtype=np.uint8).reshape(64, 64, 3))
@@ -79,6 +80,7 @@ def hints():
     with tempfile.TemporaryDirectory() as empty:
         os.environ['KDMED_INPUT'] = empty
         yield 'medmnist', said(read_medmnist, 'breastmnist')
+    yield 'onnx', said(import_onnx, 'onnxruntime')
     yield 'zarr', said(store_folder, 's3://bucket/images.zarr')
     os.environ['WORLD_SIZE'] = '2'
     yield 'distributed', said(load_distributed)

@@ -166,6 +166,20 @@ def zarr():
         assert cache.filled==1, cache
     return f'images and outputs in Zarr arrays, zarr {version("zarr")}'
 
+def onnx():
+    "A student in a file, as onnxruntime runs it"
+    import numpy as np
+    from kdmed.data.images import synthetic_table
+    from kdmed.models.create import create_student, predict_images, set_model_stats
+    from kdmed.ship import OnnxModel, export_onnx
+    student = set_model_stats(create_student('test_resnet', 3, 32).eval(), .5, .2)
+    images = list(synthetic_table(3, classes=3, size=32).image)
+    with tempfile.TemporaryDirectory() as folder:
+        model = OnnxModel(export_onnx(student, Path(folder)/'student.onnx'))
+        assert np.abs(model.predict(images)-predict_images(student, images)).max().max()<1e-4
+    versions = ', '.join(f'{name} {version(name)}' for name in ('onnx', 'onnxscript', 'onnxruntime'))
+    return f'a student exported, and run with the same probabilities: {versions}'
+
 def several_processes(rank):
     "What each of two processes does: one epoch on its half of every batch"
     import torch
@@ -218,7 +232,7 @@ def distributed():
     return 'two processes train one student'
 
 USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
-            copies=copies, distributed=distributed, zarr=zarr)
+            copies=copies, distributed=distributed, zarr=zarr, onnx=onnx)
 
 def main(name, *rank):
     if name=='several_processes': return several_processes(int(*rank))
