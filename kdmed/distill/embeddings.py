@@ -138,6 +138,7 @@ class OrthogonalKD(EmbeddingKD):
 def _vkd(student, teacher): return [OrthogonalKD(teacher, pair_embeddings(student, teacher))]
 
 # %% ../../nbs/distill/32_embeddings.ipynb #emb00023
+# Long because: one class, from the teacher's layer to the checks of its classifier
 class ReusedClassifierKD(EmbeddingKD):
     "Match the embeddings that a teacher's classifier reads, in a student that ends in this classifier (SimKD)"
     projects = 'never'
