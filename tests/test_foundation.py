@@ -3,19 +3,20 @@ import json
 import re
 import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from kdmed.cli import main
+from kdmed.cli import commands, main
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
 from kdmed.distill.foundation import foundation_teacher
 from kdmed.distill.methods import distill
 from kdmed.kd import Teacher, TeacherCache
-from kdmed.models.create import load_student, save_student
+from kdmed.models.create import create_student, load_student, save_student
 from kdmed.models.foundation import FOUNDATION, create_encoder, foundation_recipe, licenses_of
 
 TINY = dict( # options instead of those of the recipe
@@ -147,10 +148,11 @@ def folder_of_images(tmp_path):
 
 SMALL = '--group-pattern (\\d+)_ --student test_resnet --size 32 --epochs 1 --teacher-epochs 1 --bs 16 --repeats 1'
 
+LITE = '--foundation tf_efficientnet_lite0 --foundation-size 32 --teacher-weights pip --augment none'
+
 @pytest.mark.slow
 def test_the_command_distils_a_foundation_model(folder_of_images, tmp_path, capsys):
-    lite = '--foundation tf_efficientnet_lite0 --foundation-size 32 --teacher-weights pip --augment none'
-    run = f'distill --data {folder_of_images} {SMALL} {lite} --out {tmp_path}/run'
+    run = f'distill --data {folder_of_images} {SMALL} {LITE} --out {tmp_path}/run'
     assert main(run.split())==0, capsys.readouterr().err
     printed = capsys.readouterr()
     assert 'The student learned from tf_efficientnet_lite0: license apache-2.0' in printed.out
@@ -158,6 +160,19 @@ def test_the_command_distils_a_foundation_model(folder_of_images, tmp_path, caps
     assert licenses_of(load_student(tmp_path/'run'))[0]['model']=='tf_efficientnet_lite0'
     assert not (tmp_path/'run'/'.foundation').exists()
     assert main(run.split())==0 and 'nothing was trained' in capsys.readouterr().out
+
+def test_a_head_that_was_fitted_on_other_images_is_not_taken(folder_of_images, tmp_path, monkeypatch):
+    "A run that failed before its first student leaves the head it fitted, for the same images and settings only"
+    fitted = []
+    def fit_head(name, dls, *args, **kwargs):
+        fitted.append(name)
+        return SimpleNamespace(model=create_student('test_resnet', dls.classes, 32))
+    def fail(*args, **kwargs): raise ValueError('it fails before the first student')
+    monkeypatch.setattr(commands, 'foundation_teacher', fit_head)
+    monkeypatch.setattr(commands, 'distillation_study', fail)
+    for more,heads in (('', 1), ('', 1), ('--split-seed 1', 2), ('--sampling balanced', 3)):
+        assert main(f'distill --data {folder_of_images} {SMALL} {LITE} {more} --out {tmp_path}/run'.split())==2
+        assert len(fitted)==heads, more
 
 @pytest.mark.parametrize('options, message', [
     ('--foundation UNI2-h', '--accept-license'),

@@ -116,8 +116,8 @@ def _check_foundation(o):
 
 def _foundation_model(o, work, dls):
     "The foundation model with its head: fitted, or from the folder of a run that resumes"
-    names = 'foundation','head','tune','foundation_size','teacher_weights','teacher_epochs','seed'
-    folder = work/FOUNDATION_FOLDER/digest(*(f'{n} {o[n]}' for n in names))
+    names = 'foundation','head','tune','foundation_size','teacher_weights','teacher_epochs','seed','sampling'
+    folder = work/FOUNDATION_FOLDER/digest(data_facts(dls), *(f'{n} {o[n]}' for n in names))
     if (folder/'student.json').is_file(): return load_student(folder).to(dls.device)
     weights = {None: True, 'timm': True}.get(o['teacher_weights'], o['teacher_weights'])
     balanced = o['sampling']=='balanced' and o['head']!='knn'
