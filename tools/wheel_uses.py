@@ -133,6 +133,21 @@ def weights():
         made.append(name)
     return f'{" and ".join(made)} with weights from their packages'
 
+def transformers():
+    "Features of each foundation model of that package, tiny and with random weights"
+    import torch
+    from kdmed.models.foundation import FOUNDATION, create_encoder
+    made,tiny = [],dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192)
+    for name,recipe in FOUNDATION.items():
+        if recipe.library!='transformers': continue
+        side = 2*recipe.options['patch_size']
+        encoder = create_encoder(name, weights=False, accept_license=True, size=side, **tiny)
+        with torch.no_grad(): features = encoder(torch.rand(2, 3, side, side))
+        assert features.shape==(2, encoder.spec['width']) and features.isfinite().all(), name
+        made.append(name)
+    assert made
+    return f'features of {", ".join(made)}, transformers {version("transformers")}'
+
 def copies():
     "A turned copy is found among strangers, and the match shows its transform"
     import numpy as np
@@ -218,7 +233,7 @@ def distributed():
     return 'two processes train one student'
 
 USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
-            copies=copies, distributed=distributed, zarr=zarr)
+            transformers=transformers, copies=copies, distributed=distributed, zarr=zarr)
 
 def main(name, *rank):
     if name=='several_processes': return several_processes(int(*rank))
