@@ -69,6 +69,7 @@ def hints():
     from kdmed.data.images import read_dicom
     from kdmed.data.store import store_folder
     from kdmed.models.create import create_student
+    from kdmed.models.foundation import create_encoder
     from kdmed.evaluate.saliency import saliency_maps
     from kdmed.ship.onnx import import_onnx
     import torch
@@ -77,6 +78,7 @@ def hints():
     yield 'dicom', said(read_dicom, 'none.dcm')
     yield 'interpret', said(saliency_maps, model, torch.zeros(1, 3, 32, 32), task='multiclass')
     yield 'weights', said(create_student, 'tf_efficientnet_lite0', ['a', 'b'], 64, weights='pip')
+    yield 'transformers', said(create_encoder, 'kaiko-ai/midnight', weights=False)
     with tempfile.TemporaryDirectory() as empty:
         os.environ['KDMED_INPUT'] = empty
         yield 'medmnist', said(read_medmnist, 'breastmnist')

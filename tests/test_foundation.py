@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kdmed.cli import commands, main
 from kdmed.data.images import synthetic_table
@@ -93,13 +94,35 @@ def test_the_recipe_of_a_clip_model_reads_a_whole_checkpoint(tmp_path):
     with pytest.raises(ValueError, match='does not hold the image side'):
         create_encoder(recipe.name, **how | dict(weights=tmp_path))
 
-def loaders(task='multiclass', n=200, **more):
-    table = synthetic_table(n, classes=2 if task=='binary' else 3, size=32, seed=3)
+@pytest.mark.parametrize('name', [n for n,r in FOUNDATION.items() if r.library=='transformers'])
+def test_weights_of_transformers_come_from_a_folder_and_go_into_a_teacher(name, tmp_path, capsys):
+    pytest.importorskip('transformers')
+    recipe = FOUNDATION[name]
+    how = dict(accept_license=True, size=side(recipe), **tiny(recipe))
+    encoder = create_encoder(name, weights=False, **how)
+    encoder.backbone.save_pretrained(tmp_path/'hub')
+    images = torch.randn(2, 3, how['size'], how['size'])
+    for place in (tmp_path/'hub', tmp_path/'hub'/'model.safetensors'):
+        again = create_encoder(name, weights=place, **how)
+        torch.testing.assert_close(again(images), encoder(images))
+    teacher = foundation_teacher(again, loaders(size=how['size']), folder=tmp_path, progress=False)
+    saved = load_student(save_student(teacher.model, tmp_path/'saved')) # without the folder
+    torch.testing.assert_close(saved(images), teacher.model(images))
+    with pytest.raises(FileNotFoundError, match='weights'): create_encoder(name, weights=tmp_path/'none', **how)
+    (tmp_path/'empty').mkdir()
+    state = load_file(tmp_path/'hub'/'model.safetensors')
+    lost = next(n for n in state if n.endswith('.bias'))
+    save_file({n: t for n,t in state.items() if n!=lost}, tmp_path/'hub'/'model.safetensors', dict(format='pt'))
+    with pytest.raises(ValueError, match=re.escape(lost)): create_encoder(name, weights=tmp_path/'hub', **how)
+    with pytest.raises(FileNotFoundError, match='weights='): create_encoder(name, weights=tmp_path/'empty', **how)
+
+def loaders(task='multiclass', n=200, size=32, **more):
+    table = synthetic_table(n, classes=2 if task=='binary' else 3, size=size, seed=3)
     if task=='binary': table.attrs['task'] = 'binary'
     if task=='multilabel':
         table['label'] = [f'{a}|{b}' if a!=b else a for a,b in zip(table.label, np.roll(table.label, 1))]
         table.attrs['task'] = 'multilabel'
-    return image_dls(split_groups(table, sizes=(.5, .3, .2), seed=0), 32, bs=32, **more)
+    return image_dls(split_groups(table, sizes=(.5, .3, .2), seed=0), size, bs=32, **more)
 
 @pytest.mark.parametrize('task', ['binary', 'multiclass', 'multilabel'])
 @pytest.mark.parametrize('head', ['linear', 'knn', 'attention'])

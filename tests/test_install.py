@@ -44,7 +44,8 @@ def test_a_plain_installation_is_what_was_simulated(plain):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('extra', [
-    'filters', 'medmnist', 'dicom', 'interpret', 'weights', 'distributed', 'zarr', 'onnx'])
+    'filters', 'medmnist', 'dicom', 'interpret', 'weights', 'transformers', 'distributed', 'zarr',
+    'onnx'])
 def test_a_missing_extra_is_named_with_its_cure(plain, extra):
     assert re.search(r'needs?(ed)? .*pip install |not installed: pip install ', plain[extra]), plain[extra]
 

@@ -133,6 +133,26 @@ def weights():
         made.append(name)
     return f'{" and ".join(made)} with weights from their packages'
 
+def transformers():
+    "Features of each foundation model of that package, tiny, with random weights and with those of a folder"
+    import torch
+    from kdmed.models.foundation import FOUNDATION, create_encoder
+    made,tiny = [],dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192)
+    for name,recipe in FOUNDATION.items():
+        if recipe.library!='transformers': continue
+        side = 2*recipe.options['patch_size']
+        encoder = create_encoder(name, weights=False, accept_license=True, size=side, **tiny)
+        images = torch.rand(2, 3, side, side)
+        with torch.no_grad(): features = encoder(images)
+        assert features.shape==(2, encoder.spec['width']) and features.isfinite().all(), name
+        with tempfile.TemporaryDirectory() as folder:
+            encoder.backbone.save_pretrained(folder)
+            again = create_encoder(name, weights=folder, accept_license=True, size=side, **tiny)
+            with torch.no_grad(): torch.testing.assert_close(again(images), features)
+        made.append(name)
+    assert made
+    return f'features of {", ".join(made)}, transformers {version("transformers")}'
+
 def copies():
     "A turned copy is found among strangers, and the match shows its transform"
     import numpy as np
@@ -232,7 +252,8 @@ def distributed():
     return 'two processes train one student'
 
 USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
-            copies=copies, distributed=distributed, zarr=zarr, onnx=onnx)
+            transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
+            onnx=onnx)
 
 def main(name, *rank):
     if name=='several_processes': return several_processes(int(*rank))
