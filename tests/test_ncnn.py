@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +237,8 @@ def probabilities(predictions, who, way):
     "A table of probabilities for each seed, without the images that were not enlarged"
     names = [c for c in predictions if c.startswith(f'{who}/{way}/')]
     seeds = sorted({name.split('/')[2] for name in names})
-    return [predictions[[f'{who}/{way}/{seed}/{c}' for c in CLASSES]].set_axis(CLASSES, axis=1).dropna() for seed in seeds]
+    chosen = [predictions[[f'{who}/{way}/{seed}/{c}' for c in CLASSES]] for seed in seeds]
+    return [columns.set_axis(CLASSES, axis=1).dropna() for columns in chosen]
 
 def test_quality_is_the_mean_of_its_rows(measured):
     summary,quality = measured['summary'],measured['quality']
@@ -255,22 +257,23 @@ def test_quality_is_the_mean_of_its_rows(measured):
 
 def test_scores_follow_from_the_predictions(measured):
     summary,predictions = measured['summary'],measured['predictions']
-    ways = dict(teacher=('original', 'bicubic', 'esrgan'), student=('original', 'bicubic', 'esrgan'))
+    treatments,models = ('original', 'bicubic', 'esrgan'),('teacher', 'student')
     scores = {}
-    for who,way in [(who, way) for who,each in ways.items() for way in each]:
+    for who,way in product(models, treatments):
         runs = probabilities(predictions, who, way)
         assert len(runs) == (3 if who=='student' else 1)
         labels = predictions.label
         by_seed = [balanced_accuracy_score(labels, p.idxmax(axis=1)) for p in runs]
         areas = [np.mean([roc_auc_score(labels==c, p[c]) for c in CLASSES]) for p in runs]
         scores[who, way] = np.mean(by_seed)
-        assert value(summary, part=who, way=way, metric='balanced_accuracy').value == pytest.approx(scores[who, way], abs=1e-4)
-        assert value(summary, part=who, way=way, metric='macro_auroc').value == pytest.approx(np.mean(areas), abs=1e-3)
-    for who,a,b in [(who, a, b) for who in ways for a,b in (('esrgan', 'original'), ('esrgan', 'bicubic'))]:
+        accuracy,area = (value(summary, part=who, way=way, metric=m) for m in ('balanced_accuracy', 'macro_auroc'))
+        assert accuracy.value == pytest.approx(scores[who, way], abs=1e-4)
+        assert area.value == pytest.approx(np.mean(areas), abs=1e-3)
+    for who,(a, b) in product(models, (('esrgan', 'original'), ('esrgan', 'bicubic'))):
         row = value(summary, part=who, way=f'{a} − {b}', metric='balanced_accuracy')
         assert row.value == pytest.approx(scores[who, a]-scores[who, b], abs=2e-4) and row.low<=row.value<=row.high
     original = probabilities(predictions, 'teacher', 'original')[0].idxmax(axis=1)
-    for way in ('bicubic', 'esrgan', 'whole'):
+    for way in ('bicubic', 'esrgan', 'whole', 'enlarged'):
         shown = probabilities(predictions, 'teacher', way)[0].idxmax(axis=1)
         flips = (shown!=original[shown.index]).mean()
         assert value(summary, part='teacher', way=way, metric='flips').value == pytest.approx(flips, abs=1e-4)
@@ -287,5 +290,31 @@ def test_only_films_of_test_patients_were_measured(measured):
 def test_the_results_say_what_they_belong_to():
     about = json.loads((MEASURED/'about.json').read_text(encoding='utf-8'))
     assert re.fullmatch('[0-9a-f]{7,40}', about['commit']), 'measured with files that no commit holds'
-    assert re.fullmatch(r'20\d\d-\d\d-\d\d', about['date']) and {'torch', 'spandrel', 'kdmed'} <= set(about['environment'])
+    assert re.fullmatch(r'20\d\d-\d\d-\d\d', about['date'])
+    assert {'torch', 'spandrel', 'kdmed'} <= set(about['environment'])
     assert sum(f.stat().st_size for f in MEASURED.iterdir()) < 300_000
+
+def test_the_page_shows_the_measured_numbers(measured):
+    page = json.loads((ROOT/'nbs/papers/kd_convnext.ipynb').read_text(encoding='utf-8'))
+    outputs = [o for c in page['cells'] for o in c.get('outputs', [])]
+    shown = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
+    table = measured['summary']
+    table = table[table.metric.isin(['psnr', 'ssim', 'correlation', 'invented', 'missed', 'balanced_accuracy', 'flips'])]
+    assert len(table)>50
+    for row in table.itertuples():
+        digits = 1 if row.metric=='psnr' else 3
+        written = f'{row.value:.{digits}f} ({row.low:.{digits}f} to {row.high:.{digits}f})'
+        assert written in shown, (row, written)
+    sentences = ' '.join(shown.split())
+    def mean(**where): return value(measured['summary'], **where).value
+    on_tissue = dict(part='quality', set='breakhis', way='esrgan')
+    by = -mean(part='quality', set='breakhis', way='esrgan − bicubic', metric='psnr')
+    teacher = [mean(part='teacher', way=way, metric='balanced_accuracy') for way in ('original', 'esrgan', 'bicubic')]
+    students = [mean(part='student', way=way, metric='balanced_accuracy') for way in ('original', 'bicubic', 'esrgan')]
+    for sentence in (f'bicubic enlargement by {by:.1f} dB on BreakHis',
+                     f'Real-ESRGAN misses {mean(**on_tissue, metric="missed"):.1%}'.replace('%', ' %'),
+                     f'{mean(**on_tissue, metric="invented"):.1%} of the edges it draws'.replace('%', ' %', 1),
+                     '{:.3f} on films as they are, {:.3f} after Real-ESRGAN, {:.3f} after bicubic'.format(*teacher),
+                     '{:.3f}, {:.3f} and {:.3f} for films'.format(*students),
+                     f'{30*mean(part="teacher", way="whole", metric="flips"):.0f} of 30'):
+        assert sentence in sentences, sentence
