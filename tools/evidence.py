@@ -13,13 +13,14 @@ import subprocess
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 
 from kdmed.core.files import write_atomic
 from kdmed.data.datasets import read_ham10000, read_medmnist
@@ -93,6 +94,16 @@ class Run:
         return f'{self.data}-{self.size}/{kind}{what}/{self.model}{start}-{how}/{method}-{self.seed}'
 
 
+class Clock(Callback):
+    "Seconds of a run, of the wall clock and of the processor, those before an interruption included"
+    def __init__(self, file):
+        self.file,self.start = file,(time.perf_counter(), time.process_time())
+        self.before = json.loads(file.read_text()) if file.exists() else [0., 0.]
+    def seconds(self):
+        now = time.perf_counter(),time.process_time()
+        return [before+end-start for before,end,start in zip(self.before, now, self.start)]
+    def after_epoch(self): write_atomic(self.file, json.dumps(self.seconds()))
+
 class Job:
     "Where data lies and results are kept; loaders and teachers are made once"
     def __init__(self, data, work): self.data,self.work = Path(data),Path(work)
@@ -110,7 +121,7 @@ class Job:
         stats = model_stats(model) if model is not None else None
         return self.dls(run.data, run.size, run.sampling, run.views, stats)
 
-    def train(self, run, home):
+    def train(self, run, home, clock):
         "A fitted Learner; killed, it resumes from its last checkpoint"
         start = dict(weights=run.weights) if run.weights else {}
         classes_of = self.loaders(run)
@@ -119,7 +130,7 @@ class Job:
         def make(): # channels last: half the time on a processor
             model = create_teacher(run.model, dls.classes, run.size, dls.task, **start)
             return model.to(memory_format=torch.channels_last)
-        cbs = [Resume(home, minutes=4)]
+        cbs = [Resume(home, minutes=4), clock]
         if run.method=='teacher':
             cbs += [KeepBest(home/'best', monitor='macro_auroc')]
             return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False, MetricByName('macro_auroc'))
@@ -137,12 +148,10 @@ class Job:
         folder = self.folder(run)
         if is_finished(folder): return False
         folder.mkdir(parents=True, exist_ok=True)
-        clock = folder/'seconds.json'
-        before = json.loads(clock.read_text()) if clock.exists() else [0., 0.]
-        wall,cpu = time.perf_counter(),time.process_time()
-        run_cell(folder, lambda: self.loaders(run, load_if_started(run, self)), lambda home: self.train(run, home))
-        seconds = [before[0]+time.perf_counter()-wall, before[1]+time.process_time()-cpu]
-        facts = asdict(run) | dict(seconds=seconds[0], cpu_seconds=seconds[1]) | about()
+        clock = Clock(folder/'seconds.json')
+        train = partial(self.train, run, clock=clock)
+        run_cell(folder, lambda: self.loaders(run, load_if_started(run, self)), train)
+        facts = asdict(run) | dict(zip(('seconds', 'cpu_seconds'), clock.seconds())) | about()
         write_atomic(folder/'run.json', json.dumps(facts))
         return True
 
@@ -204,8 +213,8 @@ def fits_table(job):
     rows = []
     for run,facts in finished(job):
         scores = {f'{on}_{m}': round(v, 4) for on in ('valid', 'test') for m,v in job.figures(run, on).items()}
-        rows.append(facts | dict(teacher=Path(run.teacher).parent.name, seconds=round(facts['seconds']),
-                                 cpu_seconds=round(facts['cpu_seconds'])) | scores)
+        took = {name: facts[name] and round(facts[name]) for name in ('seconds', 'cpu_seconds')} # None: not known
+        rows.append(facts | dict(teacher=Path(run.teacher).parent.name) | took | scores)
     return pd.DataFrame(rows)
 
 def comparisons(job):
