@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from kdmed.cli import main
+from kdmed.cli import commands, main
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
 from kdmed.distill.foundation import foundation_teacher
 from kdmed.distill.methods import distill
 from kdmed.kd import Teacher, TeacherCache
-from kdmed.models.create import load_student, save_student
+from kdmed.models.create import create_student, load_student, save_student
 from kdmed.models.foundation import FOUNDATION, create_encoder, foundation_recipe, licenses_of
 
 TINY = dict( # options instead of those of the recipe
@@ -158,6 +158,21 @@ def test_the_command_distils_a_foundation_model(folder_of_images, tmp_path, caps
     assert licenses_of(load_student(tmp_path/'run'))[0]['model']=='tf_efficientnet_lite0'
     assert not (tmp_path/'run'/'.foundation').exists()
     assert main(run.split())==0 and 'nothing was trained' in capsys.readouterr().out
+
+def test_a_head_is_not_used_for_other_images(folder_of_images, tmp_path, monkeypatch, capsys):
+    "Killed once the head is fitted, and started with another split: a head that has seen test images would flatter"
+    heads = []
+    def fitted(name, dls, *_, **__):
+        heads.append(dls.table.split.tolist())
+        model = create_student('test_resnet', dls.classes, dls.size, dls.task)
+        return Teacher(model)
+    def killed(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr(commands, 'foundation_teacher', fitted)
+    monkeypatch.setattr(commands, 'distillation_study', killed)
+    run = (f'distill --data {folder_of_images} {SMALL} --foundation tf_efficientnet_lite0 --teacher-weights pip '
+           f'--augment none --no-copies --out {tmp_path}/run')
+    for more in ('', '', ' --split-seed 7', ' --sampling balanced'): assert main((run + more).split())==130
+    assert len(heads)==3 and heads[0]!=heads[1] # the second command found the head of the first
 
 @pytest.mark.parametrize('options, message', [
     ('--foundation UNI2-h', '--accept-license'),
