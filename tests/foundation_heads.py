@@ -58,7 +58,8 @@ def main():
                                          epochs=args.epochs, progress=False, **how)
             seconds,valid,test = time.perf_counter()-start,teacher.report.iloc[-1],test_score(teacher, dls)
             rows.append(dict(head=name, seconds=round(seconds), valid_loss=valid.loss, valid_score=valid.score,
-                             test_loss=test['loss'], test_score=test['score'], test_images=test['images']))
+                             test_loss=test['loss'], test_score=test['score'], test_images=test['images'],
+                             fewest_test_images=dls.test.table.label.value_counts().min())) # of a class
             print(rows[-1], flush=True)
             pd.DataFrame(rows).round(3).to_csv(out/'heads.csv', index=False)
 

@@ -69,16 +69,20 @@ def hints():
     from kdmed.data.images import read_dicom
     from kdmed.data.store import store_folder
     from kdmed.models.create import create_student
+    from kdmed.models.foundation import create_encoder
     from kdmed.evaluate.saliency import saliency_maps
+    from kdmed.ship.onnx import import_onnx
     import torch
     model = create_student('test_resnet', ['a', 'b'], 32)
     yield 'filters', said(CLAHE(), np.arange(64*64*3, dtype=np.uint8).reshape(64, 64, 3))
     yield 'dicom', said(read_dicom, 'none.dcm')
     yield 'interpret', said(saliency_maps, model, torch.zeros(1, 3, 32, 32), task='multiclass')
     yield 'weights', said(create_student, 'tf_efficientnet_lite0', ['a', 'b'], 64, weights='pip')
+    yield 'transformers', said(create_encoder, 'kaiko-ai/midnight', weights=False)
     with tempfile.TemporaryDirectory() as empty:
         os.environ['KDMED_INPUT'] = empty
         yield 'medmnist', said(read_medmnist, 'breastmnist')
+    yield 'onnx', said(import_onnx, 'onnxruntime')
     yield 'zarr', said(store_folder, 's3://bucket/images.zarr')
     os.environ['WORLD_SIZE'] = '2'
     yield 'distributed', said(load_distributed)

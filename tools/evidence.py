@@ -1,8 +1,9 @@
-"""Train the fits behind `results/evidence`: several data sets, teachers, students, methods and seeds, one after another.
+"""Train the fits behind `results/evidence`: data sets, teachers, students, methods and seeds, one after another.
 
     python tools/evidence.py run --data FOLDER --work FOLDER     # a background job: kill it at will, it resumes
     python tools/evidence.py list --data FOLDER --work FOLDER    # which fits there are, and which are finished
     python tools/evidence.py valid --data FOLDER --work FOLDER   # validation figures of finished fits: to choose by
+    python tools/evidence.py collect --data FOLDER --work FOLDER # tables of all finished fits, into `results/evidence`
 
 `--data` holds the folders `ham10000` and `pneumonia` as Kaggle lays them out, and `breastmnist.npz`."""
 import argparse
@@ -11,7 +12,7 @@ import os
 import subprocess
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,13 +29,15 @@ from kdmed.data.splits import split_groups
 from kdmed.data.transforms import chest_augment, skin_augment, tissue_augment
 from kdmed.distill.cache import TeacherCache
 from kdmed.distill.methods import distill, fit_classifier
-from kdmed.evaluate.intervals import evaluate
+from kdmed.evaluate.harm import harm_check
+from kdmed.evaluate.intervals import evaluate, gap_closed, paired_difference
 from kdmed.evaluate.metrics import MetricByName
 from kdmed.models.create import create_student, create_teacher, load_student, model_stats
 from kdmed.studies.recipes import KeepBest
 from kdmed.studies.study import is_finished, run_cell, targets_of
 from kdmed.train.resume import Resume
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZES = .6, .15, .25 # of train, valid, test; by groups
 
 
@@ -161,7 +164,8 @@ def about():
     import timm
     asked = ['git', 'rev-parse', '--short', 'HEAD']
     done = subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return dict(commit=done.stdout.strip(), torch=torch.__version__.split('+')[0], timm=timm.__version__, date=time.strftime('%Y-%m-%d'))
+    versions = dict(torch=torch.__version__.split('+')[0], timm=timm.__version__)
+    return dict(commit=done.stdout.strip(), date=time.strftime('%Y-%m-%d'), **versions)
 
 
 # -- the plan
@@ -184,15 +188,77 @@ def factor_runs():
 def plan(): return [teacher_runs()['ham10000'], *factor_runs(), teacher_runs()['pneumonia']]
 
 
+# -- what comes out
+
+METRICS = ['balanced_accuracy', 'macro_auroc']
+
+def finished(job):
+    "All finished runs below the work folder, also those of earlier plans, with what was noted when they ended"
+    for file in sorted(job.work.glob('*/*/**/run.json')):
+        facts = json.loads(file.read_text())
+        run = Run(**{f.name: facts[f.name] for f in fields(Run)})
+        if job.folder(run)==file.parent and is_finished(file.parent): yield run,facts
+
+def fits_table(job):
+    "A row for each finished fit: what it was, its figures on validation and test images, its seconds"
+    rows = []
+    for run,facts in finished(job):
+        scores = {f'{on}_{m}': round(v, 4) for on in ('valid', 'test') for m,v in job.figures(run, on).items()}
+        rows.append(facts | dict(teacher=Path(run.teacher).parent.name, seconds=round(facts['seconds']),
+                                 cpu_seconds=round(facts['cpu_seconds'])) | scores)
+    return pd.DataFrame(rows)
+
+def comparisons(job):
+    """A row for each way to distil a student and each metric, over the seeds that it and the plain student have
+
+    `gap` is teacher minus plain, `gain` distilled minus plain, `closed` their ratio; `harmed` names classes whose
+    sensitivity is lower than the plain student's beyond chance."""
+    kinds = {}
+    for run,_ in finished(job):
+        if run.method!='teacher': kinds.setdefault(replace(run, seed=0), {})[run.seed] = run
+    rows = []
+    for kind,by_seed in kinds.items():
+        plain = kinds.get(replace(kind, method='plain', teacher='', settings=''), {})
+        seeds = sorted(by_seed.keys() & plain.keys())
+        if kind.method!='plain' and seeds: rows += _compared(job, kind, [(by_seed[s], plain[s]) for s in seeds])
+    return pd.DataFrame(rows)
+
+def _compared(job, kind, pairs):
+    dls = job.loaders(kind)
+    def probs(folder): return np.load(folder/'test.npy')
+    student,plain = ([probs(job.folder(run)) for run in runs] for runs in zip(*pairs))
+    given = dict(classes=list(dls.classes), groups=dls.test.table.group.to_numpy(), task=dls.task, n_boot=1000)
+    targets = targets_of(dls.test)
+    closed = gap_closed(student, plain, [probs(job.work/kind.teacher)], targets, metrics=METRICS, **given)
+    gain = paired_difference(student, plain, targets, metrics=METRICS, **given)
+    harm = harm_check(dict(distilled=student, plain=plain), [('distilled', 'plain')],
+                      dict(given, targets=targets, seed=0, level=.95))
+    harmed = '|'.join(harm['class'][harm.verdict=='lost'])
+    facts = {name: value for name,value in asdict(kind).items() if name!='seed'} | dict(seeds=len(pairs))
+    facts['teacher'] = Path(kind.teacher).parent.name
+    for metric in METRICS:
+        values = closed.loc[metric].rename(dict(low='closed_low', high='closed_high')).to_dict()
+        its = gain.loc[metric]
+        values |= dict(gain=its.value, gain_low=its.low, gain_high=its.high, p=its.p, harmed=harmed)
+        yield facts | dict(metric=metric) | {n: round(v, 4) if isinstance(v, float) else v for n,v in values.items()}
+
+def collect(job, folder=ROOT/'results'/'evidence'):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name,table in (('fits', fits_table(job)), ('compared', comparisons(job))):
+        write_atomic(folder/f'{name}.csv', table.to_csv(index=False))
+        print(f'{name}.csv: {len(table)} rows')
+
+
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument('what', choices=['run', 'list', 'valid'])
+    args.add_argument('what', choices=['run', 'list', 'valid', 'collect'])
     args.add_argument('--data', required=True)
     args.add_argument('--work', required=True)
     args = args.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
     job = Job(args.data, args.work)
+    if args.what=='collect': return collect(job)
     for run in plan():
         done = is_finished(job.folder(run))
         if args.what=='list': print('done' if done else 'open', run.name)

@@ -133,6 +133,26 @@ def weights():
         made.append(name)
     return f'{" and ".join(made)} with weights from their packages'
 
+def transformers():
+    "Features of each foundation model of that package, tiny, with random weights and with those of a folder"
+    import torch
+    from kdmed.models.foundation import FOUNDATION, create_encoder
+    made,tiny = [],dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192)
+    for name,recipe in FOUNDATION.items():
+        if recipe.library!='transformers': continue
+        side = 2*recipe.options['patch_size']
+        encoder = create_encoder(name, weights=False, accept_license=True, size=side, **tiny)
+        images = torch.rand(2, 3, side, side)
+        with torch.no_grad(): features = encoder(images)
+        assert features.shape==(2, encoder.spec['width']) and features.isfinite().all(), name
+        with tempfile.TemporaryDirectory() as folder:
+            encoder.backbone.save_pretrained(folder)
+            again = create_encoder(name, weights=folder, accept_license=True, size=side, **tiny)
+            with torch.no_grad(): torch.testing.assert_close(again(images), features)
+        made.append(name)
+    assert made
+    return f'features of {", ".join(made)}, transformers {version("transformers")}'
+
 def copies():
     "A turned copy is found among strangers, and the match shows its transform"
     import numpy as np
@@ -165,6 +185,20 @@ def zarr():
         cache = TeacherCache(teacher, 'memory://outputs.zarr').fill(dls, progress=False)
         assert cache.filled==1, cache
     return f'images and outputs in Zarr arrays, zarr {version("zarr")}'
+
+def onnx():
+    "A student in a file, as onnxruntime runs it"
+    import numpy as np
+    from kdmed.data.images import synthetic_table
+    from kdmed.models.create import create_student, predict_images, set_model_stats
+    from kdmed.ship import OnnxModel, export_onnx
+    student = set_model_stats(create_student('test_resnet', 3, 32).eval(), .5, .2)
+    images = list(synthetic_table(3, classes=3, size=32).image)
+    with tempfile.TemporaryDirectory() as folder:
+        model = OnnxModel(export_onnx(student, Path(folder)/'student.onnx'))
+        assert np.abs(model.predict(images)-predict_images(student, images)).max().max()<1e-4
+    versions = ', '.join(f'{name} {version(name)}' for name in ('onnx', 'onnxscript', 'onnxruntime'))
+    return f'a student exported, and run with the same probabilities: {versions}'
 
 def several_processes(rank):
     "What each of two processes does: one epoch on its half of every batch"
@@ -218,7 +252,8 @@ def distributed():
     return 'two processes train one student'
 
 USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
-            copies=copies, distributed=distributed, zarr=zarr)
+            transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
+            onnx=onnx)
 
 def main(name, *rank):
     if name=='several_processes': return several_processes(int(*rank))

@@ -120,8 +120,7 @@ def _foundation_model(o, work, dls):
     "The foundation model with its head: fitted, or from the folder of a run that resumes"
     names = ('foundation', 'head', 'tune', 'foundation_size', 'teacher_weights', 'teacher_epochs', 'seed', 'sampling',
              'augment', 'views')
-    images = json.dumps(data_facts(dls)) # no head that was fitted on others, or on another split
-    folder = work/FOUNDATION_FOLDER/digest(images, *(f'{n} {o[n]}' for n in names))
+    folder = work/FOUNDATION_FOLDER/digest(data_facts(dls), *(f'{n} {o[n]}' for n in names))
     if (folder/'student.json').is_file(): return load_student(folder).to(dls.device)
     weights = {None: True, 'timm': True}.get(o['teacher_weights'], o['teacher_weights'])
     balanced = o['sampling']=='balanced' and o['head']!='knn'
@@ -187,6 +186,12 @@ def check_all_weights(
     for name,check,given in checks:
         try: check(*given)
         except (ValueError, TypeError, OSError) as e: raise ValueError(f'{option(name)}: {e}') from e
+
+def _is_new(o):
+    "Whether there is no run yet: one that is there has read its weights, and may need them no more"
+    if o.get('out') is None or o.get('force'): return True
+    out = out_folder(o)
+    return run_state(out)=='empty' and not (out/'teacher').exists()
 
 # %% ../../nbs/cli/05_commands.ipynb #1bd51ca3
 @contextmanager
@@ -327,12 +332,6 @@ def _finish_run(work, *what):
     if work.name==NEW: swap_in(work.parent)
 
 # %% ../../nbs/cli/05_commands.ipynb #f2e6a57d
-def _is_new(o):
-    "Whether there is no run yet: one that is there has read its weights, and may need them no more"
-    if o.get('out') is None or o.get('force'): return True
-    out = out_folder(o)
-    return run_state(out)=='empty' and not (out/'teacher').exists()
-
 def _prepare(o):
     "Checks and defaults that `distill` and `check` share; arguments of `image_dls`"
     o['augment'] = o['augment'] or ('chest' if o['dataset']=='chestxray14' else 'dihedral')

@@ -20,6 +20,7 @@ from .feature_losses import FEATURE_WEIGHTS, hint_loss, normalize_channels
 from .features import FeatureKD, pair_last_stages
 from .logit_losses import cut_off_teacher, promote_precision
 from .registry import ALL, register_method
+from .teacher import match_outputs
 
 # %% ../../nbs/distill/32_embeddings.ipynb #emb00006
 def pair_embeddings(
@@ -137,6 +138,7 @@ class OrthogonalKD(EmbeddingKD):
 def _vkd(student, teacher): return [OrthogonalKD(teacher, pair_embeddings(student, teacher))]
 
 # %% ../../nbs/distill/32_embeddings.ipynb #emb00023
+# Long because: one class, from the teacher's layer to the checks of its classifier
 class ReusedClassifierKD(EmbeddingKD):
     "Match the embeddings that a teacher's classifier reads, in a student that ends in this classifier (SimKD)"
     projects = 'never'
@@ -170,8 +172,19 @@ class ReusedClassifierKD(EmbeddingKD):
                              "or distill(…, method='simkd'), which does")
         if not self.teacher.fixed: raise ValueError(f'{type(self.teacher).__name__} has no classifier before training '
                                                     'begins, so it cannot be reused: use srd, or another teacher')
+        self.teacher.check_classes()
         model.classifier.requires_grad_(False)
         super().prepare()
+
+    def check(self, outputs, xb):
+        "Raise an error unless the student's classifier makes the teacher's logits of its embeddings"
+        super().check(outputs, xb)
+        theirs,logits = self.maps(xb)[0][1],match_outputs(outputs, self.teacher.forward(xb)[0], self.exclusive)
+        gap = (unwrap(self.learn.model).classifier(theirs.to(outputs)) - logits).abs().max()
+        if gap > .02*logits.abs().max() + 1e-3:
+            raise ValueError("the student ends in the classifier of another teacher, or of this one with its classes "
+                             'in another order than that of the data: use reuse_teacher_classifier on a student of '
+                             'create_student, whose classes are known')
 
     def distance(self, ours, theirs): return hint_loss(ours, theirs)
 
@@ -185,8 +198,11 @@ def reuse_teacher_classifier(
     if len(teacher.models)!=1: raise ValueError('the classifier of one teacher can be reused, not of several')
     ours = getattr(unwrap(student), 'spec', {}).get('classes')
     known,order = teacher.members[0].classes,None
-    if isinstance(ours, list) and known and known!=list(ours) and sorted(known)==sorted(ours):
-        order = [known.index(c) for c in ours]
+    if isinstance(ours, list) and known:
+        if sorted(known)!=sorted(ours):
+            raise ValueError(f"the teacher's classifier tells other classes apart, {known}, than those of the student, "
+                             f'{ours}: use a method that compares features alone, such as srd')
+        if known!=list(ours): order = [known.index(c) for c in ours]
     return reuse_classifier(student, teacher.model, order)
 
 @register_method('simkd', "embeddings alone, in a student that ends in its teacher's classifier", ALL,

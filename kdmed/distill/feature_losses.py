@@ -215,5 +215,5 @@ FEATURE_WEIGHTS = {
     'subclass': 1.,      # our decision, for Loo et al. 2024
     'tokens': 1.,        # our decision, for Zhang et al. 2025
 }
-START_WEIGHTS = FEATURE_WEIGHTS | { # of methods by name, with which a term has .1 to .6 of a new student's gradient
+START_WEIGHTS = FEATURE_WEIGHTS | { # of methods by name, with which a term has .1 to .6 of a new CNN's gradient
     'attention': 60., 'relational': .2, 'similarity': 90.}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.optimizer import Adam
 from fastcore.foundation import L
 
@@ -248,7 +249,8 @@ def with_unlabeled(
     table = pd.concat([own[['image', 'label', 'group', 'split']], more], ignore_index=True)
     table.attrs = dict(own.attrs)
     augment = next((t.augment for t in train.after_batch.fs if isinstance(t, ReplayTransform)), None)
-    return image_dls(table, dls.size, train.bs, augment, preprocess=train.preprocess, views=train.views, store=store,
+    others = [t for t in train.after_batch.fs if not isinstance(t, (IntToFloatTensor, ReplayTransform, Normalize))]
+    return image_dls(table, dls.size, train.bs, augment, others, train.preprocess, store, views=train.views,
                      stats=find_normalization(dls) or None, device=dls.device)
 
 def _unlabeled_table(images, own):

@@ -107,6 +107,11 @@ class TokenFeatureKD(SeveralTerms, FeatureKD):
             return hint_loss(self.projectors[name](ours), F.layer_norm(theirs.detach().float(), theirs.shape[1:]))
         return {name: distance(name) for name in names}
 
+def _has_class_token(model): return any(getattr(m, 'cls_token', None) is not None for m in model.modules())
+
 @register_method('proteus', 'class token, patches and averaged features of the last layer; needs no labels', ALL,
                  'after Proteus, Zhang et al. 2025')
-def _proteus(student, teacher): return [TokenFeatureKD(teacher, pair_last_stages(student, teacher))]
+def _proteus(student, teacher):
+    several = all(map(_has_class_token, (student, teacher.model)))
+    weight = FEATURE_WEIGHTS['tokens']/(3 if several else 1) # shared by the terms
+    return [TokenFeatureKD(teacher, pair_last_stages(student, teacher), weight=weight)]

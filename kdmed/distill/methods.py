@@ -25,7 +25,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..core.basics import evaluating, model_spec, seed_everything, unwrap
-from ..core.checks import check_in, check_integer, check_number, check_seed
+from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.processes import is_first, process_count, process_rank, quiet_unless_first, wait_for_all
 from ..data.loaders import FindingsAccuracy, own_loader
 from ..models.adapt import needed_channels
@@ -286,6 +286,9 @@ def tune_callbacks(
     terms = [cb for cb in cbs if isinstance(cb, DistillCallback)]
     for cb in terms:
         if cb.adds_term: cb.weight = _times(cb.weight, weight)
+    silent = any(not callable(cb.label_weight) and cb.label_weight==0 for cb in terms)
+    if silent and label_weight!=1:
+        warnings.warn(f'{written("label_weight")} changes nothing: this method has no label loss')
     for cb in terms[:1]: cb.label_weight = _times(cb.label_weight, label_weight) # those of several callbacks multiply
     return cbs
 

@@ -9,6 +9,7 @@ __all__ = ['null_space', 'principal_directions', 'simplex', 'subclass_logits', '
 
 # %% ../../nbs/distill/36_subclasses.ipynb #sub00003
 import warnings
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -173,11 +174,12 @@ def _training_batches(dls, most, device):
     "Inputs and targets of up to `most` training images, spread over all, in their first view where views are known"
     train = own_loader(dls.train)
     if not hasattr(train, 'views_of'):
-        seen = 0
-        for *xb,y in dls.train:
-            if seen>=most: return
+        seen,rng = 0,deepcopy(getattr(train, 'rng', None)) # of fastai, which decides the order in training
+        for *xb,y in train:
             yield tuple(x.to(device) for x in xb),y.as_subclass(Tensor)
             seen += len(y)
+            if seen>=most: break
+        if rng is not None: train.rng = rng
         return
     chosen,bs = torch.arange(min(most, train.n))*train.n//min(most, train.n),train.bs or 64
     for part in chosen.split(bs):

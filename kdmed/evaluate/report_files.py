@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import check_format, check_room
+from ..core.files import check_format, check_room, is_running
 from .collect import ComparisonData, pair_name
 from .privacy import attempt, without_private
 from .report import draw_pictures, picture_files, report_html, report_markdown, report_sections
@@ -121,14 +121,7 @@ def _clear_leftovers(folder):
     "Remove what killed saves have left behind"
     for left in folder.glob('.report-*-*'):
         pid = left.name.split('-')[1]
-        if pid.isdecimal() and not _is_running(int(pid)): shutil.rmtree(left, ignore_errors=True)
-
-def _is_running(pid):
-    "Whether a process of this machine is running"
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except (OSError, OverflowError): return True
-    return True
+        if pid.isdecimal() and not is_running(pid): shutil.rmtree(left, ignore_errors=True)
 
 # %% ../../nbs/evaluate/46_report_files.ipynb #d5ac4535
 _ADVICE = 'compare the models again, or restore the file from a copy'

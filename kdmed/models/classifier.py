@@ -73,7 +73,7 @@ class ReusedClassifier(nn.Module):
 def reuse_classifier(
     student:nn.Module, # Ends in a linear layer; perhaps wrapped. Not changed
     teacher:nn.Module, # Ends in a linear layer, too
-    order=None,        # For each output of the student, the teacher's output of the same class; default: the same order
+    order=None,        # For each class of the student, its number among those of the teacher; default: the same order
     size:int=None,     # Image side of the student, in pixels; default: that of its `spec`
 )->ReusedClassifier: # With a copy of the student's backbone; trainable but for the classifier
     "A student that ends in its teacher's classifier"
@@ -100,10 +100,10 @@ def _rows_for(n_out, linear, order):
     "Weight and bias of a teacher's classifier, for the outputs of a student; two logits of a binary task become one"
     weight = linear.weight.detach()
     bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()
-    two_classes = len(weight)==1 and (n_out==2 or order is not None)
-    if two_classes: weight,bias = torch.cat([-weight/2, weight/2]),torch.cat([-bias/2, bias/2])
-    if order is not None: weight,bias = weight[list(order)],bias[list(order)]
+    if order is not None and len(weight)>1: weight,bias = weight[list(order)],bias[list(order)]
+    elif order is not None and list(order)==[1, 0]: weight,bias = -weight,-bias # one logit, of the other class
     if n_out==1 and len(weight)==2: return weight[1:]-weight[:1],bias[1:]-bias[:1]
+    if n_out==2 and len(weight)==1: return torch.cat([-weight/2, weight/2]),torch.cat([-bias/2, bias/2])
     if n_out!=len(weight): raise ValueError(f'the student has {n_out} outputs, the teacher {len(weight)}')
     return weight,bias
 

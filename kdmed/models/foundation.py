@@ -314,7 +314,8 @@ def _resolved(options):
 def _import_transformers(name):
     try: import transformers
     except ImportError as e:
-        raise ImportError(f"{name} needs the package transformers: pip install transformers") from e
+        raise ImportError(f"{name} needs the package transformers: pip install transformers, or pip install "
+                          "'kdmed[transformers]'") from e
     return transformers
 
 def _build(recipe, options, **pretrained):
@@ -364,10 +365,23 @@ def _load_clip(tower, file, trusted=False):
     check_finite(own, str(file))
     tower.load_state_dict(own)
 
+def _load_transformers(kind, place, **more):
+    "A model of transformers with weights; an error if some of its own are missing, which the package would draw"
+    model,found = kind.from_pretrained(place, output_loading_info=True, **more)
+    missing = sorted(name for name in found['missing_keys'] if 'mask_token' not in name) # used in pretraining alone
+    if missing: raise ValueError(f'weights of {place} do not fit {type(model).__name__}; missing: {missing[:4]}')
+    return model
+
 def _load_file(recipe, backbone, path, trusted):
     "Load a backbone from a file or folder; weights of a head are left out"
     if recipe.library=='transformers':
-        return type(backbone).from_pretrained(path, local_files_only=True, use_safetensors=True)
+        folder = path if path.is_dir() else path.parent # the package reads folders
+        files = sorted(folder.glob('*.safetensors')) # large models have several
+        if not files or not (folder/'config.json').is_file() or (path.is_file() and path.name!='model.safetensors'):
+            raise FileNotFoundError(f'weights={str(path)!r}: expected a folder with model.safetensors and config.json, '
+                                    'as transformers saves them')
+        for file in files: check_checkpoint(file)
+        return _load_transformers(type(backbone), folder, local_files_only=True, use_safetensors=True)
     file = check_checkpoint(_file_in(path) if path.is_dir() else path)
     if recipe.library=='clip': _load_clip(backbone, file, trusted)
     else:
@@ -386,7 +400,7 @@ def _from_hub(recipe, options):
         if recipe.library=='transformers':
             transformers = _import_transformers(recipe.name)
             kind = transformers.SiglipVisionModel if 'siglip' in options['model_type'] else transformers.AutoModel
-            return kind.from_pretrained(recipe.hub)
+            return _load_transformers(kind, recipe.hub)
         if recipe.library=='clip':
             from huggingface_hub import hf_hub_download
             tower = _build(recipe, options)

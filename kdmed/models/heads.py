@@ -74,7 +74,8 @@ class NeighborsHead(nn.Module):
         known = ~labels.isnan()
         weights = weights*known
         voice = self.prior*weights.sum(1)/known.sum(1).clamp(min=1) + 1e-12
-        return ((weights*labels.nan_to_num()).sum(1) + voice*self.targets.nanmean(0)) / (weights.sum(1)+voice)
+        share = self.targets.nanmean(0).nan_to_num(.5) # of what no image says, nothing is known
+        return ((weights*labels.nan_to_num()).sum(1) + voice*share) / (weights.sum(1)+voice)
 
     def forward(self, x):
         p = self.votes(*self.neighbors(x)).clamp(1e-6, 1-1e-6)
