@@ -22,7 +22,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
-from kdmed.models import weights
+from kdmed.models import foundation, weights
 from kdmed.models.create import create_student, create_teacher, load_student, model_stats, save_student, set_model_stats
 from kdmed.models.transfer import match_layers, transfer_weights
 from kdmed.models.weights import MisfitError, load_weights, pip_weights, read_weights
@@ -569,4 +569,43 @@ def test_the_command_checks_teachers_and_their_weights(arguments, message, tmp_p
     written(randomized(make()).state_dict(), tmp_path)
     (tmp_path/'images').mkdir()
     assert main(['distill', '--data', 'images', '--dataset', 'folder', '--out', 'run', '--size', '32', *arguments])==2
+    assert message in capsys.readouterr().err
+
+def test_teachers_of_one_architecture_are_not_one_model_twice(small_dls, tmp_path):
+    from kdmed.studies.study import distillation_study
+    distillation_study(small_dls, ['test_resnet']*2, 'test_efficientnet', 'logit', 1, 1, seeds=(0,), progress=False,
+                       n_boot=20, folder=tmp_path/'study')
+    one,two = (load_student(tmp_path/'study'/'cells'/name).state_dict() for name in ('teacher-0', 'teacher-0-2'))
+    assert not torch.equal(one['conv1.0.weight'], two['conv1.0.weight'])
+
+WEIGHTS = [(['--teacher-weights', 'two'], '--teacher-weights: checkpoint must be a file of weights, but two is'),
+           (['--teacher-weights', 'other.pth'], '--teacher-weights: other.pth does not fit test_resnet'),
+           (['--student-weights', 'nan.pth'], '--student-weights: nan.pth: weights with NaN or infinity'),
+           (['--student-weights', ''], '--student-weights must not be empty'),
+           (['--student-weights', 'hf-hub:a/b'], '--student-weights: weights of hf-hub:a/b could not be loaded'),
+           (['--pretrained'], '--student-weights: pretrained weights of test_resnet could not be loaded'),
+           (['--teacher-checkpoint', 'cut.pth'], '--teacher-checkpoint: cut.pth cannot be read'),
+           (['--foundation', '', '--augment', 'none'], '--foundation must not be empty'),
+           (['--foundation', 'H-optimus-0', '--augment', 'none'], '--foundation: weights of bioptimus/H-optimus-0'),
+           (['--foundation', 'H-optimus-0', '--augment', 'none', '--teacher-weights', 'pip'],
+            "--teacher-weights: weights='pip' is available for")]
+
+@pytest.mark.parametrize('arguments,message', WEIGHTS)
+def test_the_command_refuses_weights_before_images_are_read(arguments, message, tmp_path, monkeypatch, capsys):
+    from kdmed.cli import commands
+    from kdmed.cli.app import main
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, 'read_table', lambda o: pytest.fail('images are read'))
+    monkeypatch.setattr(weights, 'hub_problem', lambda url, seconds=6: 'no network')
+    state = randomized(make()).state_dict()
+    (tmp_path/'two').mkdir()
+    (tmp_path/'images').mkdir()
+    for name in ('two/a.pth', 'two/b.pth', 'cut.pth'): torch.save(state, name)
+    os.truncate('cut.pth', 5000)
+    torch.save(state | {'conv1.0.weight': state['conv1.0.weight']*float('nan')}, 'nan.pth')
+    torch.save(make('test_vit').state_dict(), 'other.pth')
+    monkeypatch.setattr(foundation, 'hub_problem', lambda url, seconds=6: 'no network')
+    run = 'distill --data images --out run --size 32 --student test_resnet'
+    teacher = [] if '--foundation' in arguments else ['--teacher', 'test_resnet']
+    assert main([*run.split(), *teacher, *arguments])==2
     assert message in capsys.readouterr().err

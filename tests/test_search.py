@@ -215,3 +215,15 @@ def test_distill_takes_temperature_and_factors(images, tmp_path, capsys):
     for more,said in wrong:
         status,_,err = kdmed(capsys, *base, *more)
         assert status==2 and said in err, err
+
+
+def test_a_search_of_other_settings_is_refused_before_images_are_read(images, tmp_path, capsys, monkeypatch):
+    def killed(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(commands, '_searched_teachers', killed)
+    run = command(images, tmp_path/'run', '--budget', '60 epochs')
+    status,_,err = kdmed(capsys, *run)
+    assert status==130 and 'no trial was finished yet' in err.splitlines()[-1], err
+    monkeypatch.setattr(commands, 'read_table', lambda o: pytest.fail('images are read'))
+    status,_,err = kdmed(capsys, *run, '--split-seed', '3')
+    assert status==2, err
+    assert f'--out {tmp_path}/run already holds a search of other settings: --split-seed was 0, is 3' in err, err

@@ -333,13 +333,15 @@ def as_list(
     "The values of an option that may be repeated"
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
+_TEACHER = 'resnet10t' # the default
+
 def settle_teachers(
     o:dict, # Options by name; changed in place
 )->None:
     "Replace lists of one teacher by a text, and fill in the default"
     for name in TEACHER_OPTIONS:
         if name in o and len(as_list(o[name]))<2: o[name] = next(iter(as_list(o[name])), None)
-    if 'teacher' in o and o['teacher'] is None: o['teacher'] = 'resnet10t'
+    if 'teacher' in o and o['teacher'] is None: o['teacher'] = _TEACHER
 
 # %% ../../nbs/cli/00_options.ipynb #cf9061bf
 NUMBERS = { # option: its check, and the limits
@@ -395,6 +397,8 @@ def _check_foundation_options(o):
     if o.get('foundation') is None:
         given = [n for n,default in _FOUNDATION_DEFAULTS.items() if o.get(n, default)!=default]
         if given: raise ValueError(f'{option(given[0])} needs --foundation')
+    elif as_list(o.get('teacher')) not in ([], [_TEACHER]):
+        raise ValueError('--teacher is another teacher than --foundation: give one of them')
     elif o.get('teacher_checkpoint'):
         raise ValueError('--teacher-checkpoint is another trained teacher than --foundation: give one of them')
     elif o.get('tune', 'none')!='none' and o.get('head')!='linear':
@@ -414,7 +418,7 @@ def check_concerns(
     _check_foundation_options(o)
     for name in ('store', 'official'):
         if len(o[name] or ()) > 1: raise ValueError(f"{option(name)} takes one value at most, got {' '.join(o[name])}")
-    for name in ('separator', 'group_pattern', 'groups'):
+    for name in ('separator', 'group_pattern', 'groups', 'foundation'):
         if o.get(name)=='': raise ValueError(f'{option(name)} must not be empty')
 
 def check_names(
@@ -447,9 +451,11 @@ def check_out(
     if not is_writable(out): raise PermissionError(f'--out {text} cannot be written to; choose another folder')
     check_unclaimed(out)
 
+# %% ../../nbs/cli/00_options.ipynb #382c807b
 def _check_file(name, given):
     "Raise an error for a file that does not exist; weights may also be a folder, or have a name"
     path,is_weights = Path(given.removeprefix('local-dir:')).expanduser(),name.endswith('_weights')
+    if not given.strip(): raise ValueError(f'{option(name)} must not be empty')
     if is_weights and (given in ('timm', 'pip') or given.startswith(('hf-hub:', 'hf_hub:')) or path.is_dir()): return
     if not path.is_file(): raise FileNotFoundError(f'{option(name)} {given}: file not found')
 

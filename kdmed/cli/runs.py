@@ -159,6 +159,7 @@ def kept_search(
     "What of a search is on disk, and how it resumes"
     done,teacher = len([*folder.glob('trials/*/result.json')]),(folder/'teacher').is_dir()
     if not done and not teacher: return Kept(f'nothing was trained yet in {out}; the same command starts again', False)
+    if not done: return Kept(f'no trial was finished yet in {out}; the same command resumes', False)
     return Kept(f'{done} finished trials are kept in {out}; the same command resumes', True)
 
 # %% ../../nbs/cli/04_runs.ipynb #7230a9ec

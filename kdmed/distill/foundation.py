@@ -9,6 +9,7 @@ __all__ = ['TUNES', 'foundation_teacher', 'FoundationFeatureKD', 'feature_layer'
 
 # %% ../../nbs/distill/50_foundation.ipynb #ftc00003
 import math, warnings
+from os.path import abspath
 from pathlib import Path
 
 import pandas as pd
@@ -53,10 +54,10 @@ def _check_arguments(name, dls, head, tune, joint, project):
     if project is not None and not (several and joint=='features'):
         raise ValueError("project= concerns several encoders with joint='features'")
 
-def _encoder(name, weights, accept_license, size, features, options):
+def _encoder(name, weights, accept_license, size, features, options, trusted):
     "An encoder by name; one that was made is taken as it is"
     if isinstance(name, (FoundationEncoder, JointEncoder)): return name
-    return create_encoder(name, weights, accept_license, size, features, **(options or {}))
+    return create_encoder(name, weights, accept_license, size, features, trusted, **(options or {}))
 
 def _report(rows):
     "The figures of a teacher, one row a stage, and a line for each"
@@ -73,7 +74,8 @@ def foundation_teacher(
     dls,               # From `image_dls`
     head:str='linear', # `linear`, `attention` over tokens, or `knn`
     tune:str='none',   # Then train `last` blocks, or low-rank products (`lora`), with the head
-    weights=True,      # True: its hub; `'pip'`, a file, a folder; False: random. Of several names: a list
+    # True: its hub; `'pip'`, a file, a folder, `hf-hub:OWNER/NAME`; False: random. Of several names: a list
+    weights=True,
     accept_license:bool=False, # You have read its license, or licenses, and accept them
     size:int=None,     # Side of the images it sees, in pixels; default: as it was trained
     features:str=None, # `pooled`, `class` or `class+mean`; default: as its authors do
@@ -92,10 +94,11 @@ def foundation_teacher(
     seed:int=0,        # Decides batches of `attention` and `tune`
     cbs=(),            # Further fastai callbacks for `tune`, such as `Resume(folder)`
     progress:bool=True, # Show progress bars
+    trusted:bool=False, # Unpickle a file of weights that contains more than tensors; see `load_weights`
 )->Teacher: # With `report`, a row a stage, and `settings`, the table that its head was chosen from
     "A foundation model with a head fitted on your images, as a teacher"
     _check_arguments(name, dls, head, tune, joint, project)
-    common = dict(accept_license=accept_license, size=size, features=features, options=options)
+    common = dict(accept_license=accept_license, size=size, features=features, options=options, trusted=trusted)
     how = dict(head=head, balanced=balanced, views=views, folder=folder, seed=seed, progress=progress)
     tuning = dict(tune=tune, epochs=epochs, lr=lr, blocks=blocks, rank=rank, alpha=lora_alpha, cbs=cbs)
     if not isinstance(name, (list, tuple)): return _single_teacher(_encoder(name, weights, **common), dls, how, tuning)
@@ -261,11 +264,16 @@ def _unlabeled_table(images, own):
         found,groups = list(images),None
     if not found: raise ValueError('unlabeled must contain at least one image, got none')
     groups = [f'unlabeled {i}' for i in range(len(found))] if groups is None else [str(g) for g in groups]
-    held = own[own.split!='train'].group.astype(str)
-    if shared := sorted(set(groups) & set(held)):
+    held = own[own.split!='train']
+    if shared := sorted(set(groups) & set(held.group.astype(str))):
         raise ValueError(f'{len(shared)} groups of unlabeled images are in validation or test, such as {shared[0]!r}: '
                          'leave them out, or their patients would be learned from')
+    if same := sorted({_file_of(i) for i in found} & {_file_of(i) for i in held.image} - {None}):
+        raise ValueError(f'{len(same)} unlabeled images are validation or test images, such as {same[0]}: leave them '
+                         'out, or they would be learned from')
     return pd.DataFrame(dict(image=found, label=None, group=groups, split='train'))
+
+def _file_of(image): return abspath(image) if isinstance(image, (str, Path)) else None
 
 _IMAGE_FILES = {'.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp', '.dcm'}
 

@@ -221,7 +221,8 @@ def _source_of(pretrained, checkpoint, weights):
     if weights=='pip': return 'pip',None
     expected = ("weights must be True (timm's own), 'pip', the name of a repository such as "
                 "'hf-hub:timm/resnet18.a1_in1k', or the path of a file or folder")
-    if not isinstance(weights, (str, os.PathLike)): raise TypeError(f'{expected}, got {weights!r}')
+    if not isinstance(weights, (str, os.PathLike)): raise TypeError(f'{expected}, got {type(weights).__name__}')
+    if not str(weights).strip(): raise ValueError(f'{expected}, got an empty text')
     if is_hub_name(weights): return 'start',hub_file(weights)
     path = Path(str(weights).removeprefix('local-dir:')).expanduser()
     if not path.exists(): raise FileNotFoundError(f'{expected}, and there is no file {str(weights)!r}')

@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/models/foundation.html.md"""
 # %% auto #0
 __all__ = ['FEATURES', 'FOUNDATION', 'FoundationRecipe', 'foundation_models', 'foundation_recipe', 'license_note',
            'describe_license', 'check_license', 'licenses_of', 'carry_licenses', 'FoundationEncoder', 'pool_tokens',
-           'ClipTower', 'create_encoder', 'rebuild_encoder']
+           'ClipTower', 'check_reachable', 'create_encoder', 'rebuild_encoder']
 
 # %% ../../nbs/models/20_foundation.ipynb #fnd00003
 import difflib, inspect, sys, warnings
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from ..core.basics import evaluating, model_spec
 from ..core.checks import check_in, check_integer, written
 from .create import feature_map
-from .weights import check_checkpoint, check_hub, hub_problem, load_weights, pip_weights, read_weights
+from .weights import (
+    check_checkpoint, check_finite, check_hub, hub_file, hub_problem, is_hub_name, load_weights,
+    pip_weights, read_weights)
 
 # %% ../../nbs/models/20_foundation.ipynb #fnd00006
 FEATURES = 'pooled', 'class', 'class+mean'
@@ -335,7 +337,9 @@ def _ways_out(recipe):
     return (f'Alternatives: {pip}weights=PATH of a folder or file of its weights, such as an input folder on Kaggle; '
             "or foundation_teacher('tf_efficientnet_lite0', …, weights='pip'), from an installed package")
 
-def _check_reachable(recipe):
+def check_reachable(
+    recipe:FoundationRecipe, # From `foundation_recipe`
+)->None:
     "Raise `OSError` within ten seconds unless weights are on the disk or their hub can be reached"
     from huggingface_hub import constants, try_to_load_from_cache
     if not recipe.hub: return check_hub(recipe.name)
@@ -346,19 +350,19 @@ def _check_reachable(recipe):
                   + _ways_out(recipe))
 
 def _file_in(folder):
-    "The file of weights in a folder"
-    files = [folder/name for name in _WEIGHT_FILES if (folder/name).is_file()] or sorted(folder.glob('*.safetensors'))
-    if files: return files[0]
-    raise FileNotFoundError(f'weights={str(folder)!r}: expected one of {list(_WEIGHT_FILES)} in the folder')
+    "The file of weights in a folder: one of the hub's names, else the only one in it or below it"
+    named = next((folder/name for name in _WEIGHT_FILES if (folder/name).is_file()), None)
+    return named or check_checkpoint(folder)
 
 # %% ../../nbs/models/20_foundation.ipynb #0b43e665
-def _load_clip(tower, file):
+def _load_clip(tower, file, trusted=False):
     "Load the image side out of the weights of a whole CLIP model"
-    state = next(iter(read_weights(file).values()))
+    state = next(iter(read_weights(file, trusted).values()))
     names = {'visual.trunk.': 'trunk.', 'visual.head.proj.': 'projection.'}
     own = {new+name[len(old):]: t for name,t in state.items() for old,new in names.items() if name.startswith(old)}
     missing = [name for name in tower.state_dict() if name not in own]
     if missing: raise ValueError(f'{file} does not hold the image side of the model; missing: {missing[:4]}')
+    check_finite(own, str(file))
     tower.load_state_dict(own)
 
 def _load_transformers(kind, place, **more):
@@ -368,7 +372,7 @@ def _load_transformers(kind, place, **more):
     if missing: raise ValueError(f'weights of {place} do not fit {type(model).__name__}; missing: {missing[:4]}')
     return model
 
-def _load_file(recipe, backbone, path):
+def _load_file(recipe, backbone, path, trusted):
     "Load a backbone from a file or folder; weights of a head are left out"
     if recipe.library=='transformers':
         folder = path if path.is_dir() else path.parent # the package reads folders
@@ -379,19 +383,19 @@ def _load_file(recipe, backbone, path):
         for file in files: check_checkpoint(file)
         return _load_transformers(type(backbone), folder, local_files_only=True, use_safetensors=True)
     file = check_checkpoint(_file_in(path) if path.is_dir() else path)
-    if recipe.library=='clip': _load_clip(backbone, file)
+    if recipe.library=='clip': _load_clip(backbone, file, trusted)
     else:
         cfg = timm.get_pretrained_cfg(recipe.architecture)
         head = (cfg and cfg.classifier) or 'head'
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # that the head is new: there is none
-            load_weights(backbone, file, new=[head] if isinstance(head, str) else list(head))
+            load_weights(backbone, file, trusted, new=[head] if isinstance(head, str) else list(head))
     return backbone
 
 # %% ../../nbs/models/20_foundation.ipynb #fnd00028
 def _from_hub(recipe, options):
     "A backbone with the weights of its hub"
-    _check_reachable(recipe)
+    check_reachable(recipe)
     try:
         if recipe.library=='transformers':
             transformers = _import_transformers(recipe.name)
@@ -417,24 +421,26 @@ def _from_pip(recipe, options):
     backbone.load_state_dict({name: state[name] for name in own})
     return backbone
 
-def _weighted(recipe, options, weights):
+def _weighted(recipe, options, weights, trusted):
     "A backbone with weights from wherever the user wants them"
     if weights is True: return _from_hub(recipe, options)
     if weights is False or weights is None: return _build(recipe, options)
     if weights=='pip': return _from_pip(recipe, options)
-    path = Path(weights).expanduser()
+    path = hub_file(weights) if is_hub_name(weights) else Path(weights).expanduser()
     if not path.exists():
-        raise FileNotFoundError("weights must be True (its hub), 'pip', a file or a folder, and there is no file "
-                                f'{str(weights)!r}')
-    return _load_file(recipe, _build(recipe, options), path)
+        raise FileNotFoundError("weights must be True (its hub), 'pip', hf-hub:OWNER/NAME, a file or a folder, and "
+                                f'there is no file {str(weights)!r}')
+    return _load_file(recipe, _build(recipe, options), path, trusted)
 
 # %% ../../nbs/models/20_foundation.ipynb #fnd00030
 def create_encoder(
     name:str,                  # In `foundation_models()`, or any timm name
-    weights=True,              # True: its hub; `'pip'` (see `PIP_WEIGHTS`), a file or a folder; False: random ones
+    # True: its hub; `'pip'` (see `PIP_WEIGHTS`), a file, a folder or `hf-hub:OWNER/NAME`; False: random ones
+    weights=True,
     accept_license:bool=False, # You have read its license and accept it
     size:int=None,             # Side of the images it sees, in pixels; default: as it was trained
     features:str=None,         # `pooled`, `class` or `class+mean`; default: as its authors do
+    trusted:bool=False,        # Unpickle a file that contains more than tensors; see `load_weights`
     **options,                 # Of timm, or of the configuration of transformers, instead of those of the recipe
 )->FoundationEncoder: # Frozen, in eval mode; `spec` holds its recipe, normalization and license
     "A foundation model as an encoder of images; its license is checked before anything is loaded"
@@ -445,7 +451,7 @@ def create_encoder(
     own = recipe.options
     if 'img_size' in own and not own.get('dynamic_img_size'): own = own | dict(img_size=size) # is fixed
     options = own | options
-    backbone = _weighted(recipe, options, weights)
+    backbone = _weighted(recipe, options, weights, trusted)
     encoder = FoundationEncoder(backbone, features or recipe.features, recipe.first_patch, recipe.library)
     if recipe.library=='transformers': options = backbone.config.to_diff_dict()
     encoder.spec = dict(

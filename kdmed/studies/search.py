@@ -48,7 +48,8 @@ from .study import (
     save_fitted, study_folder)
 
 # %% ../../nbs/studies/07_search.ipynb #d997758c
-_UNITS = dict(s=1, sec=1, second=1, m=60, min=60, minute=60, h=3600, hour=3600)
+_WORDS = {1: 's sec secs second seconds', 60: 'm min mins minute minutes', 3600: 'h hour hours'}
+_UNITS = {word: seconds for seconds,words in _WORDS.items() for word in words.split()}
 _BUDGETS = "a time, such as '90s', '30m', '2h' or '1h30m', or '300 epochs'"
 
 class Budget(NamedTuple):
@@ -68,8 +69,9 @@ def parse_budget(
     parts = re.findall(r'(\d+\.?\d*|\.\d+)\s*([a-z]+)\s*', text)
     wrong = f'{written("budget")} must be {_BUDGETS}, got {budget!r}'
     if not parts or ''.join(n+unit for n,unit in parts)!=re.sub(r'\s', '', text): raise ValueError(wrong)
-    numbers,units = [float(n) for n,_ in parts],[unit if len(unit)==1 else unit.rstrip('s') for _,unit in parts]
-    if units==['epoch'] and numbers[0]==int(numbers[0]) and numbers[0] > 0: return Budget(numbers[0], 'epochs')
+    numbers,units = [float(n) for n,_ in parts],[unit for _,unit in parts]
+    whole = numbers[0]==int(numbers[0]) and numbers[0] > 0
+    if units in (['epoch'], ['epochs']) and whole: return Budget(numbers[0], 'epochs')
     if any(unit not in _UNITS for unit in units) or not sum(numbers): raise ValueError(wrong)
     return Budget(sum(n*_UNITS[unit] for n,unit in zip(numbers, units)), 'seconds')
 
@@ -613,7 +615,8 @@ def _check_teacher(teacher, dls):
                                  show=noop)
     if found['score'] < found['chance'] + 2*found['error']:
         raise ValueError(f"teacher is no better than chance on the validation images: {found['metric']} "
-                         f"{found['score']:.3f}, chance {found['chance']:.3f}. Is it trained?")
+                         f"{found['score']:.3f}, chance {found['chance']:.3f}. Train it longer, or on more or "
+                         'larger images, or choose another teacher, or a split with more validation images')
     return teacher
 
 def _cached(s, folder, cache, tell):

@@ -222,6 +222,8 @@ class Fit(NamedTuple):
 
     @property
     def name(self): return f'{self.kind}-{self.seed}' + (f'-{self.member+1}' if self.member else '')
+    @property
+    def training_seed(self): return (self.seed + self.member) % 2**32 # teachers of one architecture differ
     def __str__(self):
         if self.kind!='teacher': return f'{self.kind} student, seed {self.seed}'
         return f'teacher {self.member+1}' if self.member else 'teacher'
@@ -461,7 +463,7 @@ class Study:
         "One fit; with a folder for checkpoints it resumes from the last one"
         cbs = [*progress.begin(fit), *L(self.callbacks() if self.callbacks else [])]
         if home is not None: cbs.append(Resume(home, minutes=5))
-        how = dict(lr=self.lr, seed=fit.seed, cbs=cbs, progress=progress.bars, metrics=self.metrics)
+        how = dict(lr=self.lr, seed=fit.training_seed, cbs=cbs, progress=progress.bars, metrics=self.metrics)
         how |= dict(optimizer=self.optimizer, weight_decay=self.weight_decay, schedule=self.schedule)
         if fit.kind=='distilled':
             how['log_shares'] = self.log_shares
