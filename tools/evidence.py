@@ -183,18 +183,24 @@ def teacher_runs():
     lite = dict(model='tf_efficientnet_lite2', method='teacher', weights='pip', views=0, lr=5e-4)
     return dict(ham10000=Run('ham10000', epochs=12, **lite), pneumonia=Run('pneumonia', epochs=8, **lite))
 
+LENGTHS = (10, 4),(30, 30),(30, 4) # epochs, and views of each image; 30 views of 30 epochs never repeat
+
 def factor_runs():
-    "One seed, HAM10000, a tiny CNN: does sampling, length or temperature decide what a strong teacher can give?"
+    "One seed, HAM10000, a tiny CNN: do sampling, length, views or the term decide what a strong teacher can give?"
     teacher = teacher_runs()['ham10000'].name
     runs = []
-    for epochs in (10, 30):
+    for epochs,views in LENGTHS:
         for sampling in ('balanced', 'natural'):
             for method in ('plain', 'logit', 'dist'):
                 its = '' if method=='plain' else teacher
-                runs.append(Run('ham10000', 'test_efficientnet', method, epochs=epochs, sampling=sampling, teacher=its))
+                how = dict(epochs=epochs, views=views, sampling=sampling)
+                runs.append(Run('ham10000', 'test_efficientnet', method, teacher=its, **how))
     return runs
 
-def plan(): return [teacher_runs()['ham10000'], *factor_runs(), teacher_runs()['pneumonia']]
+def plan():
+    first = teacher_runs()
+    unbalanced = replace(first['ham10000'], sampling='natural')
+    return [first['ham10000'], *factor_runs(), unbalanced, first['pneumonia']]
 
 
 # -- what comes out
