@@ -175,18 +175,23 @@ def describe_run(
             'callback': callbacks, 'seed': vars(learn).get('seed'), **_describe_distillation(learn)}
 
 def _describe_distillation(learn):
-    "The settings of distillation callbacks, and the weights of their teachers"
+    "The settings of distillation callbacks, and weights and settings of their teachers"
     settings,teachers = {},{}
     for n,cb in named_callbacks(learn).items():
         if not hasattr(type(cb), 'settings'): continue
         settings |= {f'{n} {name}': _setting(value) for name,value in cb.settings.items()}
-        if cb.teacher is not None: teachers[n] = _describe_teacher(cb.teacher)
+        if cb.teacher is not None: teachers |= {f'{n}{fact}': v for fact,v in _describe_teacher(cb.teacher).items()}
     return {'setting of': settings, 'teacher of': teachers}
 
 def _describe_teacher(teacher):
-    "Checksums of a teacher's weights, or the decay of a mean teacher"
-    if not teacher.fixed: return f'{type(teacher).__name__} {teacher.decay}'
-    return ' '.join(str(weights_checksum(unwrap(model))) for model in teacher.models)
+    "Checksums of a teacher's weights, and how its inputs and outputs are read; or the decay of a mean teacher"
+    if not teacher.fixed: return {'': f'{type(teacher).__name__} {teacher.decay}'}
+    facts = {'': ' '.join(str(weights_checksum(unwrap(model))) for model in teacher.models)}
+    for name,values in zip(('classes', 'image size', 'normalization', 'outputs'),
+                           zip(*(member.settings() for member in teacher.members))):
+        facts[f', {name}'] = [_setting(v) for v in values]
+    shares = 'valid_loss' if getattr(teacher, 'valid_losses', None) else teacher.weights # found in the fit
+    return facts | {', weights of its models': _setting(shares)}
 
 # %% ../../nbs/train/10_description.ipynb #setting1
 def _setting(value):
