@@ -522,7 +522,8 @@ def check_calibration(
     temperature,thresholds = settings.get('temperature', 1.),settings.get('thresholds', {})
     if not _is_in(temperature, 1e-6, 1e6): raise ValueError(f'{file}: temperature cannot be {temperature!r}')
     if not isinstance(thresholds, dict): raise ValueError(f'{file}: thresholds must be an object, got {thresholds!r}')
-    names,task = output_names(settings['classes']),settings['task']
+    try: names,task = output_names(settings['classes']),settings['task']
+    except ValueError as e: raise ValueError(f'{file}: {e}') from e
     decided = dict(binary=names[1:], multilabel=names).get(task, [])
     strange = [c for c in thresholds if c not in decided]
     if strange: raise ValueError(f'{file}: thresholds of a {task} task are those of {decided}, got {strange}')
