@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+COPIES_ITSELF = 'test_real_durability.py' # copies its process, which PyTorch refuses after some uses: nothing runs before
 
 def pytest_addoption(parser):
     parser.addoption('--lessons', action='store_true',
@@ -16,6 +17,7 @@ def pytest_configure(config): config.option.loadscopereorder = False # pytest-xd
 
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, 'workerinput'): begin_with_long_files(items)
+    items.sort(key=lambda item: item.path.name!=COPIES_ITSELF) # the order of the others stays
     if config.getoption('--lessons'): return
     chosen = [item for item in items if 'lessons' not in item.keywords]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
