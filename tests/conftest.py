@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIES_ITSELF = 'test_real_durability.py' # copies its process, which PyTorch refuses after some uses: nothing runs before
+# Copies its process, and trains in the copy, which PyTorch refuses after some uses: it runs before all others
+COPIES_ITSELF = 'test_real_durability.py'
 
 def pytest_addoption(parser):
     parser.addoption('--lessons', action='store_true',
