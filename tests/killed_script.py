@@ -1,4 +1,4 @@
-"""Scripts as users write them, killed by `kill -9` again and again until they come through: python killed_script.py FOLDER SEED
+"""Scripts as users write them, killed by `kill -9` again and again until they come through: python killed_script.py FOLDER SEED|every
 
 The scripts train; this file's last part starts each of them many times, in forked processes that share one import of everything,
 kills them at random moments, and prints as JSON whether what came out at last is what comes out of a run that nobody killed.
@@ -197,7 +197,7 @@ def after_calls(n):
     return left
 
 def within_write(n, place):
-    "While the n-th checkpoint is written: half of it on the disk, before its first or second change of names, or when it is there"
+    "While the n-th file is written: half of it on the disk, before its first or second change of names, or when it is there"
     writes,replace,save = [0],os.replace,torch.save
     def deadly_save(state, f, **kwargs):
         if not str(getattr(f, 'name', '')).endswith('.part'): return save(state, f, **kwargs)
@@ -286,9 +286,27 @@ def torture(script, home, rng, least):
         differing |= {f'{k} of a finished run' for k in goal if not same(goal[k], again[k])}
     return dict(kills=len(kinds), kinds={k: kinds.count(k) for k in sorted(set(kinds))}, runs=runs, calls=calls, seconds=round(seconds, 2), differing=sorted(differing))
 
+def at_every_write(script, home):
+    "Kill a script when its n-th checkpoint is there, and again at the next one, for every n: which differ, or fail"
+    straight = home/'straight'
+    straight.mkdir(parents=True)
+    goal,n,wrong = torch.load(start(script, None, straight), weights_only=True),0,[]
+    while True:
+        n += 1
+        here = home/f'write{n}'
+        here.mkdir()
+        result = start(script, here/'checkpoints', here, partial(within_write, n, 'done'))
+        if result!='killed': break
+        start(script, here/'checkpoints', here, partial(within_write, 1, 'done'))
+        try: got = torch.load(start(script, here/'checkpoints', here), weights_only=True)
+        except SystemExit as e: wrong.append(f'write {n}: {e}')
+        else: wrong += [f'write {n}: {k} differs' for k in goal if not same(goal[k], got[k])]
+    return dict(writes=n-1, wrong=wrong)
+
 if __name__=='__main__':
-    folder,seed = Path(sys.argv[1]),int(sys.argv[2])
+    folder,seed = Path(sys.argv[1]),sys.argv[2]
     for name in sys.argv[3:] or SCRIPTS:
         begun = time.time()
-        report = torture(SCRIPTS[name], folder/name, random.Random(f'{seed} {name}'), dict(fine_tuned=6, workers=3, distilled=6).get(name, 4))
+        if sys.argv[2]=='every': report = at_every_write(SCRIPTS[name], folder/name)
+        else: report = torture(SCRIPTS[name], folder/name, random.Random(f'{seed} {name}'), dict(fine_tuned=6, workers=3, distilled=6).get(name, 4))
         print(json.dumps(dict(script=name, took=round(time.time()-begun, 1), **report)), flush=True)

@@ -39,6 +39,7 @@ from kdmed.distill.features import AttentionKD, ChannelKD, FeatureKD, Relational
 from kdmed.distill.fit import DistillCallback
 from kdmed.distill.logit_losses import bernoulli_soft_target_loss, decoupled_loss, soft_target_loss
 from kdmed.distill.teacher import MeanTeacher, Teacher
+from kdmed.train.resume import Resume
 
 pytestmark = pytest.mark.filterwarnings('ignore:the teacher is no better', 'ignore:.*lr_scheduler', 'ignore::DeprecationWarning', 'ignore:You are shadowing', 'ignore:load_learner', 'ignore:Saved file')
 
@@ -759,6 +760,21 @@ def test_an_interrupted_fit_can_be_exported(tissue, tmp_path):
     with pytest.raises(KeyboardInterrupt): quietly(learn)
     learn.export('learner.pkl')
     assert (tmp_path/'learner.pkl').stat().st_size < 80_000
+
+
+@pytest.mark.parametrize('event, order', [('after_epoch', 1001), ('after_fit', -2000), ('after_fit', 999)])
+def test_a_fit_stopped_between_its_last_epoch_and_its_end(event, order, tmp_path):
+    "No batch is left to train then, and what the end saves must be loaded by the next start"
+    def start(stopped=False):
+        stop = Callback()
+        def interrupt():
+            if learn.epoch==1: raise KeyboardInterrupt
+        if stopped: setattr(stop, event, interrupt); stop.order = order
+        learn = learner([FeatureKD(cnn(8, seed=1), PAIRS), LogitKD(MeanTeacher()), Resume(tmp_path/'run'), stop])
+        return quietly(learn, 2)
+    with pytest.raises(KeyboardInterrupt): start(stopped=True)
+    ended,loaded = start(),start()
+    assert torch.equal(weights(ended.model), weights(loaded.model))
 
 
 def test_a_callback_taken_away_after_an_interrupt_leaves_no_projectors():

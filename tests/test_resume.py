@@ -45,6 +45,14 @@ def test_enough_kills_of_every_kind(reports):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', ['best_of', 'distilled'])
+def test_killed_at_every_checkpoint(name, tmp_path):
+    "The moment after each, the last of a fit included, when no batch is left"
+    report, = run_helper('killed_script.py', tmp_path, 'every', name)
+    assert report['writes'] >= 10 and not report['wrong'], report
+
+
+@pytest.mark.slow
 def test_processes_that_train_together_are_killed_together(tmp_path):
     "Each gets its own random numbers back"
     report, = run_helper('killed_ranks.py', tmp_path)

@@ -564,7 +564,7 @@ class DistillFit(Callback):
     # Resuming
     def state_dict(self)->dict: # Tensors and numbers
         "What it takes to resume after an interruption: means of the epoch so far, teachers, projectors"
-        if self.pending is not None: return self.pending
+        if self.pending is not None: return self.pending | dict(in_optimizer=_has_further(self.learn)) # no batch since
         if not self.callbacks: return {}
         return dict(**self.learn.loss_terms.state_dict(), teachers=[t.state_dict() for t in self.teachers],
                     callbacks=[_state_of(cb) for cb in self.callbacks], in_optimizer=_has_further(self.learn))
