@@ -37,7 +37,7 @@ from ..core.checks import check_in, check_integer, check_number, written
 from ..core.files import check_format, write_atomic
 from ..data.images import TASKS, name_of, open_image
 from ..data.loaders import own_loader
-from .transfer import WeightsCard, head_layers, transfer_weights
+from .transfer import WeightsCard, head_layers, start_new_head, transfer_weights
 from .weights import (
     cached_weights, check_checkpoint, check_hub, few_names, file_hash, hub_file, is_hub_name, load_weights, pip_weights,
     savable_weights, save_weights)
@@ -355,9 +355,11 @@ def create_student(
     if source=='whole': load_weights(model, path, trusted, key=weights_key)
     stats = given or _stats_of(model, source, path)
     if stats: set_model_stats(model, *stats)
-    if source in ('hub', 'pip'): card = _package_card(model, name, source)
-    elif source=='start': card = _start_from(model, path, trusted, weights_key, classes, _short_source(weights, path))
-    else: return model
+    if source in ('new', 'whole'): return model
+    if source=='start': card = _start_from(model, path, trusted, weights_key, classes, _short_source(weights, path))
+    else:
+        card = _package_card(model, name, source)
+        start_new_head(model, card.new)
     _note_weights(model, card, given, stats)
     return model
 
