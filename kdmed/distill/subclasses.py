@@ -168,7 +168,8 @@ class SubclassKD(EmbeddingKD):
 
     def own_state(self): return {} if self.directions is None else dict(directions=list(self.directions))
     def load_own_state(self, state):
-        if 'directions' in state: self.directions,self._restored = tuple(state['directions']),True
+        if 'directions' not in state: return
+        self.directions,self._restored = tuple(state['directions']),not self.distill_fit.ready # or within a fit
 
 def _training_batches(dls, most, device):
     "Inputs and targets of up to `most` training images, spread over all, in their first view where views are known"
