@@ -215,6 +215,17 @@ def plan():
 
 METRICS = ['balanced_accuracy', 'macro_auroc']
 
+def histories(job):
+    "The training logs of finished teachers"
+    found = []
+    for run,_ in finished(job):
+        if run.method!='teacher': continue
+        log = pd.read_csv(job.folder(run)/'history.csv').round(4)
+        log.insert(0, 'epoch', range(1, len(log)+1))
+        log.insert(0, 'teacher', job.folder(run).parent.name)
+        found.append(log.assign(data=run.data))
+    return pd.concat(found)
+
 def finished(job):
     "All finished runs below the work folder, also those of earlier plans, with what was noted when they ended"
     for file in sorted(job.work.glob('*/*/**/run.json')):
@@ -267,7 +278,8 @@ def _compared(job, kind, pairs):
 
 def collect(job, folder=ROOT/'results'/'evidence'):
     folder.mkdir(parents=True, exist_ok=True)
-    for name,table in (('fits', fits_table(job)), ('compared', comparisons(job))):
+    tables = dict(fits=fits_table(job), compared=comparisons(job), histories=histories(job))
+    for name,table in tables.items():
         write_atomic(folder/f'{name}.csv', table.to_csv(index=False))
         print(f'{name}.csv: {len(table)} rows')
 
