@@ -255,7 +255,7 @@ def _train(o, work, dls, files):
 # %% ../../nbs/cli/05_commands.ipynb #9dfa07e1
 def _save_bundle(work, student, dls):
     "The student with its card and report; calibrated, if the validation images allow it"
-    how = dict(folder=work/BUNDLE_FOLDER, valid=dls.valid, report=work, force=True)
+    how = dict(folder=work/BUNDLE_FOLDER, valid=dls.valid, test=dls.test, report=work, force=True)
     try: save_bundle(student, **how)
     except ValueError as e:
         save_bundle(student, calibrate=False, **how)
