@@ -125,6 +125,7 @@ def _check(path:Annotated[Optional[str], _PATH]=None, /, *, data:DataOptions=Dat
         raise ValueError(f'the data are given twice, as {path} and as --data {data.data}; give them once')
     return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
 
+# %% ../../nbs/cli/10_app.ipynb #413525f3
 def _export(path:Annotated[str, _STUDENT], /, *, export:ExportOptions=ExportOptions(), force:_REPLACE=False):
     """Make a file or folder to hand on of a student that kdmed distill has trained
 

@@ -277,6 +277,7 @@ def _save_run(work, comparison, models, o, dls, seconds):
     shutil.rmtree(work/FOUNDATION_FOLDER, ignore_errors=True)
     if work.name==NEW: write_atomic(work/COMPLETE, json.dumps([f for f in RUN_FILES if (work/f).exists()]))
 
+# %% ../../nbs/cli/05_commands.ipynb #7f4842bb
 def _print_study(sentences, table):
     "Conclusions as a list, and a table"
     print('\n' + '\n'.join(f'- {s}' for s in sentences) + f'\n\n{markdown_table(table)}')

@@ -287,6 +287,7 @@ class SearchOptions:
     space:_several(SEARCH, 'what to choose from, as NAME=VALUE,VALUE: method, temperature, weight, label_weight, lr, '
                    'epochs; the rest has defaults around --lr, --epochs and the methods\' own') = None
 
+# %% ../../nbs/cli/00_options.ipynb #c6e65c1f
 @Parameter(name='*')
 @dataclass(kw_only=True)
 class ExportOptions:

@@ -101,6 +101,7 @@ class Counted:
     def __exit__(self, *error):
         if self.bar is not None: self.bar.stop()
 
+# %% ../../nbs/cli/07_ship.ipynb #a4d7ac29
 def _how(o):
     "Further arguments of a prediction"
     made = dict(bs=o['bs'], device=None)

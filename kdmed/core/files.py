@@ -121,6 +121,7 @@ def check_new_folder(
         raise PermissionError(f'{what} {folder} cannot be made: files cannot be written to {folder.parent}')
     return folder
 
+# %% ../../nbs/core/10_files.ipynb #038acead
 @contextmanager
 def new_folder(
     folder,           # Folder to make

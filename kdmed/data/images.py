@@ -502,6 +502,7 @@ def _preprocessed(pixels, function):
     got = f'{result.dtype} {result.shape}' if is_array else type(result).__name__
     raise TypeError(f'preprocessing {function!r} must give a uint8 array [H, W, 3], got {got}')
 
+# %% ../../nbs/data/10_images.ipynb #f4083750
 def open_rgb(
     image,         # Path, `WindowedImage`, uint8 array [H, W] or [H, W, 3], or PIL image
     # Side to resize to, in pixels (the whole image is kept, squeezed if it is not square); default: no resizing

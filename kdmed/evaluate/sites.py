@@ -56,6 +56,7 @@ def _mean_gap(gaps, known, codes, draws, level):
     low,high = np.nanquantile(drawn, percentile_pair(level)) if np.isfinite(drawn).any() else (np.nan, np.nan)
     return dict(value=total.sum()/m.sum() if m.sum() else np.nan, low=low, high=high, of=int(m.sum()))
 
+# %% ../../nbs/evaluate/48_sites.ipynb #d41a00b1
 # Long because: one row after the other of a table
 def site_figures(
     probs,        # Calibrated probabilities [N, C]

@@ -133,6 +133,7 @@ def _count_notes(made, unlabeled, bundle, before):
                                     'thresholds, so what shifted is not known: save it with test=.')
     return notes
 
+# %% ../../nbs/ship/22_new_site.ipynb #9e967794
 # Long because: its arguments, each with what it decides
 def evaluate_bundle(
     bundle,         # `Bundle`, its folder, or that of a `kdmed distill` run

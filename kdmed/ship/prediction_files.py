@@ -49,6 +49,7 @@ def _class_columns(table, classes, path):
     raise ValueError(f'{path} has no columns of probabilities: expected probability_CLASS or logit_CLASS for each '
                      f'class, got {list(table.columns)}')
 
+# %% ../../nbs/ship/21_prediction_files.ipynb #857b6d2b
 def _numbers(table, columns, path):
     "Columns as numbers, NaN where a cell is empty; an error names the image"
     frame = table[list(columns.values())].set_axis(list(columns), axis=1).set_axis(table.image)
@@ -109,6 +110,7 @@ def _same_texts(files, name, what):
         first = first.where(first!='', texts)
     return first
 
+# %% ../../nbs/ship/21_prediction_files.ipynb #eacde4d7
 def _settle_task(task, classes, labels):
     "The task: as given, or several findings if a label joins them, else classes"
     if task not in (None, 'auto'):
@@ -181,6 +183,7 @@ def _named_files(files):
     if not files: raise ValueError('files must name at least one file of predictions')
     return {n: list(f) if isinstance(f, (list, tuple)) else [f] for n,f in files.items()}
 
+# %% ../../nbs/ship/21_prediction_files.ipynb #7b699f43
 # Long because: its arguments, each with what it decides
 def compare_prediction_files(
     files,          # {name of the model: CSV file, or a list of them, one for each seed}; or files, named by themselves
