@@ -416,8 +416,8 @@ def test_a_site_is_evaluated(place, bundle, capsys):
 def test_a_site_of_one_class(bundle):
     "Sensitivity and prevalence are known, specificity is not"
     made = synthetic_table(30, classes=CLASSES, size=32, seed=3)
-    table = image_table(list(made.image[made.label=='malignant']), 'malignant', classes=CLASSES,
-                        groups=list(made.group[made.label=='malignant']), task='binary')
+    made = made[made.label=='malignant']
+    table = image_table(made.image, made.label, made.group, CLASSES, 'binary')
     site = evaluate_bundle(bundle, table, n_boot=20)
     assert site.figures.value['prevalence/malignant']==1 and np.isnan(site.figures.value['specificity/malignant'])
 

@@ -317,7 +317,7 @@ class ReportOptions:
     reference:_text(RUNNING, 'the model that the others are compared with [default: plain, or else the first]') = None
     seed:_whole(RUNNING, 'seed of the bootstrap') = 0
 
-OUT = Parameter(name='--out', help='folder of the run: student, report, metrics, log, settings', group=RUNNING)
+OUT = Parameter(name='--out', help='folder of the run: student, bundle, report, metrics, log, settings', group=RUNNING)
 FORCE = Parameter(name='--force', help='replace the run in the folder, once the new one is finished',
                   group=RUNNING, negative=())
 
