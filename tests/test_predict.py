@@ -28,6 +28,13 @@ CLASSES = ['benign', 'malignant']
 GROUPS = '--group-pattern',r'(\d+)_'
 
 
+def tissue(n, size, seed):
+    "Synthetic images of two classes"
+    made = synthetic_table(n, classes=2, size=size, seed=seed)
+    made['label'],made.attrs['classes'] = made.label.map(dict(zip(made.attrs['classes'], CLASSES))),CLASSES
+    return made
+
+
 def by_hand(path, classes=CLASSES, **changes):
     "An ONNX file of three nodes, without PyTorch: the logit is the mean of red minus that of green"
     from onnx import TensorProto, helper, numpy_helper
@@ -55,7 +62,7 @@ def by_hand(path, classes=CLASSES, **changes):
 def bundle(tmp_path_factory):
     torch.manual_seed(0)
     student = set_model_stats(create_student('test_resnet', CLASSES, 32, 'binary').eval(), .5, .2)
-    table = split_groups(synthetic_table(160, classes=CLASSES, size=32, seed=2), sizes=(.2, .4, .4))
+    table = split_groups(tissue(160, 32, 2), sizes=(.2, .4, .4))
     dls = image_dls(table, 32, bs=32)
     return save_bundle(student, tmp_path_factory.mktemp('bundles')/'bundle', valid=dls.valid, test=dls.test)
 
@@ -63,7 +70,7 @@ def bundle(tmp_path_factory):
 @pytest.fixture
 def place(tmp_path):
     "Images of two classes, in folders and as lists, and an ONNX file"
-    made = synthetic_table(12, classes=CLASSES, size=24, seed=1)
+    made = tissue(12, 24, 1)
     for i,r in enumerate(made.itertuples()):
         (tmp_path/'images'/r.label).mkdir(parents=True, exist_ok=True)
         Image.fromarray(r.image).save(tmp_path/'images'/r.label/f'{r.group.split()[1]}_{i}.png')
@@ -415,7 +422,7 @@ def test_a_site_is_evaluated(place, bundle, capsys):
 
 def test_a_site_of_one_class(bundle):
     "Sensitivity and prevalence are known, specificity is not"
-    made = synthetic_table(30, classes=CLASSES, size=32, seed=3)
+    made = tissue(30, 32, 3)
     made = made[made.label=='malignant']
     table = image_table(made.image, made.label, made.group, CLASSES, 'binary')
     site = evaluate_bundle(bundle, table, n_boot=20)
@@ -426,7 +433,7 @@ def test_a_site_of_one_class(bundle):
 
 @pytest.mark.slow(60)
 def test_from_a_run_to_another_site(place, capsys):
-    made = synthetic_table(120, classes=CLASSES, size=32, seed=1)
+    made = tissue(120, 32, 1)
     for i,r in enumerate(made.itertuples()):
         (place/'training'/r.label).mkdir(parents=True, exist_ok=True)
         Image.fromarray(r.image).save(place/'training'/r.label/f'{r.group.split()[1]}_{i}.png')
