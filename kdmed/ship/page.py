@@ -37,19 +37,21 @@ class Runtime(NamedTuple):
 # %% ../../nbs/ship/15_page.ipynb #shp00012
 def _with_npm(folder):
     "The file that npm packs, in a folder"
-    name,way_out = f'onnxruntime-web@{RUNTIME_VERSION}',f'or pass {written("runtime", ...)}: the folder ' \
-        f'node_modules/onnxruntime-web, or the file that `npm pack onnxruntime-web@{RUNTIME_VERSION}` makes elsewhere'
+    name = f'onnxruntime-web@{RUNTIME_VERSION}'
+    way_out = (f'or pass {written("runtime", ...)}: the folder node_modules/onnxruntime-web, or the file that '
+               f'`npm pack {name}` makes elsewhere')
     npm = shutil.which('npm')
     if npm is None:
         raise FileNotFoundError(f'a page contains {name}, which npm would fetch, and npm is not installed: install '
                                 f'Node.js (https://nodejs.org), {way_out}')
-    command = [npm, 'pack', name, '--prefer-offline', '--silent', '--pack-destination', str(folder)]
+    command = [npm, 'pack', name, '--prefer-offline', '--loglevel=error', '--pack-destination', str(folder)]
     try: done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired as e:
         raise TimeoutError(f'npm did not fetch {name} within ten minutes; try again, {way_out}') from e
     packed = list(Path(folder).glob('*.tgz'))
     if not done.returncode and packed: return packed[0]
-    why = ' '.join((done.stderr or done.stdout).split())[:300] or f'exit status {done.returncode}'
+    said = [line.removeprefix('npm error').strip() for line in done.stderr.splitlines() if 'complete log' not in line]
+    why = '; '.join(filter(None, said))[:300] or f'exit status {done.returncode}'
     raise OSError(f'npm could not fetch {name} ({why}): check the network, {way_out}')
 
 def _read_files(path):
@@ -192,7 +194,8 @@ select {font: inherit; max-width: 100%; padding: .3rem; color: inherit; backgrou
 .fill {position: absolute; inset: 0 auto 0 0; border-radius: 4px; background: var(--blue);}
 .above .fill {background: var(--warm);} .above .number {font-weight: 650;}
 .cut {position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--text);}
-.map {display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; margin: .6rem 0 0;}
+.explain {display: flex; flex-wrap: wrap; gap: .3rem .6rem; align-items: center; font-size: .9rem;}
+.explain button {margin: 0;} .explain label {min-width: 0;} .map {display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; margin: .6rem 0 0;}
 .map canvas {width: 100%; height: auto; border-radius: 4px; background: #000;}
 .scale {height: 8px; border-radius: 4px; background: linear-gradient(90deg,
  #440154, #472d7b, #3b528b, #2c728e, #21918c, #28ae80, #5ec962, #addc30, #fde725);}
@@ -215,7 +218,8 @@ footer {border-top: 1px solid var(--thin); margin-top: 2rem; padding-top: .6rem;
 _BODY = '''
 <div class="page">
 <header><h1>{title}</h1>
-<p class="warning"><strong>{disclaimer}</strong> It must not decide about a patient.</p>{use}
+<p class="warning"><strong>{disclaimer}</strong> It must not decide about a patient.</p>
+<p>Decision: {decision}.</p>{use}
 <p class="quiet">Images stay on this computer: the page is complete, makes no connection, and works without a
 network.</p></header>
 <noscript><p class="error">This page needs JavaScript, which is switched off here.</p></noscript>
@@ -267,7 +271,8 @@ function el(tag, options={}, ...children) { // texts among the children are text
 
 async function unpack(id) { // bytes of an element that holds base64 of gzip; the element goes
   const text = $(id).textContent, parts = []
-  for (let i = 0; i < text.length; i += 2**18) parts.push(Uint8Array.from(atob(text.slice(i, i+2**18)), c => c.charCodeAt(0)))
+  for (let i = 0; i < text.length; i += 2**18)
+    parts.push(Uint8Array.from(atob(text.slice(i, i+2**18)), c => c.charCodeAt(0)))
   $(id).remove()
   const stream = new Blob(parts).stream().pipeThrough(new DecompressionStream('gzip'))
   return new Uint8Array(await new Response(stream).arrayBuffer())
@@ -355,10 +360,11 @@ function rgbOf(context, width, height) { // Uint8Array [height, width, 3]
 }
 
 async function decode(file) { // an ImageBitmap
+  if (file.size > about.mostBytes) refuse(`it has ${Math.round(file.size/1e6)} MB, too many for an image`)
   const [width, height] = sizeOf(new Uint8Array(await file.arrayBuffer().catch(() => refuse('it cannot be opened'))))
   if (!(width > 0 && height > 0)) refuse('it is damaged: it states no size')
   if (width*height > about.mostPixels)
-    refuse(`it has ${width} × ${height} pixels; this page reads up to ${about.mostPixels/1e6} million: make it smaller`)
+    refuse(`it has ${width} × ${height} pixels; up to ${about.mostPixels/1e6} million can be read: make it smaller`)
   const options = {colorSpaceConversion: 'none', premultiplyAlpha: 'none', imageOrientation: 'from-image'}
   return createImageBitmap(file, options).catch(() => refuse('the browser cannot decode it; it may be damaged'))
 }
@@ -403,8 +409,8 @@ async function checkItself() { // a made-up image, through a canvas and the mode
   context.putImageData(image, 0, 0)
   const data = rgbOf(context, width, height)
   for (let i = 0; i < data.length; i++) if (data[i] !== image.data[4*Math.floor(i/3)+i%3])
-    throw new Error('this browser changes the pixels that a page reads, as a protection from recognition, and results ' +
-                    'would be wrong; switch that off for this page, or use another browser')
+    throw new Error('this browser changes the pixels that a page reads, as a protection from recognition, and ' +
+                    'results would be wrong; switch that off for this page, or use another browser')
   const found = (await run(data, 1, height, width)).probabilities.data
   const gap = Math.max(...about.trialProbabilities.map((p, i) => Math.abs(p-found[i])))
   if (!(gap < 1e-3)) throw new Error(`this browser does not compute what the model does elsewhere (difference ${gap})`)
@@ -442,7 +448,8 @@ _RESULTS = r'''
 const results = []
 
 function scoreOf(i, p, {above, best}) { // a class with its probability, and its threshold if it has one
-  const cut = about.cuts[i], line = el('li', {className: above[i] && (about.task !== 'binary' || i === 1) ? 'above' : ''})
+  const cut = about.cuts[i], marked = above[i] && (about.task !== 'binary' || i === 1)
+  const line = el('li', {className: marked ? 'above' : ''})
   const fill = el('div', {className: 'fill'}), track = el('div', {className: 'track'}, fill)
   track.setAttribute('aria-hidden', 'true')
   fill.style.width = `${100*p[i]}%`
@@ -466,10 +473,10 @@ function scoresOf(p, decision) { // a list; of many classes the likeliest, and a
   return [each(top), el('details', {}, el('summary', {}, `All ${order.length} classes`), each(order))]
 }
 
-function headline({label, best}, p) {
-  if (about.task !== 'multilabel') return label
-  const found = label.split('|').filter(c => c && c[0] !== '?')
-  return found.length ? found.join(', ') : 'no finding above its threshold'
+function namesOf({label, above}) { // what an image shows
+  if (about.task !== 'multilabel') return [label]
+  const found = about.classes.filter((_, i) => above[i])
+  return found.length ? found : ['no finding above its threshold']
 }
 
 function addCard(result) {
@@ -483,7 +490,7 @@ function addCard(result) {
   thumb.className = 'thumb'
   thumb.setAttribute('role', 'img')
   thumb.setAttribute('aria-label', `The image ${result.name}, small`)
-  const text = el('div', {}, head, el('p', {className: 'label'}, headline(decision, p)),
+  const text = el('div', {}, head, el('p', {className: 'label'}, namesOf(decision).join(', ')),
                   el('p', {className: 'quiet small'}, `${size} pixels`))
   const card = el('li', {className: decision.positive ? 'card positive' : 'card'},
                   el('div', {className: 'top'}, thumb, text), ...scoresOf(p, decision), explainer(result))
@@ -491,7 +498,8 @@ function addCard(result) {
 }
 
 function cellsOf(r) { // texts, then numbers
-  return [r.name, r.error ? '' : r.decision.label, ...about.classes.map((_, i) => r.error ? '' : r.p[i].toFixed(6)), r.error ?? '']
+  const numbers = about.classes.map((_, i) => r.error ? '' : r.p[i].toFixed(6))
+  return [r.name, r.error ? '' : r.decision.label, ...numbers, r.error ?? '']
 }
 const columns = ['image', 'label', ...about.classes, 'not read because', 'model']
 for (const c of columns.slice(0, -1)) $('columns').append(el('th', {scope: 'col'}, c))
@@ -502,9 +510,15 @@ function addRow(result) {
 }
 
 const harmless = text => /^[\s]*[=+\-@\t\r]/.test(text) ? `'${text}` : text
-const table = () => [columns, ...results.map(r => [...cellsOf(r), about.sha256.slice(0, 12)])].map(row => row.map(harmless))
-const csv = () => table().map(row => row.map(c => /[",;\r\n\t']/.test(c) ? `"${c.replaceAll('"', '""')}"` : c).join(',')).join('\r\n')+'\r\n'
-const tsv = () => table().map(row => row.map(c => c.replace(/[\t\r\n]+/g, ' ')).join('\t')).join('\n')+'\n'
+const quoted = text => /[",;\r\n\t']/.test(text) ? `"${text.replaceAll('"', '""')}"` : text
+const onOneLine = text => text.replace(/[\t\r\n]+/g, ' ')
+
+function table() { // texts, header first; each row says which model it is from
+  const rows = results.map(r => [...cellsOf(r), about.sha256.slice(0, 12)])
+  return [columns, ...rows].map(row => row.map(harmless))
+}
+const csv = () => table().map(row => row.map(quoted).join(',')+'\r\n').join('')
+const tsv = () => table().map(row => row.map(onOneLine).join('\t')+'\n').join('')
 
 function saveCsv() {
   const url = URL.createObjectURL(new Blob(['\ufeff', csv()], {type: 'text/csv;charset=utf-8'}))
@@ -531,8 +545,8 @@ async function copyTable() {
 # %% ../../nbs/ship/15_page.ipynb #shp00051
 # Long because: one subject, the map of an image
 _MAPS = r'''
-const VIRIDIS = [[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140], [40, 174, 128], [94, 201, 98],
-                 [173, 220, 48], [253, 231, 37]]
+const VIRIDIS = [[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140], [40, 174, 128],
+                 [94, 201, 98], [173, 220, 48], [253, 231, 37]]
 const logOdds = p => Math.log(p/(1-p))
 
 function evidence(z, k) { // log odds of class k from the logits of one image
@@ -573,7 +587,8 @@ async function occlude(file, k, onStep) { // {pixels, side, heat, strongest, bef
     part.forEach(([x, y], j) => {
       const drop = whole-values[j][0]
       if (drop > strongest.drop) strongest = {drop, x, y, patch, after: values[j][1]}
-      for (let r = y; r < y+patch; r++) for (let q = r*side+x; q < r*side+x+patch; q++) { heat[q] += drop; times[q] += 1 }
+      for (let r = y; r < y+patch; r++)
+        for (let q = r*side+x; q < r*side+x+patch; q++) { heat[q] += drop; times[q] += 1 }
     })
     if (onStep(Math.min(1, (i+8)/places.length)) === false) return null
     await pause()
@@ -582,11 +597,12 @@ async function occlude(file, k, onStep) { // {pixels, side, heat, strongest, bef
   return {pixels: data, side, heat, strongest, before}
 }
 
-function paint({pixels, side, heat, strongest}, colored) { // the image; or gray under its map, with the strongest square
+function paint({pixels, side, heat, strongest}, colored) { // the image, or gray under its map
   const [canvas, context] = canvasOf(side, side), image = context.createImageData(side, side)
-  const most = Math.max(...[heat.reduce((a, b) => Math.max(a, b), 0), 1e-9])
+  const most = heat.reduce((a, b) => Math.max(a, b), 1e-9)
   for (let i = 0; i < side*side; i++) {
-    const gray = .299*pixels[3*i]+.587*pixels[3*i+1]+.114*pixels[3*i+2], at = 8*heat[i]/most, low = Math.min(7, Math.floor(at))
+    const gray = .299*pixels[3*i]+.587*pixels[3*i+1]+.114*pixels[3*i+2]
+    const at = 8*heat[i]/most, low = Math.min(7, Math.floor(at))
     for (let c = 0; c < 3; c++) {
       const color = VIRIDIS[low][c]+(at-low)*(VIRIDIS[low+1][c]-VIRIDIS[low][c])
       image.data[4*i+c] = colored ? .55*gray+.45*color : pixels[3*i+c]
@@ -612,11 +628,13 @@ function showMap(figure, map, name) {
   const row = ['top', 'middle', 'bottom'][Math.min(2, Math.floor(3*(strongest.y+strongest.patch/2)/map.side))]
   plain.setAttribute('aria-label', 'The image as the model sees it, a square')
   colored.setAttribute('aria-label', `Map of what matters for ${name}; strongest at ${row} ${place}`)
-  const words = strongest.drop > .05 ? `Covering the outlined square (${row} ${place}) lowers the probability of ${name} from ` +
-    `${shown(before)} to ${shown(strongest.after)}.` : `Covering no single part makes ${name} less likely.`
+  const effect = `Covering the outlined square (${row} ${place}) lowers the probability of ${name} from ` +
+    `${shown(before)} to ${shown(strongest.after)}.`
+  const words = strongest.drop > .05 ? effect : `Covering no single part makes ${name} less likely.`
+  const caution = ' The map shows where the model is sensitive, not whether it is right.'
   const ends = el('div', {className: 'ends quiet small'}, el('span', {}, 'no effect'), el('span', {}, 'strongest'))
   figure.replaceChildren(el('div', {className: 'map'}, plain, colored), el('div', {className: 'scale'}), ends,
-    el('figcaption', {className: 'small'}, words, ' The map shows where the model is sensitive, not whether it is right.'))
+    el('figcaption', {className: 'small'}, words, caution))
   Object.assign(figure.dataset, {x: strongest.x, y: strongest.y, patch: strongest.patch, side: map.side})
   figure.hidden = false
   say(words)
@@ -633,7 +651,8 @@ function explainer(result) { // a choice of a class, a button, and room for the 
     busy = true
     halted = false
     try {
-      const k = +choice.value, step = share => { button.textContent = `Stop (${Math.round(100*share)} %)`; return !halted }
+      const k = +choice.value
+      const step = share => { button.textContent = `Stop (${Math.round(100*share)} %)`; return !halted }
       step(0)
       const map = await occlude(file, k, step)
       if (map) showMap(figure, map, about.classes[k]); else say('The map was stopped.')
@@ -641,7 +660,7 @@ function explainer(result) { // a choice of a class, a button, and room for the 
     busy = false
     button.textContent = 'Show what matters'
   }
-  return el('div', {}, el('label', {className: 'small'}, 'for ', choice), ' ', button, figure)
+  return el('div', {}, el('div', {className: 'explain'}, button, el('label', {}, 'for ', choice)), figure)
 }
 '''
 
@@ -649,16 +668,17 @@ function explainer(result) { // a choice of a class, a button, and room for the 
 # Long because: one subject, the way of the files
 _FLOW = r'''
 const queue = []
-let total = 0, working = false, stopped = false, ready = start()
+let total = 0, round = 0, working = false, stopped = false, ready = start()
 
 async function handle({file, name}) {
-  const result = {file, name}
+  const result = {file, name}, begun = round
   try {
     const {data, width, height, thumb, size} = await pixelsOf(file)
     const p = Array.from((await run(data, 1, height, width)).probabilities.data)
     if (!p.every(Number.isFinite)) refuse('the model gives no finite probabilities for it')
     Object.assign(result, {p, decision: decide(p), thumb, size})
   } catch (e) { result.error = e instanceof Unreadable ? e.message : `it could not be computed (${e.message ?? e})` }
+  if (begun !== round) return // the page was cleared meanwhile
   results.push(result)
   addCard(result)
   addRow(result)
@@ -666,10 +686,10 @@ async function handle({file, name}) {
 
 function summary() {
   const good = results.filter(r => !r.error), bad = results.length-good.length, counts = new Map()
-  for (const r of good) for (const c of (r.decision.label || 'no finding').split(about.task === 'multilabel' ? '|' : '\0'))
-    if (c[0] !== '?' || about.task !== 'multilabel') counts.set(c, (counts.get(c) ?? 0)+1)
-  const found = [...counts].map(([c, n]) => `${n} ${c}`).join(', ')
-  return `${results.length} of ${total} ${total === 1 ? 'image' : 'images'}: ${found || 'no result'}${bad ? `, ${bad} not read` : ''}.`
+  for (const r of good) for (const name of namesOf(r.decision)) counts.set(name, (counts.get(name) ?? 0)+1)
+  const found = [...counts].map(([name, n]) => `${n} ${name}`)
+  if (bad) found.push(`${bad} not read`)
+  return `${results.length} of ${total} ${total === 1 ? 'image' : 'images'}: ${found.join(', ')}.`
 }
 
 function show() {
@@ -749,6 +769,7 @@ $('save').onclick = saveCsv
 $('copy').onclick = copyTable
 $('clear').onclick = () => {
   results.length = queue.length = total = 0
+  round += 1
   $('cards').replaceChildren()
   $('rows').replaceChildren()
   $('results').hidden = true
@@ -787,7 +808,9 @@ def _decision_fact(model):
     if model.task=='multiclass': return 'the class with the highest probability'
     def each(c, cut): return f'{c}: not decided' if cut is None else f'{c}: above {cut:.4g}'
     pairs = list(zip(model.classes, _cuts(model)))
-    if model.task=='binary': return f'{each(*pairs[1])}; otherwise {model.classes[0]}'
+    if model.task=='binary':
+        return f'{model.classes[1]}, the positive class, if its probability is above {pairs[1][1]:.4g}; otherwise ' \
+               f'{model.classes[0]}'
     return '; '.join(each(*p) for p in pairs)
 
 def _facts(model, data, runtime, bundle):
@@ -812,11 +835,15 @@ def _reading(model):
             'multiclass': 'The class in large letters is the one with the highest probability.',
             'multilabel': 'Each finding is decided by its own threshold, the line on its bar. Probabilities need not '
                           'add up to 1.'}[model.task]
-    texts = [rule, 'Probabilities were calibrated on images like those the model was trained on. For images of another '
-             'device, site or population they may be wrong, and the page cannot notice.',
+    calibrated = model.temperature!=1 or model.thresholds
+    first = ('Probabilities were calibrated on validation images, like those the model was trained on.' if calibrated
+             else 'Probabilities were not calibrated.')
+    texts = [rule, f'{first} For images of another device, site or population they may be wrong, and the page cannot '
+             'notice.',
              'The whole image is used, squeezed to a square. Show the model what it was trained on: the same kind of '
              'image, cropped and windowed alike.',
-             'A JPEG image is decoded by the browser; its gray levels may differ slightly from those of other programs.']
+             'A JPEG image is decoded by the browser: its gray levels may differ slightly from those of other '
+             'programs.']
     return ''.join(f'<p>{html.escape(t)}</p>' for t in texts)
 
 def _default_title(model):
@@ -828,6 +855,7 @@ def _default_title(model):
 # %% ../../nbs/ship/15_page.ipynb #shp00062
 MOST_PIXELS = 25_000_000      # of an image; one of 25 million takes some 0.8 GB while it is read
 MOST_MODEL_BYTES = 150_000_000 # of an ONNX file in a page
+_MOST_IMAGE_BYTES = 300_000_000 # of an image file
 
 def _trial(model):
     "Size of an image that Python and JavaScript make alike, and its probabilities"
@@ -839,8 +867,9 @@ def _trial(model):
 def _data_for_script(model, data):
     "What the program has to know"
     size,probabilities = _trial(model)
-    return dict(classes=model.classes, task=model.task, cuts=_cuts(model), size=model.size, mostPixels=MOST_PIXELS,
-                sha256=hashlib.sha256(data).hexdigest(), trialSize=size, trialProbabilities=probabilities)
+    return dict(classes=model.classes, task=model.task, cuts=_cuts(model), size=model.size,
+                mostPixels=MOST_PIXELS, mostBytes=_MOST_IMAGE_BYTES, sha256=hashlib.sha256(data).hexdigest(),
+                trialSize=size, trialProbabilities=probabilities)
 
 def _page(model, data, runtime, title, bundle):
     "The whole page, as text"
@@ -849,14 +878,16 @@ def _page(model, data, runtime, title, bundle):
     def item(k, v): return f'<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>'
     use = bundle.get('intended_use')
     body = _BODY.format(
-        title=html.escape(title), disclaimer=DISCLAIMER, most=f'{MOST_PIXELS/1e6:g}', reading=_reading(model),
+        title=html.escape(title), disclaimer=DISCLAIMER, decision=html.escape(_decision_fact(model)),
+        most=f'{MOST_PIXELS/1e6:g}', reading=_reading(model),
         use=f'<p>Intended use: {html.escape(use)}</p>' if use else '', kdmed=__version__,
         facts=''.join(item(k, v) for k,v in _facts(model, data, runtime, bundle).items()),
         licence=html.escape(_LICENCE.format(version=runtime.version)), runtime=html.escape(runtime.version))
     return '\n'.join([
         '<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(_STYLE, runtime.program, program)}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="referrer" content="no-referrer">',
         f'<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{body}',
         f'<script type="application/json" id="about">{_json_data(_data_for_script(model, data))}</script>',
         f'<script type="application/octet-stream" id="model">{_packed_data(data)}</script>',
@@ -888,9 +919,9 @@ def _check_model(model, data):
         raise ValueError(f'the model has {len(data)/1e6:,.0f} MB, a page holds up to {MOST_MODEL_BYTES/1e6:.0f} MB, '
                          'since a browser keeps several copies of it in memory: use a smaller student')
     if model.properties['preprocess']:
-        raise ValueError(f"the student was trained on images that had gone through "
-                         f"{', '.join(model.properties['preprocess'])}, which a page cannot do: use kdmed, or a student "
-                         'trained without')
+        steps = ', '.join(model.properties['preprocess'])
+        raise ValueError(f'the student was trained on images that had gone through {steps}, which a page cannot do: '
+                         'predict with kdmed, or train a student without')
 
 def export_page(
     source,           # ONNX file of `export_onnx`; or a bundle, its folder, or what else `export_onnx` takes
