@@ -23,14 +23,14 @@ from torch import nn
 
 from ..core.basics import input_channels, model_spec, unwrap
 from ..core.checks import TASKS, check_in, check_integer, check_number, written
-from ..core.files import check_format, check_room, is_writable, write_atomic
+from ..core.files import check_format, check_new_file, check_room, write_atomic
 from ..data.images import name_of, open_image
 from ..models.create import (
     OUTPUT_KINDS, as_images, check_calibration, check_preprocess, check_stats, class_probabilities, decide_labels,
     load_student, luminance, n_outputs, normalization_of, output_names, read_settings)
 from ..models.exits import ExitModel
 from ..models.weights import check_finite
-from .bundle import Bundle, check_same_classes, load_bundle
+from .bundle import Bundle, bundle_folder, check_same_classes, load_bundle
 
 # %% ../../nbs/ship/05_onnx.ipynb #sho00011
 RESIZE_RULE = ('whole image to size x size, bilinear, antialiased (as Pillow, but not rounded: less than one gray '
@@ -63,6 +63,7 @@ class Deployed(nn.Module):
 def _load(student):
     "The module that is meant: itself, that of a Learner or bundle, or from a folder"
     if isinstance(student, (str, os.PathLike)):
+        student = bundle_folder(student)
         is_bundle = 'bundle' in read_settings(student)
         student = load_bundle(student) if is_bundle else load_student(student)
     return student.student if isinstance(student, Bundle) else student
@@ -191,17 +192,6 @@ def _properties(spec, deployed, exits):
         use='Research software, not a medical device.')
     return {k: v if isinstance(v, str) else json.dumps(v) for k,v in facts.items()}
 
-def _check_path(path, force):
-    "A path to write a file to; raise an error if it cannot be"
-    if not isinstance(path, (str, os.PathLike)): raise TypeError(f'path must name a file, got {path!r}')
-    path = Path(path).expanduser()
-    if path.is_dir(): raise IsADirectoryError(f'{path} is a folder; name a file in it')
-    if path.suffix.lower()!='.onnx': raise ValueError(f'path must end in .onnx, got {path.name!r}')
-    if path.exists() and not force:
-        raise FileExistsError(f'{path} exists; pass {written("force", True)} to replace it, or choose another name')
-    if not path.parent.is_dir(): raise FileNotFoundError(f'{path} cannot be written: there is no folder {path.parent}')
-    if not is_writable(path.parent): raise PermissionError(f'{path} cannot be written: its folder is read-only')
-    return path
 
 # %% ../../nbs/ship/05_onnx.ipynb #sho00027
 _MOST = 2**31-1 # bytes of an ONNX file
@@ -215,7 +205,7 @@ def export_onnx(
 )->Path: # The file
     "Write a student, from pixels to probabilities, as one ONNX file that gives PyTorch's logits, or nothing"
     onnx,_,_ = import_onnx('onnx', 'onnxscript', 'onnxruntime')
-    path,tolerance = _check_path(path, force),check_number(tolerance, 'tolerance', above=0)
+    path,tolerance = check_new_file(path, '.onnx', force),check_number(tolerance, 'tolerance', above=0)
     module,spec = _prepared(student, exits)
     deployed,names = Deployed(module, spec, exits).eval(),_output_names(spec, module, exits)
     proto = _exported(deployed, names, f"{_properties(spec, deployed, exits)['model']}")
