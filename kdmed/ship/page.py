@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.checks import written
-from ..core.files import check_room, write_atomic
+from ..core.files import check_new_file, check_room, write_atomic
 from ..models.create import read_settings
 from ..evaluate.report import DISCLAIMER
-from .onnx import OnnxModel, check_output_path, export_onnx
+from .bundle import bundle_folder
+from .onnx import OnnxModel, export_onnx
 
 # %% ../../nbs/ship/15_page.ipynb #shp00011
 RUNTIME_VERSION = '1.30.0' # of onnxruntime-web, which this was tried with
@@ -195,7 +196,8 @@ select {font: inherit; max-width: 100%; padding: .3rem; color: inherit; backgrou
 .above .fill {background: var(--warm);} .above .number {font-weight: 650;}
 .cut {position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--text);}
 .explain {display: flex; flex-wrap: wrap; gap: .3rem .6rem; align-items: center; font-size: .9rem;}
-.explain button {margin: 0;} .explain label {min-width: 0;} .map {display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; margin: .6rem 0 0;}
+.explain button {margin: 0;} .explain label {min-width: 0;}
+.map {display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; margin: .6rem 0 0;}
 .map canvas {width: 100%; height: auto; border-radius: 4px; background: #000;}
 .scale {height: 8px; border-radius: 4px; background: linear-gradient(90deg,
  #440154, #472d7b, #3b528b, #2c728e, #21918c, #28ae80, #5ec962, #addc30, #fde725);}
@@ -910,7 +912,7 @@ def _model_of(source, folder):
     "The model of a source, exported to a folder if need be; its bytes; and what its bundle says"
     is_file = isinstance(source, Path) and source.is_file()
     model = OnnxModel(source if is_file else export_onnx(source, Path(folder)/'student.onnx'))
-    bundle = read_settings(source).get('bundle', {}) if isinstance(source, Path) and not is_file else {}
+    bundle = read_settings(bundle_folder(source)).get('bundle', {}) if isinstance(source, Path) and not is_file else {}
     return model,model.path.read_bytes(),bundle
 
 def _check_model(model, data):
@@ -931,7 +933,7 @@ def export_page(
     force:bool=False, # Replace an existing file
 )->Path: # The file
     "Write one HTML file that runs a student in any browser, without installation and without network"
-    path,source = check_output_path(path, force, '.html'),_checked_source(source)
+    path,source = check_new_file(path, '.html', force),_checked_source(source)
     if not isinstance(title, str): raise TypeError(f'{written("title")} must be a text, got {title!r}')
     found = find_runtime(runtime)
     with tempfile.TemporaryDirectory(prefix='kdmed-page-') as folder:
