@@ -294,6 +294,10 @@ class ExportOptions:
     onnx:_text(RUNNING, 'ONNX file to write: from pixels to calibrated probabilities, without PyTorch; needs the extra '
                'onnx') = None
     bundle:_text(RUNNING, 'folder to copy the bundle to') = None
+    page:_text(RUNNING, 'HTML file to write: drop images on it in any browser, without installation and network; needs '
+               'the extra onnx') = None
+    runtime:_text(RUNNING, 'for --page: folder of the npm package onnxruntime-web, or the file of npm pack; default: '
+                  'fetched with npm') = None
 
 OUT = Parameter(name='--out', help='folder of the run: student, report, metrics, log, settings', group=RUNNING)
 FORCE = Parameter(name='--force', help='replace the run in the folder, once the new one is finished',
