@@ -83,7 +83,8 @@ def test_what_npm_says_is_passed_on(script, message, tmp_path, monkeypatch):
     npm.write_text(f'#!/bin/sh\n{script}\n')
     npm.chmod(npm.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
-    with pytest.raises(OSError, match=f'npm could not fetch onnxruntime-web@.*{message}.*runtime=…'): page.find_runtime()
+    with pytest.raises(OSError, match=f'npm could not fetch onnxruntime-web@.*{message}.*runtime=…'):
+        page.find_runtime()
 
 
 def test_a_package_from_npm_is_checked_too(tmp_path, monkeypatch):
@@ -304,7 +305,8 @@ class TestInABrowser:
             new Image().src = url+'image'; navigator.sendBeacon(url+'beacon', 'x')
             const s = document.createElement('script'); s.src = url+'script'; document.body.append(s)
             const f = document.createElement('iframe'); f.src = url+'frame'; document.body.append(f)
-            const l = document.createElement('link'); l.rel = 'stylesheet'; l.href = url+'style'; document.head.append(l)
+            const l = document.createElement('link'); l.rel = 'stylesheet'; l.href = url+'style'
+            document.head.append(l)
             note(fetch(url+'fetch', {mode: 'no-cors'})).then(() => setTimeout(() => done(tried), 1000))"""
         try:
             url,opened = f'http://127.0.0.1:{server.server_port}/',Opened(driver, pages['specks'])
@@ -414,7 +416,8 @@ class TestInABrowser:
                'flipped.png': (bytes(flipped), 'may be damaged'),
                'cut.jpg': (photo.getvalue()[:2000], 'cut off'), 'start.jpg': (photo.getvalue()[:9], 'damaged'),
                'huge.png': (header(60000, 60000), '60000 × 60000 pixels; up to 25 million'),
-               'scan.dcm': (bytes(128)+b'DICM'+bytes(500), 'DICOM'), 'Thumbs.db': (b'\xd0\xcf\x11\xe0'+bytes(99), 'no image')}
+               'scan.dcm': (bytes(128)+b'DICM'+bytes(500), 'DICOM'),
+               'Thumbs.db': (b'\xd0\xcf\x11\xe0'+bytes(99), 'no image')}
         for name,(data,_) in bad.items(): (tmp_path/name).write_bytes(data)
         film = dict(save_all=True, append_images=[tissue.rotate(90)])
         more = {'scan.tif': (tissue, {}, 'TIFF'), 'film.gif': (tissue, {}, 'GIF'),
@@ -424,10 +427,11 @@ class TestInABrowser:
         for name,(image,options,_) in more.items(): image.save(tmp_path/name, **options)
         opened = Opened(driver, pages['specks'])
         rows = opened.give([*sorted(tmp_path.iterdir()), pictures/'own.png'])
-        for name,(*_,why) in (bad | more).items(): assert why in rows[name][-1] and not rows[name][0], (name, rows[name])
+        for name,(*_,why) in (bad | more).items():
+            assert why in rows[name][-1] and not rows[name][0], (name, rows[name])
         assert rows['own.png'][-1]=='' and rows['own.png'][0]=='speck'
         assert len(opened.css('.card.unread'))==len(bad)+len(more) and f'{len(bad)+len(more)} not read' in opened.status
-        for name in (bad | more).keys() - {'scan.tif', 'film.gif', 'huge.png', 'scan.dcm'}: # kdmed refuses the rest, too
+        for name in (bad | more).keys() - {'scan.tif', 'film.gif', 'huge.png', 'scan.dcm'}: # those are its own
             with pytest.raises((ValueError, OSError)): open_image(tmp_path/name)
 
     def test_other_formats_and_turned_photographs(self, pages, driver, work, pictures, tmp_path):
@@ -436,7 +440,8 @@ class TestInABrowser:
         turned[0x0112] = 6
         tissue.save(tmp_path/'lossless.webp', lossless=True)
         tissue.save(tmp_path/'map.bmp')
-        for i,options in enumerate((dict(quality=95), dict(quality=60, progressive=True), dict(quality=90, subsampling=0))):
+        kinds = dict(quality=95),dict(quality=60, progressive=True),dict(quality=90, subsampling=0)
+        for i,options in enumerate(kinds):
             tissue.save(tmp_path/f'{i}.jpg', **options)
         tissue.save(tmp_path/'turned.jpg', quality=95, exif=turned)
         tissue.convert('L').save(tmp_path/'gray.jpg')
@@ -475,7 +480,8 @@ class TestInABrowser:
         opened.until(lambda: opened.status.startswith('60 of 60 images'))
         assert len(opened.rows())==60 and not opened.id('stop').is_enabled()
         opened.id('clear').click()
-        assert not opened.rows() and opened.status=='Ready.' and driver.switch_to.active_element.get_attribute('id')=='files'
+        assert not opened.rows() and opened.status=='Ready.'
+        assert driver.switch_to.active_element.get_attribute('id')=='files'
 
     def test_a_folder_is_chosen_or_dropped_with_those_inside(self, pages, driver, pictures, tmp_path):
         folder = tmp_path/'ward 5'

@@ -55,6 +55,7 @@ def _with_npm(folder):
     why = '; '.join(filter(None, said))[:300] or f'exit status {done.returncode}'
     raise OSError(f'npm could not fetch {name} ({why}): check the network, {way_out}')
 
+# %% ../../nbs/ship/15_page.ipynb #shp00112
 def _read_files(path):
     "{name: bytes} of package.json and the runtime's two files, from the folder of a package or a packed file"
     names = 'package.json',_PROGRAM,_WASM
@@ -113,6 +114,7 @@ def _as_global(program, path):
     kept = ','.join(f'{new}:{names[new]}' for new in ('InferenceSession', 'Tensor', 'env'))
     return f'{program[:found.start()]}globalThis.ort={{{kept}}};\n'
 
+# %% ../../nbs/ship/15_page.ipynb #shp00113
 def find_runtime(
     path=None, # Folder of the package onnxruntime-web, or the file of `npm pack`; default: fetched with npm
 )->Runtime:
@@ -386,6 +388,7 @@ async function pixelsOf(file, side) { // pixels, at their own size or squeezed t
 '''
 
 # %% ../../nbs/ship/15_page.ipynb #shp00047
+# Long because: one subject, the model from its start to its decisions
 _MODEL = r'''
 let session = null, last = Promise.resolve()
 
@@ -815,6 +818,7 @@ def _decision_fact(model):
                f'{model.classes[0]}'
     return '; '.join(each(*p) for p in pairs)
 
+# %% ../../nbs/ship/15_page.ipynb #shp00161
 def _facts(model, data, runtime, bundle):
     "What the page says about its model"
     p = model.properties
@@ -873,6 +877,7 @@ def _data_for_script(model, data):
                 mostPixels=MOST_PIXELS, mostBytes=_MOST_IMAGE_BYTES, sha256=hashlib.sha256(data).hexdigest(),
                 trialSize=size, trialProbabilities=probabilities)
 
+# %% ../../nbs/ship/15_page.ipynb #shp00162
 def _page(model, data, runtime, title, bundle):
     "The whole page, as text"
     from kdmed import __version__
@@ -925,6 +930,7 @@ def _check_model(model, data):
         raise ValueError(f'the student was trained on images that had gone through {steps}, which a page cannot do: '
                          'predict with kdmed, or train a student without')
 
+# %% ../../nbs/ship/15_page.ipynb #shp00163
 def export_page(
     source,           # ONNX file of `export_onnx`; or a bundle, its folder, or what else `export_onnx` takes
     path,             # File to write, `.html`
