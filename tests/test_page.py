@@ -137,7 +137,7 @@ def test_a_model_that_a_page_cannot_run_is_refused(tmp_path, five, monkeypatch):
     with pytest.raises(ValueError, match=r'had gone through CLAHE\(clip_limit=0.02\), which a page cannot do'):
         page.export_page(filtered, tmp_path/'p.html', runtime)
     monkeypatch.setattr(page, 'MOST_MODEL_BYTES', 1000)
-    with pytest.raises(ValueError, match='a page holds up to 0 MB'): page.export_page(five, tmp_path/'p.html', runtime)
+    with pytest.raises(ValueError, match='a page holds up to 0.001 MB'): page.export_page(five, tmp_path/'p.html', runtime)
     assert not (tmp_path/'p.html').exists()
 
 
@@ -178,15 +178,15 @@ def runtime(tmp_path_factory):
 
 
 class SeesSpecks(torch.nn.Module):
-    "A student made by hand: its logit is a tenth of the yellow in an image, less a start"
+    "A student made by hand: its logit grows with the yellow in an image"
     def __init__(self):
         super().__init__()
-        self.yellow,self.start = torch.nn.Conv2d(3, 1, 1),torch.nn.Parameter(torch.tensor(3.5))
+        self.yellow,self.start = torch.nn.Conv2d(3, 1, 1),torch.nn.Parameter(torch.tensor(.7))
         self.yellow.weight.data[0, :, 0, 0],self.yellow.bias.data[0] = torch.tensor([0., 1., -1.]),-1.
         self.spec = dict(model='made by hand', classes=['plain', 'speck'], size=SIZE, task='binary', mean=[.5]*3,
-                         std=[.25]*3, temperature=1.5, thresholds=dict(speck=.4))
+                         std=[.25]*3, temperature=.3, thresholds=dict(speck=.4))
 
-    def forward(self, x): return .1*self.yellow(x).relu().sum((2, 3)) - self.start
+    def forward(self, x): return .02*self.yellow(x).relu().sum((2, 3)) - self.start
 
 
 @pytest.fixture(scope='module')
@@ -248,7 +248,7 @@ class Opened:
         "Addresses that were asked for, but the page itself"
         calls = [json.loads(e['message'])['message'] for e in self.driver.get_log('performance')]
         urls = [c['params']['request']['url'] for c in calls if c['method']=='Network.requestWillBeSent']
-        return [u for u in urls if not u.startswith(('file:', 'chrome'))],sum(u.startswith('file:') for u in urls)
+        return [u for u in urls if not u.startswith(('file:', 'chrome', 'data:'))],sum(u.startswith('file:') for u in urls)
 
 
 @pytest.fixture(scope='module')
@@ -293,9 +293,11 @@ class TestInABrowser:
         hits = []
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                hits.append(self.path)
-                self.send_response(204)
+                if self.path!='/page': hits.append(self.path)
+                self.send_response(200)
+                self.send_header('Content-Type', 'text/html')
                 self.end_headers()
+                self.wfile.write(b'<!DOCTYPE html><html><head></head><body></body></html>')
             do_POST = do_GET
             def log_message(self, *args): pass
         server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
@@ -315,9 +317,7 @@ class TestInABrowser:
             opened.until(lambda: opened.css('figure .map'))
             assert opened.gone_to()==([], 1) and not driver.get_log('browser')
             assert driver.execute_async_script(attempt, url)==['refused'] and not hits
-            plain = pages['specks'].with_name('plain.html')
-            plain.write_text('<!DOCTYPE html><html><head></head><body></body></html>')
-            driver.get(plain.as_uri())
+            driver.get(f'{url}page')
             driver.execute_async_script(attempt, url)
             assert {'/image', '/script', '/fetch'} <= set(hits) # without the policy they arrive
         finally: server.shutdown()
@@ -431,7 +431,7 @@ class TestInABrowser:
             assert why in rows[name][-1] and not rows[name][0], (name, rows[name])
         assert rows['own.png'][-1]=='' and rows['own.png'][0]=='speck'
         assert len(opened.css('.card.unread'))==len(bad)+len(more) and f'{len(bad)+len(more)} not read' in opened.status
-        for name in (bad | more).keys() - {'scan.tif', 'film.gif', 'huge.png', 'scan.dcm'}: # those are its own
+        for name in (bad | more).keys() - {'scan.tif', 'film.gif', 'huge.png', 'scan.dcm', 'end.png'}: # its own
             with pytest.raises((ValueError, OSError)): open_image(tmp_path/name)
 
     def test_other_formats_and_turned_photographs(self, pages, driver, work, pictures, tmp_path):
@@ -450,7 +450,7 @@ class TestInABrowser:
         gaps = {f.name: np.abs(np.array(rows[f.name][1:-1], float)-row).max() for f,row in zip(files, expected)}
         assert max(gaps['lossless.webp'], gaps['map.bmp']) < 1e-5 and max(gaps.values()) < .02, gaps
         with Image.open(tmp_path/'turned.jpg') as raw: sideways = model.predict([np.asarray(raw)]).to_numpy()[0]
-        assert np.abs(sideways-expected[files.index(tmp_path/'turned.jpg')]).max() > .02 # so that turning matters
+        assert np.abs(sideways-expected[files.index(tmp_path/'turned.jpg')]).max() > 1e-3 # so that turning matters
 
     def test_a_map_peaks_where_the_speck_is(self, pages, driver, specks, tmp_path):
         images,places = specks[1]
@@ -466,7 +466,7 @@ class TestInABrowser:
             assert before > .4 > after
 
     def test_stop_continue_and_clear(self, pages, driver, pictures, tmp_path):
-        for i in range(60): (tmp_path/f'{i:02d}.png').write_bytes((pictures/'large.png').read_bytes())
+        for i in range(60): os.link(pictures/'large.png', tmp_path/f'{i:02d}.png')
         opened = Opened(driver, pages['three'])
         opened.id('files').send_keys('\n'.join(map(str, sorted(tmp_path.iterdir()))))
         opened.until(lambda: len(opened.rows())>1)

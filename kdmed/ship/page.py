@@ -923,7 +923,7 @@ def _model_of(source, folder):
 def _check_model(model, data):
     "Raise an error for a model that a page cannot hold, or not run as it was trained"
     if len(data) > MOST_MODEL_BYTES:
-        raise ValueError(f'the model has {len(data)/1e6:,.0f} MB, a page holds up to {MOST_MODEL_BYTES/1e6:.0f} MB, '
+        raise ValueError(f'the model has {len(data)/1e6:.3g} MB, a page holds up to {MOST_MODEL_BYTES/1e6:.3g} MB, '
                          'since a browser keeps several copies of it in memory: use a smaller student')
     if model.properties['preprocess']:
         steps = ', '.join(model.properties['preprocess'])
