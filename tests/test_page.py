@@ -137,7 +137,8 @@ def test_a_model_that_a_page_cannot_run_is_refused(tmp_path, five, monkeypatch):
     with pytest.raises(ValueError, match=r'had gone through CLAHE\(clip_limit=0.02\), which a page cannot do'):
         page.export_page(filtered, tmp_path/'p.html', runtime)
     monkeypatch.setattr(page, 'MOST_MODEL_BYTES', 1000)
-    with pytest.raises(ValueError, match='a page holds up to 0.001 MB'): page.export_page(five, tmp_path/'p.html', runtime)
+    with pytest.raises(ValueError, match='a page holds up to 0.001 MB'):
+        page.export_page(five, tmp_path/'p.html', runtime)
     assert not (tmp_path/'p.html').exists()
 
 
@@ -248,7 +249,8 @@ class Opened:
         "Addresses that were asked for, but the page itself"
         calls = [json.loads(e['message'])['message'] for e in self.driver.get_log('performance')]
         urls = [c['params']['request']['url'] for c in calls if c['method']=='Network.requestWillBeSent']
-        return [u for u in urls if not u.startswith(('file:', 'chrome', 'data:'))],sum(u.startswith('file:') for u in urls)
+        elsewhere = [u for u in urls if not u.startswith(('file:', 'chrome', 'data:'))]
+        return elsewhere,sum(u.startswith('file:') for u in urls)
 
 
 @pytest.fixture(scope='module')
