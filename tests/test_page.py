@@ -25,7 +25,8 @@ from kdmed.models import add_exits, create_student, set_model_stats
 
 pytest.importorskip('onnx')
 page = pytest.importorskip('kdmed.ship.page')
-onnx_module = pytest.importorskip('kdmed.ship.onnx')
+export_onnx = pytest.importorskip('kdmed.ship.onnx').export_onnx
+OnnxModel = pytest.importorskip('kdmed.ship.onnx_model').OnnxModel
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 
 HOSTILE = ['</script><script>document.title="broken in"</script>', '=HYPERLINK("http://127.0.0.1","x")', '@"a";b,c',
@@ -63,7 +64,7 @@ def five(work):
     model = set_model_stats(create_student('test_resnet', HOSTILE, 64, 'multilabel').eval(), .5, .2)
     model = add_exits(model, ['layer1', 'layer3']).eval()
     model.spec.update(temperature=.5, thresholds=dict(zip(HOSTILE, (.4, None, .55, .5, .9))))
-    return onnx_module.export_onnx(model, work/'five.onnx', exits=True)
+    return export_onnx(model, work/'five.onnx', exits=True)
 
 
 # -- making it
@@ -197,7 +198,7 @@ def specks(work):
     images,places = np.stack(list(synthetic_table(8, classes=2, size=SIZE, seed=2).image)),rng.integers(10, 54, (8, 2))
     y,x = np.mgrid[:SIZE, :SIZE]
     for i in range(1, 8, 2): images[i][(x-places[i, 0])**2 + (y-places[i, 1])**2 < 25] = 250,240,120
-    return onnx_module.export_onnx(SeesSpecks().eval(), work/'specks.onnx'),(images,places)
+    return export_onnx(SeesSpecks().eval(), work/'specks.onnx'),(images,places)
 
 
 @pytest.fixture(scope='module')
@@ -206,7 +207,7 @@ def three(work):
     torch.manual_seed(0)
     model = create_student('vit_tiny_patch16_224', ['a', 'b', 'c'], SIZE, depth=2, embed_dim=48, num_heads=3).eval()
     set_model_stats(model, .5, .2).head.weight.data *= 30
-    return onnx_module.export_onnx(model, work/'three.onnx')
+    return export_onnx(model, work/'three.onnx')
 
 
 @pytest.fixture(scope='module')
@@ -282,7 +283,7 @@ class TestInABrowser:
     @pytest.mark.parametrize('kind', ['specks', 'five', 'three'])
     def test_probabilities_and_decisions_are_onnxruntimes(self, kind, pages, driver, pictures, work):
         "From identical pixels: PNG files of every kind, of other sizes than the model's"
-        model,files = onnx_module.OnnxModel(work/f'{kind}.onnx', threads=1),sorted(pictures.iterdir())
+        model,files = OnnxModel(work/f'{kind}.onnx', threads=1),sorted(pictures.iterdir())
         found = Opened(driver, pages[kind]).give(files)
         expected,labels = model.predict(files, bs=1).to_numpy(),model.predict(files, 'decisions').label.tolist()
         for file,row,label in zip(files, expected, labels):
@@ -447,7 +448,7 @@ class TestInABrowser:
             tissue.save(tmp_path/f'{i}.jpg', **options)
         tissue.save(tmp_path/'turned.jpg', quality=95, exif=turned)
         tissue.convert('L').save(tmp_path/'gray.jpg')
-        model,files = onnx_module.OnnxModel(work/'three.onnx', threads=1),sorted(tmp_path.iterdir())
+        model,files = OnnxModel(work/'three.onnx', threads=1),sorted(tmp_path.iterdir())
         rows,expected = Opened(driver, pages['three']).give(files),model.predict(files, bs=1).to_numpy()
         gaps = {f.name: np.abs(np.array(rows[f.name][1:-1], float)-row).max() for f,row in zip(files, expected)}
         assert max(gaps['lossless.webp'], gaps['map.bmp']) < 1e-5 and max(gaps.values()) < .02, gaps

@@ -255,7 +255,7 @@ def _train(o, work, dls, files):
 # %% ../../nbs/cli/05_commands.ipynb #9dfa07e1
 def _save_bundle(work, student, dls):
     "The student with its card and report; calibrated, if the validation images allow it"
-    how = dict(folder=work/BUNDLE_FOLDER, valid=dls.valid, report=work, force=True)
+    how = dict(folder=work/BUNDLE_FOLDER, valid=dls.valid, test=dls.test, report=work, force=True)
     try: save_bundle(student, **how)
     except ValueError as e:
         save_bundle(student, calibrate=False, **how)
@@ -277,6 +277,7 @@ def _save_run(work, comparison, models, o, dls, seconds):
     shutil.rmtree(work/FOUNDATION_FOLDER, ignore_errors=True)
     if work.name==NEW: write_atomic(work/COMPLETE, json.dumps([f for f in RUN_FILES if (work/f).exists()]))
 
+# %% ../../nbs/cli/05_commands.ipynb #7f4842bb
 def _print_study(sentences, table):
     "Conclusions as a list, and a table"
     print('\n' + '\n'.join(f'- {s}' for s in sentences) + f'\n\n{markdown_table(table)}')

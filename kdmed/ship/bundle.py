@@ -6,7 +6,7 @@ Docs: https://kdmed.github.io/kdmed/ship/bundle.html.md"""
 
 # %% auto #0
 __all__ = ['RESIZE', 'BUNDLE_FORMAT', 'BUNDLE_FILES', 'BUNDLE_FOLDER', 'calibrate_student', 'model_card', 'check_bundle_target',
-           'save_bundle', 'Bundle', 'check_same_classes', 'bundle_folder', 'load_bundle', 'copy_bundle']
+           'save_bundle', 'Bundle', 'bundle_folder', 'load_bundle', 'copy_bundle']
 
 # %% ../../nbs/ship/00_bundle.ipynb #shb00003
 import json, os, shutil, tempfile, warnings
@@ -21,11 +21,12 @@ import torch
 from fastai.learner import Learner
 
 from ..core.basics import count_parameters, input_channels, model_spec, unwrap, weights_size
-from ..core.checks import check_classes, written
+from ..core.checks import written
 from ..core.files import check_format, check_room, is_writable
+from ..core.outputs import check_same_classes, output_names
 from ..data.loaders import own_loader
 from ..models.create import (
-    BUILDERS, WRAPPERS, check_stats, find_normalization, load_student, normalization_of, output_names, predict_images,
+    BUILDERS, WRAPPERS, check_stats, find_normalization, load_student, normalization_of, predict_images,
     read_settings, save_student, seal_settings)
 from ..models.foundation import describe_license, licenses_of
 from ..models.weights import file_hash, few_names, savable_weights
@@ -35,6 +36,7 @@ from ..evaluate.metrics import check_loader, predict
 from ..evaluate.privacy import without_private
 from ..evaluate.report import DISCLAIMER, escape_markdown, markdown_table, report_sections
 from ..evaluate.report_files import REPORT_FILES
+from ..evaluate.sites import site_figures
 
 # %% ../../nbs/ship/00_bundle.ipynb #shb00011
 def _check_valid(student, valid):
@@ -390,6 +392,7 @@ def save_bundle(
     teacher=None,       # What it learned from: a text, a model, `Teacher` or a list; default: what the report says
     data=None,          # A name, or a dict with `name`, `licence`, `citation`; default: those of the image table
     intended_use:str='', # What the student is meant for, and for which images, in the author's words
+    test=None,          # Loader of test images: what it does there, at its thresholds, is kept for `evaluate_bundle`
     name:str=None,      # What the report calls the student; default: `distilled`, or the only model
     criterion:str='youden', # How thresholds are chosen on validation images, as in `fit_thresholds`
     at_least:float=.95, # Lower bound for the criteria `sensitivity` and `specificity`
@@ -410,10 +413,25 @@ def save_bundle(
     if valid is not None: made.spec['preprocess'] = _preprocess_texts(valid)
     bundle = dict(format=BUNDLE_FORMAT, resize=RESIZE, intended_use=without_private(intended_use), calibration=fitted,
                   teacher=_teacher_texts(teacher, report), data=_data_facts(data, valid, report),
-                  report_name=name or None)
+                  report_name=name or None, test=_test_figures(student, test, made.spec))
     savable_weights(made) # an error occurs before anything is written
     _build(made, folder, bundle, report, report_folder)
     return folder
+
+def _test_figures(student, test, spec):
+    "What a student does on test images, at its temperature and thresholds; None without them"
+    if test is None: return None
+    try: check_loader(test)
+    except (TypeError, ValueError) as e: raise type(e)(f'test must be a loader of test images: {e}') from e
+    task,table = spec['task'],test.table
+    probs,targets = predict(student, test)
+    known = ~np.isnan(targets).all(1) if task=='multilabel' else targets.reshape(-1)>=0
+    scaling = TemperatureScaling('probs')
+    scaling.temperature_,scaling.task_ = spec.get('temperature', 1.),task
+    figures = site_figures(scaling.transform(probs[known]), targets[known], spec['classes'], task,
+                           table.group.to_numpy()[known], spec.get('thresholds'))
+    rows = {n: [None if np.isnan(v) else float(v) for v in (r.value, r.low, r.high)] for n,r in figures.iterrows()}
+    return dict(split=str(table.split.iloc[0]), **figures.attrs, figures=rows)
 
 def _build(student, folder, bundle, report, report_folder):
     "Make a bundle beside its folder, and move it there"
@@ -507,16 +525,6 @@ class Bundle:
         return f'Bundle: {what}, temperature {self.temperature:.3g}, thresholds {self.thresholds or "none"}'
 
 # %% ../../nbs/ship/00_bundle.ipynb #shb00053
-def check_same_classes(
-    theirs:list, # Class names of a student
-    wanted,      # Those that it must have, in their order; None: any
-    place,       # Where the student is, for the message
-)->None:
-    "Raise an error for a student of other classes"
-    if wanted is None or check_classes(wanted)==theirs: return
-    raise ValueError(f'{place} holds a student of the classes {theirs}, in this order, expected {list(wanted)}: '
-                     'choose another, or reorder its columns by name')
-
 def bundle_folder(
     folder, # Of a bundle, or of a `kdmed distill` run
 )->Path:

@@ -19,7 +19,8 @@ from ..core.files import check_new_file, check_room, write_atomic
 from ..models.create import read_settings
 from ..evaluate.report import DISCLAIMER
 from .bundle import bundle_folder
-from .onnx import OnnxModel, export_onnx
+from .onnx import export_onnx
+from .onnx_model import OnnxModel
 
 # %% ../../nbs/ship/15_page.ipynb #shp00011
 RUNTIME_VERSION = '1.30.0' # of onnxruntime-web, which this was tried with
