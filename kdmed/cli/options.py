@@ -56,7 +56,6 @@ def extended_help(
     "A help text with the built-in choices of an option that extensions add to"
     return f'{text}: {", ".join(names)}, or a name that an extension registers'
 
-
 # %% ../../nbs/cli/00_options.ipynb #e7148fe7
 _LISTS = 'csv','dicom'
 OPTION_DATASETS = { # options that concern some data sets only
@@ -295,6 +294,10 @@ class ExportOptions:
     onnx:_text(RUNNING, 'ONNX file to write: from pixels to calibrated probabilities, without PyTorch; needs the extra '
                'onnx') = None
     bundle:_text(RUNNING, 'folder to copy the bundle to') = None
+    page:_text(RUNNING, 'HTML file to write: drop images on it in any browser, without installation and network; needs '
+               'the extra onnx') = None
+    runtime:_text(RUNNING, 'for --page: folder of the npm package onnxruntime-web, or the file of npm pack; default: '
+                  'fetched with npm') = None
 
 @Parameter(name='*')
 @dataclass(kw_only=True)

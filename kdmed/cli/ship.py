@@ -22,23 +22,28 @@ from ..core.files import check_new_file, check_new_folder
 class Export(NamedTuple):
     "A kind of file that `kdmed export` writes"
     check:Callable # Of the path, whether to replace what exists, and the option's name: an error for a bad path
-    write:Callable # Of the folder of a bundle or student, the path, and whether to replace what exists
+    write:Callable # Of the folder of a bundle or student, the path, and all options
 
-def _write_onnx(student, path, force):
+def _write_onnx(student, path, o):
     from kdmed.ship.onnx import export_onnx
-    return export_onnx(student, path, force=force)
+    return export_onnx(student, path, force=o['force'])
 
 def _check_bundle(path, force, name):
     from kdmed.ship.bundle import check_bundle_target
     with naming(name): check_bundle_target(path, force)
 
-def _write_bundle(student, path, force):
+def _write_bundle(student, path, o):
     from kdmed.ship.bundle import copy_bundle
-    return copy_bundle(student, path, force)
+    return copy_bundle(student, path, o['force'])
+
+def _write_page(student, path, o):
+    from kdmed.ship.page import export_page
+    return export_page(student, path, o['runtime'], force=o['force'])
 
 EXPORTS = { # by option
     'onnx': Export(lambda path, force, name: check_new_file(path, '.onnx', force, name), _write_onnx),
-    'bundle': Export(_check_bundle, _write_bundle)}
+    'bundle': Export(_check_bundle, _write_bundle),
+    'page': Export(lambda path, force, name: check_new_file(path, '.html', force, name), _write_page)}
 
 # %% ../../nbs/cli/07_ship.ipynb #07500012
 def _bundled(path):
@@ -67,11 +72,13 @@ def export_command(
     "kdmed export"
     paths = {name: o[name] for name in EXPORTS if o[name] is not None}
     if not paths: raise ValueError(f"kdmed export writes what is given a place: {', '.join(map(option, EXPORTS))}")
+    if o['runtime'] is not None and 'page' not in paths:
+        raise ValueError('--runtime is what a page runs on: give --page FILE as well, or leave it out')
     _check_different(paths)
     for name,path in paths.items(): EXPORTS[name].check(path, o['force'], option(name))
     folder = _bundled(o['path'])
     for name,path in paths.items():
-        with naming(option(name)): print(EXPORTS[name].write(folder, path, o['force']), flush=True)
+        with naming(option(name)): print(EXPORTS[name].write(folder, path, o), flush=True)
     return 0
 
 # %% ../../nbs/cli/07_ship.ipynb #17059966

@@ -1,4 +1,4 @@
-"""From a trained student to one folder that says everything, and to a file that runs without PyTorch
+"""From a trained student to one folder that says everything, to a file that runs without PyTorch, and to a page that runs in any browser
 
 Docs: https://kdmed.github.io/kdmed/ship/index.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://kdmed.github.io/kdmed/ship/index.html.md"""
 
 # %% auto #0
 __all__ = ['Bundle', 'NewSite', 'OnnxModel', 'PredictedFiles', 'calibrate_student', 'compare_prediction_files', 'copy_bundle',
-           'evaluate_bundle', 'export_onnx', 'load_bundle', 'model_card', 'predict_files', 'read_predictions',
-           'save_bundle']
+           'evaluate_bundle', 'export_onnx', 'export_page', 'find_runtime', 'load_bundle', 'model_card',
+           'predict_files', 'read_predictions', 'save_bundle']
 
 # %% ../../nbs/ship/index.ipynb #shi00003
 def _open_door():
@@ -15,6 +15,7 @@ def _open_door():
     from kdmed.ship.bundle import Bundle, calibrate_student, copy_bundle, load_bundle, model_card, save_bundle
     from kdmed.ship.onnx import export_onnx
     from kdmed.ship.onnx_model import OnnxModel
+    from kdmed.ship.page import export_page, find_runtime
     from kdmed.ship.predict import PredictedFiles, predict_files
     from kdmed.ship.prediction_files import compare_prediction_files, read_predictions
     from kdmed.ship.new_site import NewSite, evaluate_bundle
@@ -31,4 +32,5 @@ def __dir__(): return sorted({*globals(), *_all_})
 # %% ../../nbs/ship/index.ipynb #shi00004
 _all_ = [
     'Bundle', 'NewSite', 'OnnxModel', 'PredictedFiles', 'calibrate_student', 'compare_prediction_files', 'copy_bundle',
-    'evaluate_bundle', 'export_onnx', 'load_bundle', 'model_card', 'predict_files', 'read_predictions', 'save_bundle']
+    'evaluate_bundle', 'export_onnx', 'export_page', 'find_runtime', 'load_bundle', 'model_card', 'predict_files',
+    'read_predictions', 'save_bundle']
