@@ -237,6 +237,22 @@ def _static(source, batches, skipped, reduce_range, file):
                           activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, reduce_range=reduce_range,
                           op_types_to_quantize=list(ops), nodes_to_exclude=[*source.ends, *skipped],
                           calibrate_method=q.CalibrationMethod.MinMax, extra_options=dict(MatMulConstBOnly=True))
+    onnx, = import_onnx('onnx')
+    proto = onnx.load(file)
+    _unround_outputs(proto.graph)
+    onnx.save(proto, file)
+
+def _unround_outputs(graph):
+    "Let the outputs of a graph be sums in floating point, in place: 256 levels would make ties of logits"
+    made = _producers(graph)
+    for output in graph.output:
+        read = made.get(output.name)
+        if read is None or read.op_type!='DequantizeLinear' or read.input[0] not in made: continue
+        rounded = made[read.input[0]]
+        maker = made[rounded.input[0]]
+        maker.output[list(maker.output).index(rounded.input[0])] = output.name
+        graph.node.remove(read)
+        graph.node.remove(rounded)
 
 def _dynamic(source, batches, skipped, reduce_range, file):
     "Write a file whose activations get their scales while it runs"
