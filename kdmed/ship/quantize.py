@@ -131,6 +131,7 @@ def _check_source(model, proto):
         if t.data_type!=onnx.TensorProto.FLOAT or np.isfinite(onnx.numpy_helper.to_array(t)).all(): continue
         raise ValueError(f'{model.path} has weights with NaN or infinity, such as {t.name}: train the student again')
 
+# %% ../../nbs/ship/10_quantize.ipynb #shq0013b
 def _read_source(path, threads=0):
     "An exported file, ready to be quantized"
     onnx, = import_onnx('onnx')
@@ -254,6 +255,7 @@ def _unround_outputs(graph):
         graph.node.remove(read)
         graph.node.remove(rounded)
 
+# %% ../../nbs/ship/10_quantize.ipynb #shq0018b
 def _dynamic(source, batches, skipped, reduce_range, file):
     "Write a file whose activations get their scales while it runs"
     onnx, = import_onnx('onnx')
@@ -468,6 +470,7 @@ def _openvino_network(source, batches, skipped, bs=1):
         return nncf.quantize(network, nncf.Dataset(images, lambda x: dict(images=x)), subset_size=len(images),
                              preset=nncf.QuantizationPreset.MIXED, model_type=kind, ignored_scope=ignored)
 
+# %% ../../nbs/ship/10_quantize.ipynb #shq0042b
 @contextmanager
 def _silent():
     "Without progress bars"
@@ -480,6 +483,7 @@ def _silent():
         sys.stdout = out
         nncf.setLevel(level)
 
+# %% ../../nbs/ship/10_quantize.ipynb #shq0042c
 def quantize_openvino(
     source,        # File of `export_onnx`
     images,        # Training images, as for `calibration_batches`
@@ -548,6 +552,7 @@ def _peak_memory(path, n, size, threads):
                            str(threads)], capture_output=True, text=True)
     return int(done.stdout)/1e6 if done.returncode==0 else np.nan
 
+# %% ../../nbs/ship/10_quantize.ipynb #shq0051b
 def _size_mb(path):
     "Megabytes of a model's files"
     files = [path, path.with_suffix('.bin')] if path.suffix=='.xml' else [path]
@@ -592,6 +597,7 @@ def _within_limit(make, source, sensitive, evaluate, limit, most=.5):
         names = list(sensitive().index[:k])
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00053
+# Long because: one class that is read at once, from its numbers to its table, picture and file
 @dataclass(eq=False, repr=False)
 class Quantization:
     "A student in several forms, measured on this machine; made by `quantize_student`"
@@ -679,6 +685,7 @@ def _makers(source, dls, folder, openvino, given):
     made['float16'] = with_onnx('float16', 'float16.onnx')
     return made | (dict([('int8 OpenVINO', with_openvino)]) if openvino else {})
 
+# %% ../../nbs/ship/10_quantize.ipynb #shq0054b
 def _is_installed(*names): return all(importlib.util.find_spec(name) is not None for name in names)
 
 def _check_loaders(dls, model):
