@@ -229,12 +229,18 @@ def _store_int8(proto, names):
     graph.node.extend(nodes)
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00018
+def _copied(proto):
+    "A copy of a model: onnxruntime's functions change what they are given"
+    copied = type(proto)()
+    copied.CopyFrom(proto)
+    return copied
+
 def _static(source, batches, skipped, reduce_range, file):
     "Write a file with scales of weights and activations"
     q = importlib.import_module('onnxruntime.quantization')
     ops = LAYER_OPS if source.attention else _STATIC_OPS
     with _quiet():
-        q.quantize_static(source.proto, file, _Reader(batches()), quant_format=q.QuantFormat.QDQ, per_channel=True,
+        q.quantize_static(_copied(source.proto), file, _Reader(batches()), quant_format=q.QuantFormat.QDQ, per_channel=True,
                           activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, reduce_range=reduce_range,
                           op_types_to_quantize=list(ops), nodes_to_exclude=[*source.ends, *skipped],
                           calibrate_method=q.CalibrationMethod.MinMax, extra_options=dict(MatMulConstBOnly=True))
@@ -261,7 +267,7 @@ def _dynamic(source, batches, skipped, reduce_range, file):
     onnx, = import_onnx('onnx')
     q = importlib.import_module('onnxruntime.quantization')
     with _quiet():
-        q.quantize_dynamic(source.proto, file, op_types_to_quantize=['Gemm', 'MatMul'], per_channel=True,
+        q.quantize_dynamic(_copied(source.proto), file, op_types_to_quantize=['Gemm', 'MatMul'], per_channel=True,
                            weight_type=q.QuantType.QInt8, reduce_range=reduce_range,
                            nodes_to_exclude=[*source.ends, *skipped], extra_options=dict(MatMulConstBOnly=True))
     proto = onnx.load(file)
@@ -272,7 +278,8 @@ def _float16(source, batches, skipped, reduce_range, file):
     "Write a file that computes in half precision between its ends"
     onnx, = import_onnx('onnx')
     half = importlib.import_module('onnxruntime.transformers.float16')
-    made = half.convert_float_to_float16(source.proto, keep_io_types=True, node_block_list=[*source.ends, *skipped])
+    blocked = [*source.ends, *skipped]
+    made = half.convert_float_to_float16(_copied(source.proto), keep_io_types=True, node_block_list=blocked)
     onnx.save(made, file)
 
 _WRITERS = dict(static=_static, dynamic=_dynamic, float16=_float16)
@@ -355,21 +362,21 @@ def quantizable_layers(
 # %% ../../nbs/ship/10_quantize.ipynb #shq00031
 def _with_one(quantized, source, kept):
     "A quantized graph in which all nodes but one read float tensors again: weights and unrounded activations"
-    onnx, = import_onnx('onnx')
-    made = onnx.ModelProto()
-    made.CopyFrom(quantized)
+    made = _copied(quantized)
     maker,weights = _producers(made.graph),{t.name: t for t in source.proto.graph.initializer}
     original = {n.name: n for n in source.proto.graph.node}
-    there = {t.name for t in made.graph.initializer}
+    there = set()
     for node in made.graph.node:
         if node.name==kept or node.op_type in ('QuantizeLinear', 'DequantizeLinear'): continue
         for i,name in enumerate(node.input):
             if name not in maker or maker[name].op_type!='DequantizeLinear': continue
-            before = maker.get(maker[name].input[0])
-            node.input[i] = original[node.name].input[i] if before is None else before.input[0]
-            if node.input[i] in weights and node.input[i] not in there:
-                made.graph.initializer.append(weights[node.input[i]])
-                there.add(node.input[i])
+            before,float_name = maker.get(maker[name].input[0]),f'{name}_in_float'
+            node.input[i] = before.input[0] if before is not None else float_name
+            if before is not None or float_name in there: continue
+            weight = made.graph.initializer.add()
+            weight.CopyFrom(weights[original[node.name].input[i]])
+            weight.name = float_name
+            there.add(float_name)
     return made
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00032
