@@ -11,7 +11,8 @@ from kdmed.ship.onnx import OnnxModel, export_onnx
 from kdmed.ship.quantize import needs_reduced_range, quantize_onnx
 
 STUDENTS = [ # name, side in pixels, kind that suits it, times as fast as torch eager at least
-    ('resnet18', 128, 'static', 4), ('convnext_atto', 128, 'static', 2.5), ('deit_tiny_patch16_224', 224, 'dynamic', 1.5)]
+    ('resnet18', 128, 'static', 4), ('convnext_atto', 128, 'static', 2.5),
+    ('deit_tiny_patch16_224', 224, 'dynamic', 1.5)]
 
 
 def by_turns(calls, runs):
@@ -48,9 +49,11 @@ def quantization(runs=40):
         with tempfile.TemporaryDirectory() as folder:
             for name,size,kind,least in STUDENTS:
                 t,share = one_student(name, size, kind, Path(folder), runs)
-                print(f'{name} at {size}: ' + ', '.join(f'{k} {1000*s:.2f} ms' for k,s in t.items()) + f', {share:.3f} of the size')
+                times = ', '.join(f'{k} {1000*s:.2f} ms' for k,s in t.items())
+                print(f'{name} at {size}: {times}, {share:.3f} of the size')
                 limit = None if needs_reduced_range() else least
-                rows.append(dict(name=f'{name} at {size} px, torch eager / int8', value=round(t['torch']/t['int8'], 2), unit='ratio', limit=limit, least=True))
+                rows.append(dict(name=f'{name} at {size} px, torch eager / int8', value=round(t['torch']/t['int8'], 2),
+                                 unit='ratio', limit=limit, least=True))
                 rows.append(dict(name=f'{name}, size of int8 / float32', value=round(share, 3), unit='ratio', limit=.27))
     finally: torch.set_num_threads(threads)
     return rows

@@ -21,12 +21,14 @@ from ..core.files import write_atomic
 from ..models.create import normalization_of
 from ..models.weights import check_finite
 from .onnx import OnnxModel, check_onnx_path, export_onnx, import_onnx
+from .quantize import without_logging
 
 # %% ../../nbs/ship/12_quantize_aware.ipynb #shw00011
 def import_torchao()->list:
     "torchao's modules for PT2E quantization, or an error that says how to install them"
     names = 'pt2e', 'pt2e.quantize_pt2e', 'pt2e.quantizer.x86_inductor_quantizer'
-    try: return [importlib.import_module(f'torchao.quantization.{name}') for name in names]
+    try:
+        with without_logging(): return [importlib.import_module(f'torchao.quantization.{name}') for name in names]
     except ImportError as e:
         raise ImportError("quantization-aware training needs a version of torchao that fits PyTorch "
                           f"{torch.__version__}: pip install 'kdmed[torchao]' ({e})") from e
@@ -47,6 +49,7 @@ class RoundingStudent(nn.Module):
         change(self.prepared)
         return self
 
+# %% ../../nbs/ship/12_quantize_aware.ipynb #shw0011b
 def _lift_zeros(model, least=1e-5):
     "Replace weights of batch normalizations that are 0, in place"
     for m in model.modules():
