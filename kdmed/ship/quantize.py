@@ -451,6 +451,8 @@ class OpenVinoModel(OnnxModel):
         found = self.session(dict(images=images))
         return {o.get_any_name(): np.array(found[o]) for o in self.session.outputs}
 
+    def __repr__(self): return super().__repr__().replace('OnnxModel', 'OpenVinoModel', 1)
+
 # %% ../../nbs/ship/10_quantize.ipynb #shq00042
 def _as_pillow(network, size):
     "Let a network resize as Pillow does, in place"
