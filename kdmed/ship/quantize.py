@@ -228,27 +228,18 @@ def _store_int8(proto, names):
     del graph.node[:]
     graph.node.extend(nodes)
 
-# %% ../../nbs/ship/10_quantize.ipynb #shq00018
-def _copied(proto):
-    "A copy of a model: onnxruntime's functions change what they are given"
-    copied = type(proto)()
-    copied.CopyFrom(proto)
-    return copied
-
-def _static(source, batches, skipped, reduce_range, file):
-    "Write a file with scales of weights and activations"
-    q = importlib.import_module('onnxruntime.quantization')
-    ops = LAYER_OPS if source.attention else _STATIC_OPS
-    with without_logging():
-        q.quantize_static(_copied(source.proto), file, _Reader(batches()), quant_format=q.QuantFormat.QDQ,
-                          per_channel=True, activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8,
-                          reduce_range=reduce_range, op_types_to_quantize=list(ops),
-                          nodes_to_exclude=[*source.ends, *skipped],
-                          calibrate_method=q.CalibrationMethod.MinMax, extra_options=dict(MatMulConstBOnly=True))
-    onnx, = import_onnx('onnx')
-    proto = onnx.load(file)
-    _unround_outputs(proto.graph)
-    onnx.save(proto, file)
+# %% ../../nbs/ship/10_quantize.ipynb #shq0018a
+def _unround_inputs(graph, names):
+    "Let some nodes read activations before they are rounded, in place: a layer before them rounds its output, too"
+    made = _producers(graph)
+    for node in (n for n in graph.node if n.name in names):
+        for i,name in enumerate(node.input):
+            read = made.get(name)
+            if read is None or read.op_type!='DequantizeLinear' or read.input[0] not in made: continue
+            node.input[i] = made[read.input[0]].input[0]
+    for kind in ('DequantizeLinear', 'QuantizeLinear'): # those that nothing reads any more
+        used = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
+        for node in [n for n in graph.node if n.op_type==kind and not used & set(n.output)]: graph.node.remove(node)
 
 def _unround_outputs(graph):
     "Let the outputs of a graph be sums in floating point, in place: 256 levels would make ties of logits"
@@ -261,6 +252,30 @@ def _unround_outputs(graph):
         maker.output[list(maker.output).index(rounded.input[0])] = output.name
         graph.node.remove(read)
         graph.node.remove(rounded)
+
+# %% ../../nbs/ship/10_quantize.ipynb #shq00018
+def _copied(proto):
+    "A copy of a model: onnxruntime's functions change what they are given"
+    copied = type(proto)()
+    copied.CopyFrom(proto)
+    return copied
+
+def _static(source, batches, skipped, reduce_range, file):
+    "Write a file with scales of weights and activations"
+    q = importlib.import_module('onnxruntime.quantization')
+    ops = LAYER_OPS if source.attention else _STATIC_OPS
+    options = dict(MatMulConstBOnly=True, QDQKeepRemovableActivations=bool(skipped))
+    with without_logging():
+        q.quantize_static(_copied(source.proto), file, _Reader(batches()), quant_format=q.QuantFormat.QDQ,
+                          per_channel=True, activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8,
+                          reduce_range=reduce_range, op_types_to_quantize=list(ops),
+                          nodes_to_exclude=[*source.ends, *skipped],
+                          calibrate_method=q.CalibrationMethod.MinMax, extra_options=options)
+    onnx, = import_onnx('onnx')
+    proto = onnx.load(file)
+    _unround_inputs(proto.graph, skipped)
+    _unround_outputs(proto.graph)
+    onnx.save(proto, file)
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq0018b
 def _dynamic(source, batches, skipped, reduce_range, file):
