@@ -54,7 +54,8 @@ def quantization(runs=40):
                 limit = None if needs_reduced_range() else least
                 rows.append(dict(name=f'{name} at {size} px, torch eager / int8', value=round(t['torch']/t['int8'], 2),
                                  unit='ratio', limit=limit, least=True))
-                rows.append(dict(name=f'{name}, size of int8 / float32', value=round(share, 3), unit='ratio', limit=.27))
+                rows.append(dict(name=f'{name}, size of int8 / float32', value=round(share, 3), unit='ratio',
+                                 limit=.27))
     finally: torch.set_num_threads(threads)
     return rows
 

@@ -436,6 +436,7 @@ def import_openvino(
     except ImportError as e:
         raise ImportError(f"OpenVINO files need the package {e.name}: pip install 'kdmed[openvino]'") from e
 
+# %% ../../nbs/ship/10_quantize.ipynb #shq0041b
 class OpenVinoModel(OnnxModel):
     "A file of `quantize_openvino`, ready to predict as an `OnnxModel` does"
     def __init__(self,
