@@ -229,17 +229,29 @@ def _store_int8(proto, names):
     graph.node.extend(nodes)
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq0018a
+_PASSED = 'Relu','Clip','MaxPool','Reshape','Transpose','Flatten' # operations that a rounded tensor passes through
+
 def _unround_inputs(graph, names):
-    "Let some nodes read activations before they are rounded, in place: a layer before them rounds its output, too"
-    made = _producers(graph)
-    for node in (n for n in graph.node if n.name in names):
+    "Let some nodes read activations that are not rounded, in place: a layer before them rounds its output, too"
+    made,by_name = _producers(graph),{n.name: n for n in graph.node}
+    todo = [by_name[name] for name in names]
+    while todo:
+        node = todo.pop()
         for i,name in enumerate(node.input):
             read = made.get(name)
-            if read is None or read.op_type!='DequantizeLinear' or read.input[0] not in made: continue
-            node.input[i] = made[read.input[0]].input[0]
-    for kind in ('DequantizeLinear', 'QuantizeLinear'): # those that nothing reads any more
-        used = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
-        for node in [n for n in graph.node if n.op_type==kind and not used & set(n.output)]: graph.node.remove(node)
+            if read is not None and read.op_type=='DequantizeLinear' and read.input[0] in made:
+                node.input[i] = made[read.input[0]].input[0]
+            before = made.get(node.input[i])
+            if before is not None and before.op_type in _PASSED: todo.append(before)
+
+def _drop_unused(graph):
+    "Remove rounding and constants that nothing reads, in place"
+    def used(): return {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
+    for kind in ('DequantizeLinear', 'QuantizeLinear'):
+        read = used()
+        for node in [n for n in graph.node if n.op_type==kind and not read & set(n.output)]: graph.node.remove(node)
+    read = used()
+    for tensor in [t for t in graph.initializer if t.name not in read]: graph.initializer.remove(tensor)
 
 def _unround_outputs(graph):
     "Let the outputs of a graph be sums in floating point, in place: 256 levels would make ties of logits"
@@ -275,6 +287,7 @@ def _static(source, batches, skipped, reduce_range, file):
     proto = onnx.load(file)
     _unround_inputs(proto.graph, skipped)
     _unround_outputs(proto.graph)
+    _drop_unused(proto.graph)
     onnx.save(proto, file)
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq0018b
