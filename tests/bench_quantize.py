@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from kdmed.models.create import create_student, set_model_stats
-from kdmed.ship.onnx import OnnxModel, export_onnx
+from kdmed.ship.onnx import export_onnx
+from kdmed.ship.onnx_model import OnnxModel
 from kdmed.ship.quantize import needs_reduced_range, quantize_onnx
 
 STUDENTS = [ # name, side in pixels, kind that suits it, times as fast as torch eager at least

@@ -14,7 +14,8 @@ from kdmed.models import create_student, set_model_stats
 
 onnx = pytest.importorskip('onnx')
 ship = pytest.importorskip('kdmed.ship.quantize')
-from kdmed.ship.onnx import OnnxModel, export_onnx  # noqa: E402
+from kdmed.ship.onnx import export_onnx  # noqa: E402
+from kdmed.ship.onnx_model import OnnxModel  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore:.*lr_scheduler')
 CLASSES = ['a', 'b', 'c']
@@ -150,7 +151,7 @@ def test_a_full_disk_keeps_the_old_file(exported, dls, tmp_path, monkeypatch):
     def full(*args): raise OSError(28, 'No space left on device')
     monkeypatch.setitem(ship._WRITERS, 'static', full)
     with pytest.raises(OSError, match='No space left'): ship.quantize_onnx(exported, dls.train, path, force=True)
-    monkeypatch.setattr(ship.importlib.import_module('kdmed.ship.onnx'), 'is_writable', lambda folder: False)
+    monkeypatch.setattr(ship.importlib.import_module('kdmed.core.files'), 'is_writable', lambda folder: False)
     with pytest.raises(PermissionError, match='read-only'):
         ship.quantize_onnx(exported, None, tmp_path/'x.onnx', 'float16')
     assert path.read_bytes()==before

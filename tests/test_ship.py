@@ -423,7 +423,8 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, ship, exported):
 
 
 def test_an_export_into_a_read_only_folder(tmp_path, monkeypatch, ship):
-    monkeypatch.setattr(ship, 'is_writable', lambda folder: False)
+    import kdmed.core.files as module
+    monkeypatch.setattr(module, 'is_writable', lambda folder: False)
     with pytest.raises(PermissionError, match='its folder is read-only'):
         ship.export_onnx(student(), tmp_path/'s.onnx')
 

@@ -21,14 +21,28 @@ from ..core.checks import writing_as
 from ..core.processes import (
     OtherProcessFailed, first_to_fail, is_first, join_processes, leave_processes, process_count, quiet_unless_first)
 from .options import (
-    FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, LoadingOptions, ModelOptions, PixelOptions,
-    RecipeOptions, RunOptions, SearchOptions, TrainingOptions, Whole, as_option, check_concerns, check_names,
-    check_numbers, check_paths, extended_help, one_option, settle_teachers)
+    FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, ExportOptions, LoadingOptions, ModelOptions,
+    PixelOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions, TrainingOptions, UseOptions, Whole,
+    as_option, check_concerns, check_names, check_numbers, check_paths, extended_help, one_option, settle_teachers)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
 
 # %% ../../nbs/cli/10_app.ipynb #cd46dc9d
+def _without_timms_warning():
+    warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # at import
+
+def _use(command, **values):
+    "Refuse invalid options of a command that uses a finished student, and do it"
+    check_numbers(values)
+    if 'dataset' in values:
+        check_names(values)
+        check_concerns(values)
+        check_paths(values)
+    _without_timms_warning()
+    from kdmed.cli import ship
+    return getattr(ship, f'{command}_command')(values)
+
 def _run(command, *options, **more):
     "Refuse invalid options, then import what a command does, and do it"
     values = {k: v for o in options for k,v in asdict(o).items()} | more
@@ -39,8 +53,7 @@ def _run(command, *options, **more):
     check_paths(values)
     if process_count()>1 and not _join(command, values): return 0
     with warnings.catch_warnings():
-        deprecated = '`torch.jit.script` is deprecated'
-        warnings.filterwarnings('ignore', message=deprecated, category=FutureWarning) # timm's, at import
+        _without_timms_warning()
         from kdmed.cli import commands
     return getattr(commands, f'{command}_command')(values)
 
@@ -60,6 +73,12 @@ def _join(command, o):
 # %% ../../nbs/cli/10_app.ipynb #4c83dfb7
 _RECIPE_OUT = Parameter(name='--out', group=RUNNING,
                         help='folder of the run; without it, the card is printed and nothing is run')
+_STUDENT = Parameter(help='folder of a kdmed distill run, or a bundle', show_default=False)
+_EITHER = Parameter(help='folder of a kdmed distill run, a bundle, or an ONNX file', show_default=False)
+_IMAGES = Parameter(help='image files, folders, CSV lists with a column image', show_default=False)
+_FILE_OUT = Parameter(name='--out', help='CSV file to write', group=RUNNING)
+_FOLDER_OUT = Parameter(name='--out', help='folder to make', group=RUNNING)
+_REPLACE = Annotated[bool, one_option('replace files and folders that exist', RUNNING)]
 _PATH = Parameter(help='folder or file of images, as in --data', show_default=False)
 _SEED = one_option('first training seed', TRAINING)
 
@@ -106,6 +125,34 @@ def _check(path:Annotated[Optional[str], _PATH]=None, /, *, data:DataOptions=Dat
         raise ValueError(f'the data are given twice, as {path} and as --data {data.data}; give them once')
     return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
 
+# %% ../../nbs/cli/10_app.ipynb #413525f3
+def _export(path:Annotated[str, _STUDENT], /, *, export:ExportOptions=ExportOptions(), force:_REPLACE=False):
+    """Make a file or folder to hand on of a student that kdmed distill has trained
+
+    Several at once are possible. Nothing that exists is replaced without --force."""
+    return _use('export', path=path, **asdict(export), force=force)
+
+def _predict(student:Annotated[str, _EITHER], /, *images:Annotated[str, _IMAGES], out:Annotated[str, _FILE_OUT],
+             use:UseOptions=UseOptions(), force:_REPLACE=False):
+    """Predict images: probabilities and decision of each, in a CSV file
+
+    What cannot be read is listed with the reason. Stopped, the same command resumes."""
+    return _use('predict', student=student, images=list(images), out=out, **asdict(use), force=force)
+
+def _report(*, report:ReportOptions, out:Annotated[str, _FOLDER_OUT], force:_REPLACE=False):
+    """Compare models by their files of predictions, also models that are not kdmed's
+
+    Each file needs an image, its label and the probability of each class; files that do not fit are refused."""
+    return _use('report', **asdict(report), out=out, force=force)
+
+def _evaluate(bundle:Annotated[str, _STUDENT], /, *, out:Annotated[str, _FOLDER_OUT], data:DataOptions=DataOptions(),
+              use:UseOptions=UseOptions(), force:_REPLACE=False):
+    """Evaluate a saved student on the images of another site, at its stored temperature and thresholds
+
+    A report, and what shifted against its own test images."""
+    return _use('evaluate', bundle=bundle, **asdict(data), **asdict(use), resplit=False, official=None, store=None,
+                out=out, force=force)
+
 def _models():
     "List foundation models, with their licenses"
     return _run('models')
@@ -118,7 +165,7 @@ def make_app(
     about = 'Distil medical image classifiers, and see what the student kept. Research software, not a medical device.'
     app = App(name='kdmed', version=__version__, config=config, help=about, help_format='plaintext',
               result_action='return_value', suppress_keyboard_interrupt=False, version_flags=['--version'])
-    for function in (_demo, _distill, _search, _recipe, _check, _models):
+    for function in (_demo, _distill, _search, _recipe, _check, _models, _export, _predict, _report, _evaluate):
         app.command(function, name=function.__name__[1:])
     return app
 

@@ -15,7 +15,7 @@ from .images import (
     loading_arguments, look_for_copies, read_table, store_argument)
 from .options import (
     STATE, TEACHER_OPTIONS, DataOptions, LoadingOptions, ModelOptions, PixelOptions, RunOptions, TrainingOptions,
-    as_list, check_numbers, option, out_folder)
+    as_list, check_numbers, naming, option, out_folder)
 from .runs import (
     COMPLETE, COPIES, NEW, PAIRS, RUN_FILES, choose_progress, config_text, differences, environment, kept_models,
     kept_recipe, kept_search, open_run, run_state, settings_of, swap_in)
@@ -57,6 +57,7 @@ from ..distill.teacher import Teacher
 from ..evaluate.metrics import MetricByName
 from ..evaluate.comparison import load_comparison
 from ..evaluate.report import markdown_table
+from ..ship.bundle import BUNDLE_FOLDER, save_bundle
 from ..studies.ablation import ablate
 from ..studies.recipes import RECIPES, run as run_recipe
 from ..studies.search import SPACE, WorkClock, check_space, parse_budget, search_method
@@ -94,13 +95,6 @@ def _tuned(o):
     "Temperature and factors on the method's weights, where they are given"
     return {name: o[name] for name in ('temperature', 'weight', 'label_weight') if o.get(name) is not None}
 
-@contextmanager
-def _naming(name):
-    "Errors in this block name an option, such as `--metric`"
-    try: yield
-    except (ValueError, TypeError) as e: raise ValueError(f'{name}: {e}') from e
-
-
 
 # %% ../../nbs/cli/05_commands.ipynb #8ce4fc0b
 FOUNDATION_FOLDER = '.foundation' # in that of a run, until it is finished
@@ -109,8 +103,8 @@ def _check_foundation(o):
     "Raise an error for a foundation model that is not known, or whose license is not accepted"
     if process_count()>1:
         raise ValueError('--foundation fits its head in one process: start kdmed without a launcher')
-    with _naming('--student'): create_student(o['student'], 2, o['size'])
-    with _naming('--foundation'): recipe = foundation_recipe(o['foundation'])
+    with naming('--student'): create_student(o['student'], 2, o['size'])
+    with naming('--foundation'): recipe = foundation_recipe(o['foundation'])
     with redirect_stdout(sys.stderr): check_license(recipe, o['accept_license'])
     if o['augment']=='none' or o['views'] is not None: return
     raise ValueError('--foundation computes the features of each image once: give --augment none, or --views N with a '
@@ -124,7 +118,7 @@ def _foundation_model(o, work, dls):
     if (folder/'student.json').is_file(): return load_student(folder).to(dls.device)
     weights = {None: True, 'timm': True}.get(o['teacher_weights'], o['teacher_weights'])
     balanced = o['sampling']=='balanced' and o['head']!='knn'
-    with _naming('--foundation'):
+    with naming('--foundation'):
         teacher = foundation_teacher(
             o['foundation'], dls, o['head'], o['tune'], weights, o['accept_license'], o['foundation_size'],
             balanced=balanced, folder=work/FOUNDATION_FOLDER/'features', epochs=o['teacher_epochs'], seed=o['seed'],
@@ -153,7 +147,7 @@ def check_models(
     if o['foundation']: return _check_foundation(o)
     made = dict(teacher=[], student=[])
     for name,text in given:
-        with _naming(option(name)): made[name].append(create_student(text, 2, o['size']))
+        with naming(option(name)): made[name].append(create_student(text, 2, o['size']))
     teacher = Teacher(made['teacher'])
     student = adapt_student(o['method'], made['student'][0], teacher)
     try: distill_callbacks(o['method'], student, teacher, **_tuned(o))
@@ -225,7 +219,7 @@ def _check_run(o, table, loading):
         raise ValueError(f'--subgroups must be columns of the image table, but {missing} are not among '
                          f'{list(table.columns)}')
     if not o.get('allow_leakage', True): check_leakage(table) # before the search for copies, which takes minutes
-    with _naming('--metric'): MetricByName(o['metric'], table.attrs['classes'], table.attrs['task'])
+    with naming('--metric'): MetricByName(o['metric'], table.attrs['classes'], table.attrs['task'])
 
 # %% ../../nbs/cli/05_commands.ipynb #3c1a2386
 def _extra_callbacks(o):
@@ -244,7 +238,7 @@ def _train(o, work, dls, files):
     "Train and compare, in the folder of the run"
     makers,student = _makers(o, dls.classes, dls.task)
     seeds = tuple(range(o['seed'], o['seed']+o['repeats']))
-    with _naming('--metric'): MetricByName(o['metric']).check(dls)
+    with naming('--metric'): MetricByName(o['metric']).check(dls)
     metrics = () if o['metric']=='balanced_accuracy' else [MetricByName(o['metric'])]
     how = dict(optimizer=OPTIMIZERS[o['optimizer']], weight_decay=o['weight_decay'], cache=o['cache'], metrics=metrics)
     how['log_shares'],how['callbacks'] = o['log_shares'],lambda: _extra_callbacks(o)
@@ -259,6 +253,14 @@ def _train(o, work, dls, files):
     finally: progress.close()
 
 # %% ../../nbs/cli/05_commands.ipynb #9dfa07e1
+def _save_bundle(work, student, dls):
+    "The student with its card and report; calibrated, if the validation images allow it"
+    how = dict(folder=work/BUNDLE_FOLDER, valid=dls.valid, test=dls.test, report=work, force=True)
+    try: save_bundle(student, **how)
+    except ValueError as e:
+        save_bundle(student, calibrate=False, **how)
+        print(f'The bundle has neither temperature nor thresholds: {e}', file=sys.stderr)
+
 def _save_run(work, comparison, models, o, dls, seconds):
     "Write what is made from the cells; `settings.json`, with which a run is finished, comes last"
     best = models['distilled'][0].folder
@@ -266,6 +268,8 @@ def _save_run(work, comparison, models, o, dls, seconds):
     write_atomic(work/'history.csv', comparison.history.to_csv(index=False))
     try: comparison.save(work, overwrite=True)
     except Exception as e: raise RuntimeError(f'the report could not be written: {e}') from e
+    try: _save_bundle(work, models['distilled'][0].model.to(dls.device), dls)
+    except Exception as e: raise RuntimeError(f'the bundle could not be written: {e}') from e
     left_out = {name_of(r.image): r.reason for r in dls.quarantine.itertuples()} if len(dls.quarantine) else {}
     settings = {k: v for k,v in o.items() if k not in ('force', 'config')}
     settings |= dict(left_out=left_out, seconds=seconds, environment=environment())
@@ -273,6 +277,7 @@ def _save_run(work, comparison, models, o, dls, seconds):
     shutil.rmtree(work/FOUNDATION_FOLDER, ignore_errors=True)
     if work.name==NEW: write_atomic(work/COMPLETE, json.dumps([f for f in RUN_FILES if (work/f).exists()]))
 
+# %% ../../nbs/cli/05_commands.ipynb #7f4842bb
 def _print_study(sentences, table):
     "Conclusions as a list, and a table"
     print('\n' + '\n'.join(f'- {s}' for s in sentences) + f'\n\n{markdown_table(table)}')
@@ -382,7 +387,7 @@ def read_space(
         try: space[name] = [kind(value.strip()) for value in values.split(',')]
         except ValueError as e:
             raise ValueError(f'--space {text}: {name} must be of type {kind.__name__}, got {values}') from e
-    with _naming('--space'): return check_space(space)
+    with naming('--space'): return check_space(space)
 
 # %% ../../nbs/cli/05_commands.ipynb #822d43a6
 def _check_search(o):

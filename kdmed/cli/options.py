@@ -9,12 +9,13 @@ __all__ = ['DATASETS', 'METHOD_NAMES', 'RECIPE_NAMES', 'BUILT_IN', 'AUGMENTATION
            'OPTION_DATASETS', 'Whole', 'OptionalWhole', 'IMAGES', 'SPLITTING', 'MODELS', 'TRAINING', 'SEARCH',
            'RUNNING', 'OUT', 'FORCE', 'OPTION_KINDS', 'STATE', 'TEACHER_OPTIONS', 'NUMBERS', 'extended_help',
            'whole_number', 'one_option', 'DataOptions', 'LoadingOptions', 'PixelOptions', 'ModelOptions',
-           'TrainingOptions', 'RunOptions', 'RecipeOptions', 'SearchOptions', 'option_names', 'Kept', 'option',
-           'as_option', 'as_list', 'settle_teachers', 'check_numbers', 'check_concerns', 'check_names', 'out_folder',
-           'check_out', 'check_paths']
+           'TrainingOptions', 'RunOptions', 'RecipeOptions', 'SearchOptions', 'ExportOptions', 'UseOptions',
+           'ReportOptions', 'option_names', 'Kept', 'option', 'naming', 'as_option', 'as_list', 'settle_teachers',
+           'check_numbers', 'check_concerns', 'check_names', 'out_folder', 'check_out', 'check_paths']
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d3
 import shlex
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
@@ -286,13 +287,44 @@ class SearchOptions:
     space:_several(SEARCH, 'what to choose from, as NAME=VALUE,VALUE: method, temperature, weight, label_weight, lr, '
                    'epochs; the rest has defaults around --lr, --epochs and the methods\' own') = None
 
-OUT = Parameter(name='--out', help='folder of the run: student, report, metrics, log, settings', group=RUNNING)
+# %% ../../nbs/cli/00_options.ipynb #c6e65c1f
+@Parameter(name='*')
+@dataclass(kw_only=True)
+class ExportOptions:
+    "What is made of a finished student"
+    onnx:_text(RUNNING, 'ONNX file to write: from pixels to calibrated probabilities, without PyTorch; needs the extra '
+               'onnx') = None
+    bundle:_text(RUNNING, 'folder to copy the bundle to') = None
+
+@Parameter(name='*')
+@dataclass(kw_only=True)
+class UseOptions:
+    "How a finished student predicts"
+    bs:_whole(RUNNING, 'images in a batch') = 32
+    preprocess:_several(RUNNING, 'filters for every image, in this order: those it was trained with',
+                        Literal[FILTER_NAMES]) = None
+    device:_text(RUNNING, 'cpu, cuda, cuda:1 or mps; by default the processor. An ONNX file runs on it only') = None
+    quiet:_switch(RUNNING, 'print only conclusions and errors') = False
+
+@Parameter(name='*')
+@dataclass(kw_only=True)
+class ReportOptions:
+    "What is compared"
+    predictions:_several(RUNNING, 'CSV files of predictions, or NAME=FILE; several of one name are training seeds. '
+                         'Columns: image, label, group, and probability_CLASS or logit_CLASS for each class')
+    classes:_several(RUNNING, 'class names in order; of two, the second is the positive one') = None
+    task:_one_of(RUNNING, 'the task; auto: from the labels', 'auto', 'binary', 'multiclass', 'multilabel') = None
+    reference:_text(RUNNING, 'the model that the others are compared with [default: plain, or else the first]') = None
+    seed:_whole(RUNNING, 'seed of the bootstrap') = 0
+
+OUT = Parameter(name='--out', help='folder of the run: student, bundle, report, metrics, log, settings', group=RUNNING)
 FORCE = Parameter(name='--force', help='replace the run in the folder, once the new one is finished',
                   group=RUNNING, negative=())
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d6
 OPTION_KINDS = (
-    DataOptions, LoadingOptions, PixelOptions, ModelOptions, TrainingOptions, RunOptions, RecipeOptions, SearchOptions)
+    DataOptions, LoadingOptions, PixelOptions, ModelOptions, TrainingOptions, RunOptions, RecipeOptions, SearchOptions,
+    ExportOptions, UseOptions, ReportOptions)
 
 def option_names()->set:
     "Names of all options, as arguments"
@@ -307,6 +339,14 @@ class Kept(NamedTuple):
 
 # %% ../../nbs/cli/00_options.ipynb #be7295b0
 def option(name): return '--' + name.replace('_', '-')
+
+@contextmanager
+def naming(
+    name:str, # An option, such as `--metric`
+):
+    "Errors in this block name an option"
+    try: yield
+    except (ValueError, TypeError) as e: raise ValueError(f'{name}: {e}') from e
 
 _OTHER_NAMES = { # what messages of the package recommend: what the command offers for it
     ('split_groups', None): '--resplit', ('split', ''): '--resplit', ("table.attrs['classes']", None): '--classes'}

@@ -28,12 +28,13 @@ from ..core.files import claim
 from ..core.processes import process_count
 from ..core.study_folders import changed_settings
 from ..evaluate.report_files import REPORT_FILES
+from ..ship.bundle import BUNDLE_FOLDER
 from ..studies.study import LineProgress, StudyProgress, TellEpochs, in_words, is_finished, read_study
 
 # %% ../../nbs/cli/04_runs.ipynb #af574941
 PAIRS = 'copies.csv' # is written where there are copies
 RUN_FILES = ('student.safetensors', 'student.json', *REPORT_FILES, 'history.csv', PAIRS, 'config.toml', 'study.json',
-             'cells', 'settings.json')
+             'cells', BUNDLE_FOLDER, 'settings.json')
 NOT_SETTINGS = ('out', 'force', 'config', 'device', 'quiet', 'verbose', 'workers', 'store', 'metric', 'copies',
                 'command') # may differ when a run resumes
 NEW = '.new' # folder of a run that will replace another

@@ -23,30 +23,41 @@ __all__ = ['BREAKHIS_IMAGES', 'BREAKHIS_SUBTYPES', 'CHESTXRAY14_FINDINGS', 'CLAH
            'synthetic_table', 'tissue_augment']
 
 # %% ../../nbs/data/index.ipynb #83a00159
-from ..core.basics import UNLABELED
-from .copies import (
-    CopyCheck, LeakageReport, check_copies, find_copies, fingerprints, group_copies, guess_groups, leakage_report,
-    match_copies, show_leaks)
-from .datasets import (
-    BREAKHIS_IMAGES, BREAKHIS_SUBTYPES, CHESTXRAY14_FINDINGS, HAM10000_CLASSES, LC25000_CLASSES, MEDMNIST,
-    files_below, read_breakhis, read_chestxray14, read_ham10000, read_lc25000, read_medmnist)
-from .filters import (
-    CLAHE, GaussianFilter, MacenkoNormalizer, MedianFilter, ReinhardNormalizer, SuperResolution, compare_filters)
-from kdmed.data.images import (
-    SPLITS, TASKS, WindowedImage, card, check_table, describe, image_table, is_unlabeled, open_image, show_images,
-    synthetic_table)
-from .loaders import (
-    BinaryLossFlat, ClassLossFlat, FindingsAccuracy, FindingsLossFlat, ImageDL, ImageRow, ReplayCutMix, ReplayMixUp,
-    TableLoaders, available_memory, decoded_bytes, image_dls, load_distributed, own_loader)
-from .ncnn import pip_esrgan, read_ncnn_esrgan
-from .readers import (
-    READER_OPTIONS, READERS, Reader, read_csv, read_dataset, read_dicom_folder, read_folder, register_reader)
-from .splits import check_leakage, kfold_groups, official_split, repeat_splits, split_groups
-from .store import ImageStore, decode_images, list_stores, pack_images
-from .transforms import (
-    Augment, BrightnessContrast, GaussianBlur, GeometricTransform, HorizontalFlip, PhotometricTransform,
-    RightAngleTurn, Rotation, ScaledCrop, Shear, StainJitter, Transform, Translation, VerticalFlip, chest_augment,
-    cutmix, deit_lung_augment, kd_convnext_augment, mixup, mskd_augment, show_views, skin_augment, tissue_augment)
+def _open_door():
+    "What can be imported from here; most of it needs PyTorch, reading images does not"
+    from kdmed.core.basics import UNLABELED
+    from kdmed.data.copies import (
+        CopyCheck, LeakageReport, check_copies, find_copies, fingerprints, group_copies, guess_groups, leakage_report,
+        match_copies, show_leaks)
+    from kdmed.data.datasets import (
+        BREAKHIS_IMAGES, BREAKHIS_SUBTYPES, CHESTXRAY14_FINDINGS, HAM10000_CLASSES, LC25000_CLASSES, MEDMNIST,
+        files_below, read_breakhis, read_chestxray14, read_ham10000, read_lc25000, read_medmnist)
+    from kdmed.data.filters import (
+        CLAHE, GaussianFilter, MacenkoNormalizer, MedianFilter, ReinhardNormalizer, SuperResolution, compare_filters)
+    from kdmed.data.images import (
+        SPLITS, TASKS, WindowedImage, card, check_table, describe, image_table, is_unlabeled, open_image, show_images,
+        synthetic_table)
+    from kdmed.data.loaders import (
+        BinaryLossFlat, ClassLossFlat, FindingsAccuracy, FindingsLossFlat, ImageDL, ImageRow, ReplayCutMix, ReplayMixUp,
+        TableLoaders, available_memory, decoded_bytes, image_dls, load_distributed, own_loader)
+    from kdmed.data.ncnn import pip_esrgan, read_ncnn_esrgan
+    from kdmed.data.readers import (
+        READER_OPTIONS, READERS, Reader, read_csv, read_dataset, read_dicom_folder, read_folder, register_reader)
+    from kdmed.data.splits import check_leakage, kfold_groups, official_split, repeat_splits, split_groups
+    from kdmed.data.store import ImageStore, decode_images, list_stores, pack_images
+    from kdmed.data.transforms import (
+        Augment, BrightnessContrast, GaussianBlur, GeometricTransform, HorizontalFlip, PhotometricTransform,
+        RightAngleTurn, Rotation, ScaledCrop, Shear, StainJitter, Transform, Translation, VerticalFlip, chest_augment,
+        cutmix, deit_lung_augment, kd_convnext_augment, mixup, mskd_augment, show_views, skin_augment, tissue_augment)
+    return locals()
+
+def __getattr__(name):
+    "Imports what can be imported from here, once any of it is asked for; one module behind this door needs less"
+    if name not in _all_: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    globals().update(_open_door())
+    return globals()[name]
+
+def __dir__(): return sorted({*globals(), *_all_})
 
 # %% ../../nbs/data/index.ipynb #0fb9f722
 _all_ = [

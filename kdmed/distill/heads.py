@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..core.checks import check_in, check_integer
 from ..data.loaders import ImageDL, ReplayTransform, own_loader
-from ..models.create import n_outputs
+from ..core.outputs import n_outputs
 from ..models.heads import AttentionHead, NeighborsHead
 from .cache import TeacherCache
 from .losses import is_known

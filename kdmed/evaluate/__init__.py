@@ -8,16 +8,17 @@ Docs: https://kdmed.github.io/kdmed/evaluate/index.html.md"""
 __all__ = ['HEADLINE', 'SALIENCY_METHODS', 'Calibrated', 'Comparison', 'Conclusion', 'MetricByName', 'MistakeBrowser',
            'PixelCurves', 'Scores', 'SignificanceResult', 'TemperatureExplorer', 'TemperatureScaling', 'agreement',
            'apply_thresholds', 'browse_mistakes', 'calibrate', 'chance_levels', 'compare', 'compare_predictions',
-           'confusion', 'decisions', 'default_metrics', 'deletion_insertion', 'delong_test', 'embed', 'evaluate',
-           'expected_calibration_error', 'explanation_agreement', 'explore_temperature', 'find_mistakes',
+           'compare_sites', 'confusion', 'decisions', 'default_metrics', 'deletion_insertion', 'delong_test', 'embed',
+           'evaluate', 'expected_calibration_error', 'explanation_agreement', 'explore_temperature', 'find_mistakes',
            'fit_temperature', 'fit_thresholds', 'gap_closed', 'group_weights', 'harm_check', 'harmonic_f1', 'holm',
            'linear_cka', 'load_comparison', 'map_similarity', 'markdown_table', 'mcnemar_test', 'mean_interval',
            'measure_cost', 'measure_costs', 'metric_names', 'metrics_table', 'more_is_better', 'neighbor_agreement',
            'overlay', 'paired_difference', 'plot_confusion', 'plot_embedding', 'plot_explanations', 'plot_history',
-           'plot_pixel_curves', 'plot_pr', 'plot_randomization', 'plot_reliability', 'plot_roc', 'plot_soft_labels',
-           'plot_tradeoff', 'pool_by_group', 'predict', 'randomization_check', 'recognition_rate', 'register_metric',
-           'reliability', 'saliency_layers', 'saliency_maps', 'scores', 'show_mistakes', 'show_predictions',
-           'subgroup_scores', 'threshold_scores', 'threshold_transfer', 'tradeoff_table', 'training_history']
+           'plot_pixel_curves', 'plot_pr', 'plot_randomization', 'plot_reliability', 'plot_roc', 'plot_sites',
+           'plot_soft_labels', 'plot_tradeoff', 'pool_by_group', 'predict', 'randomization_check', 'recognition_rate',
+           'register_metric', 'reliability', 'saliency_layers', 'saliency_maps', 'scores', 'show_mistakes',
+           'show_predictions', 'site_figures', 'site_sentences', 'subgroup_scores', 'threshold_scores',
+           'threshold_transfer', 'tradeoff_table', 'training_history']
 
 # %% ../../nbs/evaluate/index.ipynb #2d345ca2
 from .calibration import (
@@ -42,6 +43,7 @@ from .scores import (
     Scores, confusion, decisions, default_metrics, harmonic_f1, metric_names, metrics_table, more_is_better,
     register_metric, scores)
 from .significance import SignificanceResult, delong_test, holm, mcnemar_test, mean_interval
+from .sites import compare_sites, plot_sites, site_figures, site_sentences
 from .subgroups import subgroup_scores
 from .widgets import MistakeBrowser, TemperatureExplorer, browse_mistakes, explore_temperature
 
@@ -50,13 +52,14 @@ _all_ = [
     'HEADLINE', 'SALIENCY_METHODS', 'Calibrated', 'Comparison', 'Conclusion', 'MetricByName', 'MistakeBrowser',
     'PixelCurves', 'Scores', 'SignificanceResult', 'TemperatureExplorer', 'TemperatureScaling', 'agreement',
     'apply_thresholds', 'browse_mistakes', 'calibrate', 'chance_levels', 'compare', 'compare_predictions',
-    'confusion', 'decisions', 'default_metrics', 'deletion_insertion', 'delong_test', 'embed', 'evaluate',
-    'expected_calibration_error', 'explanation_agreement', 'explore_temperature', 'find_mistakes',
+    'compare_sites', 'confusion', 'decisions', 'default_metrics', 'deletion_insertion', 'delong_test', 'embed',
+    'evaluate', 'expected_calibration_error', 'explanation_agreement', 'explore_temperature', 'find_mistakes',
     'fit_temperature', 'fit_thresholds', 'gap_closed', 'group_weights', 'harm_check', 'harmonic_f1', 'holm',
     'linear_cka', 'load_comparison', 'map_similarity', 'markdown_table', 'mcnemar_test', 'mean_interval',
-    'measure_cost', 'measure_costs', 'metric_names', 'metrics_table', 'more_is_better', 'neighbor_agreement', 'overlay',
-    'paired_difference', 'plot_confusion', 'plot_embedding', 'plot_explanations', 'plot_history',
-    'plot_pixel_curves', 'plot_pr', 'plot_randomization', 'plot_reliability', 'plot_roc', 'plot_soft_labels',
-    'plot_tradeoff', 'pool_by_group', 'predict', 'randomization_check', 'recognition_rate', 'register_metric',
-    'reliability', 'saliency_layers', 'saliency_maps', 'scores', 'show_mistakes', 'show_predictions',
-    'subgroup_scores', 'threshold_scores', 'threshold_transfer', 'tradeoff_table', 'training_history']
+    'measure_cost', 'measure_costs', 'metric_names', 'metrics_table', 'more_is_better', 'neighbor_agreement',
+    'overlay', 'paired_difference', 'plot_confusion', 'plot_embedding', 'plot_explanations', 'plot_history',
+    'plot_pixel_curves', 'plot_pr', 'plot_randomization', 'plot_reliability', 'plot_roc', 'plot_sites',
+    'plot_soft_labels', 'plot_tradeoff', 'pool_by_group', 'predict', 'randomization_check', 'recognition_rate',
+    'register_metric', 'reliability', 'saliency_layers', 'saliency_maps', 'scores', 'show_mistakes',
+    'show_predictions', 'site_figures', 'site_sentences', 'subgroup_scores', 'threshold_scores',
+    'threshold_transfer', 'tradeoff_table', 'training_history']

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core.checks import check_integer, check_number
+from ..core.outputs import n_outputs
 from .adapt import prepare_images, resize_images
-from .create import BUILDERS, n_outputs
+from .create import BUILDERS
 from .foundation import rebuild_encoder
 
 # %% ../../nbs/models/25_heads.ipynb #hds00006

@@ -22,15 +22,16 @@ import pandas as pd
 
 from ..core.basics import COLORS, figure
 from ..core.checks import check_in, check_integer, check_number, check_seed, written
-from ..core.files import check_room, existing_parent, is_writable, write_atomic
+from ..core.files import check_new_file, check_room, existing_parent, is_writable, write_atomic
+from ..core.outputs import as_images, check_preprocess
 from ..data.loaders import own_loader
-from ..models.create import as_images, check_preprocess
 from ..evaluate.comparison import compare_predictions
 from ..evaluate.conclusions import interval_text
 from ..evaluate.metrics import check_loader
 from ..evaluate.report import markdown_table
 from ..evaluate.scores import more_is_better, scores
-from .onnx import OnnxModel, check_onnx_path, export_onnx, import_onnx, onnx_session, pixel_batches
+from .onnx import export_onnx
+from .onnx_model import OnnxModel, import_onnx, onnx_session, pixel_batches
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00011
 LAYER_OPS = 'Conv','ConvTranspose','Gemm','MatMul'
@@ -361,7 +362,7 @@ def quantize_onnx(
     "Write an exported student in int8 or half precision, checked by running it, or write nothing"
     check_in(kind, KINDS, 'kind')
     onnx,_ = import_onnx('onnx', 'onnxruntime')
-    path,source = check_onnx_path(path, force),source if isinstance(source, _Source) else _read_source(source)
+    path,source = check_new_file(path, '.onnx', force),source if isinstance(source, _Source) else _read_source(source)
     if path.resolve()==source.model.path.resolve(): raise ValueError(f'path must differ from the source, {path}')
     if images is None and kind=='static':
         raise ValueError('images must be given: static scales are found on training images, such as dls.train')

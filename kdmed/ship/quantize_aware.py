@@ -17,10 +17,11 @@ from fastai.learner import Learner
 from torch import nn
 
 from ..core.basics import input_channels, model_spec, unwrap
-from ..core.files import write_atomic
+from ..core.files import check_new_file, write_atomic
 from ..models.create import normalization_of
 from ..models.weights import check_finite
-from .onnx import OnnxModel, check_onnx_path, export_onnx, import_onnx
+from .onnx import export_onnx
+from .onnx_model import OnnxModel, import_onnx
 from .quantize import without_logging
 
 # %% ../../nbs/ship/12_quantize_aware.ipynb #shw00011
@@ -116,7 +117,7 @@ def export_rounding(
 )->Path: # The file, as `OnnxModel` reads it
     "Write a student of quantization-aware distillation as an int8 ONNX file, or nothing"
     onnx,*_ = import_onnx('onnx', 'onnxscript', 'onnxruntime')
-    path = check_onnx_path(path, force)
+    path = check_new_file(path, '.onnx', force)
     module = unwrap(student.model if isinstance(student, Learner) else student)
     if isinstance(student, Learner) and isinstance(module, RoundingStudent):
         stats = normalization_of(student)
