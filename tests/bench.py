@@ -25,6 +25,7 @@ from bench_cache import cached_epoch
 from bench_copies import copies_speed
 from bench_foundation import features_speed
 from bench_metrics import bootstrap_speed
+from bench_quantize import quantization
 from bench_report import report_cost
 from bench_saliency import saliency_speed
 from bench_whole_way import whole_way
@@ -247,7 +248,7 @@ print(status('VmHWM')-before)"""
 
 
 BENCHES = [distillation_step, cached_epoch, features_speed, bootstrap_speed, report_cost, saliency_speed, input_small,
-           input_large, input_augmented, packing_time, packing_memory, copies_speed, whole_way]
+           input_large, input_augmented, packing_time, packing_memory, copies_speed, quantization, whole_way]
 
 
 def where():

@@ -200,6 +200,30 @@ def onnx():
     versions = ', '.join(f'{name} {version(name)}' for name in ('onnx', 'onnxscript', 'onnxruntime'))
     return f'a student exported, and run with the same probabilities: {versions}'
 
+def openvino():
+    "A student's file in int8, as OpenVINO runs it"
+    import numpy as np
+    from kdmed.data.images import synthetic_table
+    from kdmed.models.create import create_student, predict_images, set_model_stats
+    from kdmed.ship import OpenVinoModel, export_onnx, quantize_openvino
+    student = set_model_stats(create_student('test_resnet', 3, 32).eval(), .5, .2)
+    images = list(synthetic_table(8, classes=3, size=32).image)
+    with tempfile.TemporaryDirectory() as folder:
+        source = export_onnx(student, Path(folder)/'student.onnx')
+        model = OpenVinoModel(quantize_openvino(source, images, Path(folder)/'student.xml'))
+        assert np.abs(model.predict(images)-predict_images(student, images)).max().max()<.1
+    return f"a student in int8, openvino {version('openvino')}, nncf {version('nncf')}"
+
+def torchao():
+    "A student that is trained with rounded weights"
+    import torch
+    from kdmed.models.create import create_student, set_model_stats
+    from kdmed.ship import prepare_rounding
+    rounding = prepare_rounding(set_model_stats(create_student('test_resnet', 3, 32), .5, .2)).train()
+    rounding(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in rounding.parameters())
+    return f"a step with rounded weights, torchao {version('torchao')}"
+
 def several_processes(rank):
     "What each of two processes does: one epoch on its half of every batch"
     import torch
@@ -253,7 +277,7 @@ def distributed():
 
 USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
             transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
-            onnx=onnx)
+            onnx=onnx, openvino=openvino, torchao=torchao)
 
 def main(name, *rank):
     if name=='several_processes': return several_processes(int(*rank))
