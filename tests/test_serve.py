@@ -86,7 +86,16 @@ def dicom(pixels, syntax='1.2.840.10008.1.2.1', **changes):
     for name,value in changes.items(): setattr(ds, name, value)
     file = io.BytesIO()
     pydicom.dcmwrite(file, ds, enforce_file_format=True)
-    return file.getvalue().replace(b'1.2.840.10008.1.2.1\0', syntax.encode().ljust(20, b'\0'), 1)
+    return with_syntax(file.getvalue(), syntax)
+
+
+def with_syntax(data, syntax):
+    "A DICOM file that claims another transfer syntax"
+    at,value = data.index(b'\x02\x00\x10\x00UI'),syntax.encode() + b'\0'*(len(syntax)%2)
+    n = int.from_bytes(data[at+6:at+8], 'little')
+    length = int.from_bytes(data[140:144], 'little')+len(value)-n # of the group
+    data = data[:at+6] + struct.pack('<H', len(value)) + value + data[at+8+n:]
+    return data[:140] + struct.pack('<I', length) + data[144:]
 
 
 def post(client, data, kind='image/png', query=''):
@@ -242,7 +251,7 @@ def test_an_inner_jpeg_that_is_larger_than_its_dicom_file_says_is_refused(client
     ds = pydicom.dcmread(io.BytesIO(data))
     ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2.4.50'
     ds.PixelData = encapsulate([inner])
-    ds['PixelData'].VR = 'OB'
+    ds['PixelData'].VR,ds['PixelData'].is_undefined_length = 'OB',True
     file = io.BytesIO()
     pydicom.dcmwrite(file, ds, enforce_file_format=True)
     response = post(client, file.getvalue(), 'application/dicom')
@@ -450,8 +459,7 @@ def test_a_request_that_has_begun_is_answered_when_the_service_ends(served, pict
     time.sleep(.3)
     connection.send(picture[100:])
     assert connection.getresponse().status==200
-    code,out,err = served.stop(signal.SIGTERM) if served.process.poll() is None else (served.process.wait(), '', '')
-    assert code==0
+    assert served.process.wait(20)==0
     with pytest.raises(OSError): served.get('/health')
 
 

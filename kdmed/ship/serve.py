@@ -194,6 +194,7 @@ def _open_dicom(data, max_pixels):
     if syntax not in _PLAIN_DICOM: _check_frame(ds, syntax, max_pixels)
     return read_dicom(io.BytesIO(data))
 
+# %% ../../nbs/ship/25_serve.ipynb #0ba30202
 def open_upload(
     data,           # Bytes of a file
     max_pixels:int, # That it may have
