@@ -9,7 +9,7 @@ __all__ = ['UPLOAD_FORMATS', 'Refused', 'read_body', 'read_files', 'open_upload'
            'take_port', 'is_loopback', 'serve']
 
 # %% ../../nbs/ship/25_serve.ipynb #a255a2d5
-import asyncio, errno, io, ipaddress, os, socket, warnings
+import asyncio, errno, io, ipaddress, os, socket, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -135,6 +135,8 @@ def read_files(
 # %% ../../nbs/ship/25_serve.ipynb #6411df58
 UPLOAD_FORMATS = 'PNG','JPEG','TIFF','BMP','GIF','WEBP' # Pillow's names; JPEG includes MPO, as phones write it
 
+_OPENING = threading.Lock() # the filters of warnings are those of all threads
+
 def _check_pixels(pixels, most):
     if pixels <= most: return
     raise ValueError(f'it has {pixels:,} pixels, and may have {most:,}: make it smaller')
@@ -143,7 +145,7 @@ def _open_raster(data, max_pixels):
     "A PIL image that is not decoded yet"
     stream = io.BytesIO(data)
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter('ignore') # on sizes, which are checked below
             opened = Image.open(stream, formats=UPLOAD_FORMATS)
     except Image.DecompressionBombError:
