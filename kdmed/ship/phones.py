@@ -75,7 +75,8 @@ def import_phone(
     *names,    # Of modules
 )->list: # Modules
     "Modules of an extra, or an error that says how to install it"
-    try: return [importlib.import_module(name) for name in names]
+    try:
+        with _quiet(): return [importlib.import_module(name) for name in names]
     except ImportError as e:
         raise ImportError(f"this export needs the package {extra.replace('coreml', 'coremltools')} ({e}): "
                           f"pip install 'kdmed[{extra}]'") from e
@@ -131,8 +132,9 @@ def _check_program(file, model, spec, tolerance, path):
     "Raise an error if a program gives other logits than PyTorch"
     runtime, = import_phone('executorch', 'executorch.runtime')
     try:
-        method = runtime.Runtime.get().load_program(file).load_method('forward')
-        gap = _largest_gap(method, model, spec['size'])
+        with _quiet(): # of what the runtime says about the processor
+            method = runtime.Runtime.get().load_program(file).load_method('forward')
+            gap = _largest_gap(method, model, spec['size'])
     except Exception as e:
         raise ValueError(f'{path}: the exported file does not run, so it was not kept: {_reason(e)}') from e
     if gap <= tolerance: return

@@ -265,7 +265,7 @@ class ServedModel:
     )->dict:
         "Probabilities and decisions as JSON has them"
         m,names = self.model,self.model.classes
-        probs = class_probabilities(torch.from_numpy(logits)/m.temperature, m.task).numpy()
+        probs = class_probabilities(torch.tensor(logits)/m.temperature, m.task).numpy()
         labels = decide_labels(probs, names, m.task, m.thresholds)
         rows = [dict(image=i, probabilities=dict(zip(names, map(float, p))), decision=label)
                 for i,(p,label) in enumerate(zip(probs, labels))]
