@@ -9,7 +9,7 @@ __all__ = ['UPLOAD_FORMATS', 'Refused', 'read_body', 'read_files', 'open_upload'
            'take_port', 'is_loopback', 'serve']
 
 # %% ../../nbs/ship/25_serve.ipynb #a255a2d5
-import asyncio, errno, io, ipaddress, os, socket, threading, warnings
+import asyncio, errno, io, ipaddress, logging, os, socket, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -104,6 +104,7 @@ def _form_files(body, boundary, most):
     "The files in a form"
     from python_multipart.exceptions import MultipartParseError
     from python_multipart.multipart import MultipartParser
+    logging.getLogger('python_multipart').setLevel(logging.CRITICAL) # the client is told, the log need not be
     form = _Form(most)
     calls = {name: getattr(form, name) for name in dir(form) if name.startswith('on_')}
     try: MultipartParser(boundary, calls).write(bytes(body))
