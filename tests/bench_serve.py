@@ -123,7 +123,8 @@ def service_speed(seconds=6, size=64):
     def wait(clients, share): return 1000*float(np.quantile([t for c in clients for t in c.times], share))
     wrong = sum(c.wrong for c in [*calm, *storm]) + left + (not alive) + bool(err.strip())
     refused = sum(n for c in storm for status,n in c.statuses.items() if status!=200)
-    print(f'service: {rate(calm, calm_s):.0f} images a second, p50 {wait(calm, .5):.1f} ms, p99 {wait(calm, .99):.1f} ms; '
+    print(f'service: {rate(calm, calm_s):.0f} images a second, p50 {wait(calm, .5):.1f} ms, '
+          f'p99 {wait(calm, .99):.1f} ms; '
           f'with {refused} bad requests {rate(storm[:2], storm_s):.0f}, p50 {wait(storm[:2], .5):.1f}, '
           f'p99 {wait(storm[:2], .99):.1f}; `predict` alone {alone:.0f}')
     return [dict(name='service, images a second / those of `predict` in a loop',
