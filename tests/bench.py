@@ -28,6 +28,7 @@ from bench_metrics import bootstrap_speed
 from bench_quantize import quantization
 from bench_report import report_cost
 from bench_saliency import saliency_speed
+from bench_serve import service_speed
 from bench_whole_way import whole_way
 from kdmed.data.datasets import read_ham10000
 from kdmed.data.images import image_table, synthetic_table
@@ -248,7 +249,8 @@ print(status('VmHWM')-before)"""
 
 
 BENCHES = [distillation_step, cached_epoch, features_speed, bootstrap_speed, report_cost, saliency_speed, input_small,
-           input_large, input_augmented, packing_time, packing_memory, copies_speed, quantization, whole_way]
+            input_large, input_augmented, packing_time, packing_memory, copies_speed, quantization, service_speed,
+            whole_way]
 
 
 def where():

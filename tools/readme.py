@@ -1,6 +1,7 @@
 """Render README.md from nbs/index.ipynb, without Quarto.
 
-Prose stays as it is, except that links to pages become addresses on the site; code cells become fenced blocks without their
+Prose stays as it is, except that links to pages become addresses on the site; code cells become fenced blocks
+without their
 directives; of the outputs, Markdown stays, text is fenced, and images are files under README_files/. Cells marked `#| hide` are left out.
 """
 import argparse, base64, difflib, posixpath, re, sys

@@ -224,6 +224,46 @@ def torchao():
     assert all(p.grad is None or p.grad.isfinite().all() for p in rounding.parameters())
     return f"a step with rounded weights, torchao {version('torchao')}"
 
+def small_student():
+    "An untrained student whose normalization is known"
+    from kdmed.models.create import create_student, set_model_stats
+    return set_model_stats(create_student('test_resnet', 3, 32).eval(), .5, .2)
+
+def serve():
+    "A bundle behind HTTP, started by the command, asked once and stopped"
+    import json, signal, urllib.request
+    import numpy as np
+    from kdmed.data.images import open_image, synthetic_table
+    from kdmed.ship import load_bundle, save_bundle
+    image = synthetic_table(1, classes=3, size=32).image[0]
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = save_bundle(small_student(), Path(folder)/'bundle', calibrate=False)
+        open_image(image).save(Path(folder)/'a.png')
+        command = [str(COMMAND), 'serve', str(bundle), '--port', '0']
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            address = process.stdout.readline().split()[2].rstrip(':')
+            data = (Path(folder)/'a.png').read_bytes()
+            asked = urllib.request.Request(f'{address}/predict', data, {'Content-Type': 'image/png'})
+            answer = json.load(urllib.request.urlopen(asked, timeout=60))['predictions'][0]['probabilities']
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30)==0
+        finally: process.kill()
+        assert np.allclose(list(answer.values()), load_bundle(bundle).predict(image), atol=1e-5)
+    return f'an image predicted over HTTP: fastapi {version("fastapi")}, uvicorn {version("uvicorn")}'
+
+def executorch():
+    "A student as a program, run in ExecuTorch's runtime"
+    from kdmed.ship import export_executorch
+    with tempfile.TemporaryDirectory() as folder: export_executorch(small_student(), Path(folder)/'student.pte')
+    return f'a student exported, and run with the same logits: executorch {version("executorch")}'
+
+def coreml():
+    "A student as a Core ML package"
+    from kdmed.ship import export_coreml
+    with tempfile.TemporaryDirectory() as folder: export_coreml(small_student(), Path(folder)/'student.mlpackage')
+    return f'a student converted, not run: coremltools {version("coremltools")}'
+
 def several_processes(rank):
     "What each of two processes does: one epoch on its half of every batch"
     import torch
@@ -277,7 +317,7 @@ def distributed():
 
 USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
             transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
-            onnx=onnx, openvino=openvino, torchao=torchao)
+            onnx=onnx, openvino=openvino, torchao=torchao, serve=serve, executorch=executorch, coreml=coreml)
 
 def main(name, *rank):
     if name=='several_processes': return several_processes(int(*rank))

@@ -20,10 +20,11 @@ from .. import __version__
 from ..core.checks import writing_as
 from ..core.processes import (
     OtherProcessFailed, first_to_fail, is_first, join_processes, leave_processes, process_count, quiet_unless_first)
-from .options import (
+from kdmed.cli.options import (
     FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, ExportOptions, LoadingOptions, ModelOptions,
-    PixelOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions, TrainingOptions, UseOptions, Whole,
-    as_option, check_concerns, check_names, check_numbers, check_paths, extended_help, one_option, settle_teachers)
+    PixelOptions, PushOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions, ServeOptions, TrainingOptions,
+    UseOptions, Whole, as_option, check_concerns, check_names, check_numbers, check_paths, extended_help, one_option,
+    settle_teachers)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
@@ -125,6 +126,24 @@ def _check(path:Annotated[Optional[str], _PATH]=None, /, *, data:DataOptions=Dat
         raise ValueError(f'the data are given twice, as {path} and as --data {data.data}; give them once')
     return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
 
+# %% ../../nbs/cli/10_app.ipynb #4c74c3a8
+_SOURCE = Parameter(help='folder of a bundle, file of export_onnx, or hf-hub:OWNER/NAME', show_default=False)
+_BUNDLE = Parameter(help='folder of a bundle', show_default=False)
+_TARGET = Parameter(help='OWNER/NAME on the hub, or local-dir:FOLDER for the same files in a folder',
+                    show_default=False)
+
+def _serve(source:Annotated[str, _SOURCE], /, *, serve:ServeOptions=ServeOptions()):
+    """Answer images with probabilities and decisions, over HTTP
+
+    Only this machine can ask, unless --host says otherwise. Ctrl-C ends it."""
+    return _run('serve', serve, source=source)
+
+def _push(bundle:Annotated[str, _BUNDLE], repo_id:Annotated[str, _TARGET], /, *, push:PushOptions=PushOptions()):
+    """Send a bundle to the Hugging Face hub, as timm and kdmed load it
+
+    A new repository is private. Nothing is sent that names files or folders of your data."""
+    return _run('push', push, bundle=bundle, repo_id=repo_id)
+
 # %% ../../nbs/cli/10_app.ipynb #413525f3
 def _export(path:Annotated[str, _STUDENT], /, *, export:ExportOptions=ExportOptions(), force:_REPLACE=False):
     """Make a file or folder to hand on of a student that kdmed distill has trained
@@ -165,7 +184,8 @@ def make_app(
     about = 'Distil medical image classifiers, and see what the student kept. Research software, not a medical device.'
     app = App(name='kdmed', version=__version__, config=config, help=about, help_format='plaintext',
               result_action='return_value', suppress_keyboard_interrupt=False, version_flags=['--version'])
-    for function in (_demo, _distill, _search, _recipe, _check, _models, _export, _predict, _report, _evaluate):
+    for function in (_demo, _distill, _search, _recipe, _check, _models, _export, _predict, _report, _evaluate,
+                     _serve, _push):
         app.command(function, name=function.__name__[1:])
     return app
 

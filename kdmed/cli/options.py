@@ -7,11 +7,12 @@ Docs: https://kdmed.github.io/kdmed/cli/options.html.md"""
 # %% auto #0
 __all__ = ['DATASETS', 'METHOD_NAMES', 'RECIPE_NAMES', 'BUILT_IN', 'AUGMENTATION_NAMES', 'FILTER_NAMES', 'OPTIMIZER_NAMES',
            'OPTION_DATASETS', 'Whole', 'OptionalWhole', 'IMAGES', 'SPLITTING', 'MODELS', 'TRAINING', 'SEARCH',
-           'RUNNING', 'OUT', 'FORCE', 'OPTION_KINDS', 'STATE', 'TEACHER_OPTIONS', 'NUMBERS', 'extended_help',
+           'RUNNING', 'OUT', 'FORCE', 'OPTION_KINDS', 'STATE', 'SERVICE', 'TEACHER_OPTIONS', 'NUMBERS', 'extended_help',
            'whole_number', 'one_option', 'DataOptions', 'LoadingOptions', 'PixelOptions', 'ModelOptions',
            'TrainingOptions', 'RunOptions', 'RecipeOptions', 'SearchOptions', 'ExportOptions', 'UseOptions',
-           'ReportOptions', 'option_names', 'Kept', 'option', 'naming', 'as_option', 'as_list', 'settle_teachers',
-           'check_numbers', 'check_concerns', 'check_names', 'out_folder', 'check_out', 'check_paths']
+           'ReportOptions', 'option_names', 'Kept', 'ServeOptions', 'PushOptions', 'option', 'naming', 'as_option',
+           'as_list', 'settle_teachers', 'check_numbers', 'check_concerns', 'check_names', 'out_folder', 'check_out',
+           'check_paths']
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d3
 import shlex
@@ -340,6 +341,32 @@ class Kept(NamedTuple):
     text:str      # For the user: what is on disk, and how the run resumes
     anything:bool # Whether a model or a checkpoint is on disk
 
+# %% ../../nbs/cli/00_options.ipynb #79e0f8ab
+SERVICE = Group.create_ordered('The service')
+
+@Parameter(name='*')
+@dataclass(kw_only=True)
+class ServeOptions:
+    "Options of the service only"
+    host:_name(SERVICE, 'address to listen at; other machines reach it only at another than this') = '127.0.0.1'
+    port:_whole(SERVICE, 'port to listen at; 0 for any that is free') = 8000
+    max_mb:_number(SERVICE, 'megabytes that a request may have') = 32.
+    max_images:_whole(SERVICE, 'images that a request may have') = 64
+    max_pixels:_whole(SERVICE, 'pixels that an image may have, counted before it is decoded') = 50_000_000
+    queue:_whole(SERVICE, 'requests that may wait or be in work; others are told to come again') = 8
+    patience:_number(SERVICE, 'seconds for a request to arrive') = 30.
+
+@Parameter(name='*')
+@dataclass(kw_only=True)
+class PushOptions:
+    "Options of a push only"
+    public:_switch(RUNNING, 'a repository that is made now can be seen by everybody') = False
+    report:_switch(RUNNING, 'add the pages and pictures of the report; look at them before') = False
+    license:_name(RUNNING, 'license of the student, as the hub writes it, such as cc-by-nc-4.0') = ''
+    force:_switch(RUNNING, 'replace the student that is there') = False
+
+OPTION_KINDS += ServeOptions,PushOptions
+
 # %% ../../nbs/cli/00_options.ipynb #be7295b0
 def option(name): return '--' + name.replace('_', '-')
 
@@ -366,6 +393,9 @@ def as_option(
     if alone or value is True: return option(name)
     values = value if isinstance(value, (list, tuple)) else [value]
     return ' '.join([option(name), *(shlex.quote(str(v)) for v in values)])
+
+# %% ../../nbs/cli/00_options.ipynb #4ef8b656
+_OTHER_NAMES['save_for_hub', None] = 'kdmed push BUNDLE local-dir:FOLDER'
 
 # %% ../../nbs/cli/00_options.ipynb #85ca3888
 TEACHER_OPTIONS = 'teacher','teacher_weights','teacher_checkpoint' # which may be repeated, in the same order

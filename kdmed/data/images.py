@@ -391,7 +391,7 @@ def _check_dicom(ds):
     if ds.PhotometricInterpretation=='PALETTE COLOR': raise ValueError('colors must be RGB or gray, got a palette')
 
 def read_dicom(
-    path,        # DICOM file with one image
+    path,        # DICOM file with one image, or its bytes in a binary stream such as `io.BytesIO`
     # Center and width, in the file's units, and optionally one of `WINDOW_FUNCTIONS`; default: the file's own window
     # or table, and the full range of its values if it has none
     window=None,
@@ -400,7 +400,7 @@ def read_dicom(
     try: import pydicom
     except ImportError as e: raise ImportError('reading DICOM needs pydicom: pip install pydicom') from e
     from pydicom.pixels import apply_modality_lut
-    ds = pydicom.dcmread(check_file(path, 'image'))
+    ds = pydicom.dcmread(path if hasattr(path, 'read') else check_file(path, 'image'))
     _check_dicom(ds)
     pixels = ds.pixel_array
     if pixels.ndim==3:

@@ -7,7 +7,8 @@ Docs: https://kdmed.github.io/kdmed/models/weights.html.md"""
 # %% auto #0
 __all__ = ['AVERAGES', 'PIP_WEIGHTS', 'few_names', 'check_checkpoint', 'read_weights', 'complete_tied', 'MisfitError',
            'preferred_set', 'check_finite', 'load_weights', 'weight_sets', 'file_hash', 'savable_weights',
-           'save_weights', 'pip_weights', 'hub_problem', 'cached_weights', 'check_hub', 'is_hub_name', 'hub_file']
+           'save_weights', 'pip_weights', 'hub_problem', 'cached_weights', 'check_hub', 'is_hub_name', 'hub_file',
+           'hub_student']
 
 # %% ../../nbs/models/00_weights.ipynb #wts00002
 import hashlib, importlib.util, json, os, pickle, re, threading, warnings, zipfile
@@ -600,20 +601,93 @@ def _download(repo, revision):
     if 'config.json' in names: hf_hub_download(repo, 'config.json', revision=revision)
     return Path(hf_hub_download(repo, found, revision=revision))
 
+def _repository(name, what='weights'):
+    "Repository and revision (None: the newest) that a hub name means"
+    repo,_,revision = name.split(':', 1)[1].partition('@')
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', repo): return repo,revision or None
+    raise ValueError(f'{what} must name a repository as hf-hub:OWNER/NAME, got {name!r}')
+
 def hub_file(
     name:str, # As `hf-hub:timm/resnet18.a1_in1k`, perhaps with `@revision`
 )->Path: # In the hub's cache, beside `config.json`
     "The weights file of a repository, cached or downloaded; `OSError` within ten seconds if there is no network"
     from huggingface_hub import constants, try_to_load_from_cache
-    repo,_,revision = name.split(':', 1)[1].partition('@')
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
-        raise ValueError(f'weights must name a repository as hf-hub:OWNER/NAME, got {name!r}')
+    repo,revision = _repository(name)
     for file in _HUB_FILES:
-        found = try_to_load_from_cache(repo, file, revision=revision or None)
+        found = try_to_load_from_cache(repo, file, revision=revision)
         if isinstance(found, str): return Path(found)
     problem = hub_problem(constants.ENDPOINT)
     if problem: problem = f'{constants.ENDPOINT} cannot be reached ({problem})'
     else:
-        try: return _download(repo, revision or None)
+        try: return _download(repo, revision)
         except Exception as e: problem = f'{type(e).__name__}: {e}'
     raise OSError(f'weights of {name} could not be loaded: {problem}. Alternatives: ' + '; '.join(_other_sources('')))
+
+# %% ../../nbs/models/00_weights.ipynb #b7d67f4b
+_STUDENT = 'student.json','model.safetensors'
+_PICKLES = '.bin','.pth','.pt','.ckpt','.pkl'
+
+class _NoStudent(ValueError):
+    "A repository that contains something else"
+
+def _check_is_student(name, files):
+    "Raise an error for a repository without a student, which says what it contains instead"
+    if set(_STUDENT) <= set(files): return
+    pickles = [f for f in files if f.endswith(_PICKLES)]
+    if pickles and not any(f.endswith('.safetensors') for f in files):
+        raise _NoStudent(f'{name} has its weights as a pickle only, {few_names(pickles)}, which could run code when it '
+                         'is opened: it is refused. Ask its author for safetensors')
+    if 'config.json' in files and 'model.safetensors' in files:
+        raise _NoStudent(f'{name} contains a model of timm, but no student: it has no student.json. '
+                         f'create_student(…, weights={name!r}) starts from its weights')
+    raise _NoStudent(f'{name} contains no student: it lacks '
+                     f'{" and ".join(f for f in _STUDENT if f not in files)}, and has {few_names(files) or "no file"}')
+
+def _listed_files(settings):
+    "Names of the files that a `student.json` lists"
+    try: listed = json.loads(settings.read_text(encoding='utf-8'))['bundle']['files']
+    except (OSError, ValueError, RecursionError, KeyError, TypeError): return []
+    return [f for f in listed if isinstance(f, str)] if isinstance(listed, dict) else []
+
+def _download_student(name, repo, revision):
+    "The folder of a student in the hub's cache, all files of one commit"
+    from huggingface_hub import HfApi, hf_hub_download
+    info = HfApi().model_info(repo, revision=revision)
+    files = sorted(s.rfilename for s in info.siblings or [])
+    _check_is_student(name, files)
+    def get(file): return Path(hf_hub_download(repo, file, revision=info.sha))
+    settings = get('student.json')
+    listed = _listed_files(settings)
+    for file in ['model.safetensors', *(f for f in files if f in listed)]: get(file)
+    return settings.parent
+
+# %% ../../nbs/models/00_weights.ipynb #3ae937ca
+def _cached_student(repo, revision):
+    "The folder of a student that was downloaded before, with all its files; None if there is none"
+    from huggingface_hub import try_to_load_from_cache
+    found = try_to_load_from_cache(repo, 'student.json', revision=revision)
+    if not isinstance(found, str): return None
+    folder = Path(found).parent
+    return folder if all((folder/f).is_file() for f in ('model.safetensors', *_listed_files(Path(found)))) else None
+
+
+# %% ../../nbs/models/00_weights.ipynb #b8007dcb
+def hub_student(
+    name:str, # As `hf-hub:OWNER/NAME`, perhaps with `@revision`
+)->Path: # In the hub's cache
+    "The folder of a student in a repository; `OSError` within ten seconds if there is neither network nor a copy"
+    from huggingface_hub import constants
+    repo,revision = _repository(name, 'the student')
+    problem = hub_problem(constants.ENDPOINT)
+    if problem is None:
+        try: return _download_student(name, repo, revision)
+        except _NoStudent: raise
+        except Exception as e: problem = ' '.join(f'{type(e).__name__}: {e}'.split())
+    else:
+        problem = f'{constants.ENDPOINT} cannot be reached ({problem})'
+        if cached := _cached_student(repo, revision):
+            warnings.warn(f'{problem}; the copy of {name} in the cache is used, which may be older')
+            return cached
+    raise OSError(f'student {name} could not be loaded: {problem}. Alternatives: local-dir:FOLDER of a copy that '
+                  'save_for_hub wrote; the folder of a bundle or student')
+

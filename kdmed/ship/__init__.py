@@ -1,4 +1,4 @@
-"""From a trained student to one folder that says everything, to a file that runs without PyTorch, and to a page that runs in any browser
+"""From a trained student to one folder that says everything, and from there to a file that runs without PyTorch, a page for any browser, a service, a hub and a phone
 
 Docs: https://kdmed.github.io/kdmed/ship/index.html.md"""
 
@@ -6,10 +6,11 @@ Docs: https://kdmed.github.io/kdmed/ship/index.html.md"""
 
 # %% auto #0
 __all__ = ['Bundle', 'NewSite', 'OnnxModel', 'OpenVinoModel', 'PredictedFiles', 'Quantization', 'calibrate_student',
-           'compare_prediction_files', 'copy_bundle', 'evaluate_bundle', 'export_onnx', 'export_page',
-           'export_rounding', 'find_runtime', 'load_bundle', 'model_card', 'predict_files', 'prepare_rounding',
-           'quantizable_layers', 'quantize_onnx', 'quantize_openvino', 'quantize_student', 'read_predictions',
-           'save_bundle', 'sensitive_layers']
+           'compare_prediction_files', 'copy_bundle', 'create_app', 'evaluate_bundle', 'export_coreml',
+           'export_executorch', 'export_onnx', 'export_page', 'export_rounding', 'find_runtime', 'load_bundle',
+           'model_card', 'predict_files', 'prepare_rounding', 'push_to_hub', 'quantizable_layers', 'quantize_onnx',
+           'quantize_openvino', 'quantize_student', 'read_predictions', 'save_bundle', 'save_for_hub',
+           'sensitive_layers', 'serve']
 
 # %% ../../nbs/ship/index.ipynb #shi00003
 def _open_door():
@@ -25,6 +26,9 @@ def _open_door():
     from kdmed.ship.predict import PredictedFiles, predict_files
     from kdmed.ship.prediction_files import compare_prediction_files, read_predictions
     from kdmed.ship.new_site import NewSite, evaluate_bundle
+    from kdmed.ship.serve import create_app, serve
+    from kdmed.ship.hub import push_to_hub, save_for_hub
+    from kdmed.ship.phones import export_coreml, export_executorch
     return locals()
 
 def __getattr__(name):
@@ -35,9 +39,12 @@ def __getattr__(name):
 
 def __dir__(): return sorted({*globals(), *_all_})
 
+
 # %% ../../nbs/ship/index.ipynb #shi00004
 _all_ = [
     'Bundle', 'NewSite', 'OnnxModel', 'OpenVinoModel', 'PredictedFiles', 'Quantization', 'calibrate_student',
-    'compare_prediction_files', 'copy_bundle', 'evaluate_bundle', 'export_onnx', 'export_page', 'export_rounding',
-    'find_runtime', 'load_bundle', 'model_card', 'predict_files', 'prepare_rounding', 'quantizable_layers',
-    'quantize_onnx', 'quantize_openvino', 'quantize_student', 'read_predictions', 'save_bundle', 'sensitive_layers']
+    'compare_prediction_files', 'copy_bundle', 'create_app', 'evaluate_bundle', 'export_coreml',
+    'export_executorch', 'export_onnx', 'export_page', 'export_rounding', 'find_runtime', 'load_bundle',
+    'model_card', 'predict_files', 'prepare_rounding', 'push_to_hub', 'quantizable_layers', 'quantize_onnx',
+    'quantize_openvino', 'quantize_student', 'read_predictions', 'save_bundle', 'save_for_hub', 'sensitive_layers',
+    'serve']

@@ -81,7 +81,8 @@ def list_images(
         else: listed = [Listed(str(check_file(path, 'image')), str(path))]
         for row in listed:
             other = found.setdefault(row.image, row)
-            if other!=row: raise ValueError(f'{place}: {row.image} is listed twice, with different labels, groups or files')
+            if other!=row:
+                raise ValueError(f'{place}: {row.image} is listed twice, with different labels, groups or files')
     return list(found.values())
 
 # %% ../../nbs/ship/20_predict.ipynb #shq00021
