@@ -126,7 +126,7 @@ def test_answers_are_those_of_the_bundle(task, classes, tmp_path, pictures):
 
 
 def test_an_onnx_file_is_served(tmp_path, pictures):
-    ship = pytest.importorskip('kdmed.ship.onnx')
+    ship = pytest.importorskip('kdmed.ship')
     for name in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(name)
     file = ship.export_onnx(student(), tmp_path/'s.onnx')
     client = TestClient(create_app(file))

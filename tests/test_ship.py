@@ -270,7 +270,7 @@ def test_a_student_that_cannot_be_saved_leaves_nothing(model, error, message, tm
     tidy(tmp_path)
 
 
-@pytest.mark.parametrize('at', ['save_student', '_write_report', 'seal_settings', 'load_bundle', '_move_into_place'])
+@pytest.mark.parametrize('at', ['save_student', '_write_report', 'seal_settings', 'load_bundle', 'replace_folder'])
 def test_a_full_disk_at_any_moment_leaves_the_old_bundle(at, tmp_path, monkeypatch):
     import kdmed.ship.bundle as module
     folder = save_bundle(student(), tmp_path/'b', calibrate=False)
@@ -335,7 +335,7 @@ def test_only_validation_images_calibrate(loader, message, dls, tmp_path):
 # -- ONNX
 
 @pytest.fixture(scope='module')
-def ship(): return pytest.importorskip('onnx') and pytest.importorskip('kdmed.ship.onnx')
+def ship(): return pytest.importorskip('onnx') and pytest.importorskip('kdmed.ship')
 
 
 @pytest.fixture(scope='module')
