@@ -261,10 +261,13 @@ def _unround_outputs(graph):
         read = made.get(output.name)
         if read is None or read.op_type!='DequantizeLinear' or read.input[0] not in made: continue
         rounded = made[read.input[0]]
-        maker = made[rounded.input[0]]
-        maker.output[list(maker.output).index(rounded.input[0])] = output.name
+        before = rounded.input[0]
         graph.node.remove(read)
         graph.node.remove(rounded)
+        for node in graph.node: # its maker, and what reads it since `_unround_inputs`
+            for names in (node.input, node.output):
+                for i,name in enumerate(names):
+                    if name==before: names[i] = output.name
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00018
 def _copied(proto):
