@@ -734,17 +734,20 @@ function add(files) {
   work()
 }
 
-async function filesIn(entry, path='') { // of a dropped folder, in and below it, by name
-  if (entry.isFile) return [{file: await new Promise((done, fail) => entry.file(done, fail)), name: path+entry.name}]
-  const reader = entry.createReader(), entries = []
-  for (;;) { // a hundred at a time
-    const some = await new Promise((done, fail) => reader.readEntries(done, fail))
-    if (!some.length) break
-    entries.push(...some)
-  }
-  entries.sort((a, b) => a.name < b.name ? -1 : 1)
+async function inside(folder) { // what a dropped folder holds; Chromium reads entries of local pages by handles alone
   const found = []
-  for (const e of entries) found.push(...await filesIn(e, `${path}${entry.name}/`))
+  if (folder.values) for await (const part of folder.values()) found.push(part)
+  else for (let reader = folder.createReader(), some = [1]; some.length; found.push(...some)) // a hundred at a time
+    some = await new Promise((done, fail) => reader.readEntries(done, fail))
+  return found.sort((a, b) => a.name < b.name ? -1 : 1)
+}
+
+async function filesIn(part, path='') { // a dropped file, or those in and below a folder, by name
+  const name = path+part.name
+  if (part.getFile) return [{file: await part.getFile(), name}]
+  if (part.isFile) return [{file: await new Promise((done, fail) => part.file(done, fail)), name}]
+  const found = []
+  for (const p of await inside(part)) found.push(...await filesIn(p, `${name}/`))
   return found
 }
 
@@ -752,11 +755,15 @@ async function drop(event) {
   event.preventDefault()
   $('drop').classList.remove('over')
   const items = [...event.dataTransfer.items ?? []].filter(i => i.kind === 'file')
-  const entries = items.map(i => i.webkitGetAsEntry?.()), plain = [...event.dataTransfer.files]
-  try {
-    if (!entries.length || entries.some(e => !e)) return add(plain.map(file => ({file, name: file.name})))
-    for (const e of entries) add(await filesIn(e))
-  } catch (e) { say(`What was dropped cannot be read (${e.message ?? e}): choose the files with the button.`) }
+  const dropped = items.map(i => ({ // to be asked for now: afterwards the browser has forgotten them
+    file: i.getAsFile(), entry: i.webkitGetAsEntry?.(), handle: i.getAsFileSystemHandle?.().catch(() => null)}))
+  if (!dropped.length) return add([...event.dataTransfer.files].map(file => ({file, name: file.name})))
+  for (const {file, entry, handle} of dropped) {
+    if (!entry?.isDirectory) add([{file, name: file.name}])
+    else try { add(await filesIn(await handle ?? entry)) } catch (e) {
+      say(`The folder ${entry.name} cannot be read (${e.message ?? e}): choose it with the button.`)
+    }
+  }
 }
 
 function choose(event) {
