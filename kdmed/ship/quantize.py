@@ -39,6 +39,18 @@ _SCOPES = 'pkg.torch.onnx.name_scopes' # the exporter's note of the modules that
 
 def _producers(graph): return {name: node for node in graph.node for name in node.output}
 
+def _unique(names):
+    "Names with a number behind those that occur again"
+    seen = {}
+    for name in names:
+        seen[name] = seen.get(name, 0)+1
+        yield name if seen[name]==1 else f'{name} ({seen[name]})'
+
+def _with_own_names(proto):
+    "A model whose nodes have names of their own, in place: exporters repeat those of functions they insert"
+    for node,name in zip(proto.graph.node, _unique(n.name or n.op_type for n in proto.graph.node)): node.name = name
+    return proto
+
 def _upstream(graph, tensor):
     "Nodes that a tensor is computed from, by name"
     made,found,todo = _producers(graph),{},[tensor]
@@ -100,7 +112,7 @@ def _folded(proto):
     del made.opset_import[:]
     made.opset_import.extend(opsets)
     for node in made.graph.node: del node.metadata_props[:]
-    return made
+    return _with_own_names(made)
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00013
 @dataclass(frozen=True)
@@ -112,13 +124,6 @@ class _Source:
     ends:list       # Names of the nodes that stay in floating point: before the student and behind it
     attention:bool  # Whether activations are multiplied with each other
     properties:list # What the file says about itself
-
-def _unique(names):
-    "Names with a number behind those that occur again"
-    seen = {}
-    for name in names:
-        seen[name] = seen.get(name, 0)+1
-        yield name if seen[name]==1 else f'{name} ({seen[name]})'
 
 def _check_source(model, proto):
     "Raise an error for a file whose weights are quantized already, or not finite"
@@ -137,7 +142,7 @@ def _read_source(path, threads=0):
     "An exported file, ready to be quantized"
     onnx, = import_onnx('onnx')
     model = path if isinstance(path, OnnxModel) else OnnxModel(path, threads=threads)
-    proto = onnx.load(model.path)
+    proto = _with_own_names(onnx.load(model.path))
     _check_source(model, proto)
     weights = {t.name for t in proto.graph.initializer}
     try: before = _upstream(proto.graph, _normalization(proto.graph)[1].output[0])
@@ -571,7 +576,10 @@ path,n,size,threads = sys.argv[1],*map(int, sys.argv[2:])
 if path.endswith('.xml'): import openvino
 else: import onnxruntime
 images = np.zeros((n, size, size, 3), np.uint8)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
+def peak(): # Linux counts the parent's memory in ru_maxrss
+    try: return 1024*int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
+    except (OSError, IndexError): largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest*(1 if sys.platform=='darwin' else 1024)
 before = peak()
 if path.endswith('.xml'):
     options = dict(INFERENCE_NUM_THREADS=threads, INFERENCE_PRECISION_HINT='f32')
