@@ -168,7 +168,8 @@ class Hub(BaseHTTPRequestHandler):
         if path=='api/repos/create':
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
-            if name in state['repositories']: return self.send(409, dict(error='It exists', url=f"{state['url']}/{name}"))
+            url = f"{state['url']}/{name}"
+            if name in state['repositories']: return self.send(409, dict(error='It exists', url=url))
             state['repositories'][name] = {}
             state['private'] = asked.get('private') or asked.get('visibility')=='private' # older and newer clients
             return self.send(200, dict(url=f"{state['url']}/{name}"))

@@ -290,7 +290,7 @@ print(pages[0], pages[-1], 'torch' in sys.modules)
 @pytest.mark.slow(60)
 @pytest.mark.skipif(sys.platform!='linux', reason='reads /proc')
 def test_memory_is_flat(place):
-    "20,000 images; of 100,000 the growth was measured, too: less than 1 kB an image, for names"
+    "One batch is held at a time, beside the names of the files"
     folder,n = many(place, 20_000),20_000
     command = [sys.executable, '-c', MEASURED, place/'student.onnx', folder, place/'p.csv']
     done = subprocess.run(command, capture_output=True, text=True)

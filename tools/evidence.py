@@ -180,8 +180,8 @@ def about():
 # -- the plan
 
 def teacher_runs():
-    lite = dict(model='tf_efficientnet_lite2', method='teacher', weights='pip', views=0)
-    return dict(ham10000=Run('ham10000', epochs=12, lr=1e-3, **lite), pneumonia=Run('pneumonia', epochs=8, lr=1e-3, **lite))
+    lite = dict(model='tf_efficientnet_lite2', method='teacher', weights='pip', views=0, lr=1e-3)
+    return dict(ham10000=Run('ham10000', epochs=12, **lite), pneumonia=Run('pneumonia', epochs=8, **lite))
 
 def runs_of(data, student, methods, **how):
     teacher = teacher_runs()[data].name
@@ -215,6 +215,13 @@ def plan():
 
 METRICS = ['balanced_accuracy', 'macro_auroc']
 
+def finished(job):
+    "All finished runs below the work folder, also those of earlier plans, with what was noted when they ended"
+    for file in sorted(job.work.glob('*/*/**/run.json')):
+        facts = json.loads(file.read_text())
+        run = Run(**{f.name: facts[f.name] for f in fields(Run)})
+        if job.folder(run)==file.parent and is_finished(file.parent): yield run,facts
+
 def histories(job):
     "The training logs of finished teachers"
     found = []
@@ -225,13 +232,6 @@ def histories(job):
         log.insert(0, 'teacher', job.folder(run).parent.name)
         found.append(log.assign(data=run.data))
     return pd.concat(found)
-
-def finished(job):
-    "All finished runs below the work folder, also those of earlier plans, with what was noted when they ended"
-    for file in sorted(job.work.glob('*/*/**/run.json')):
-        facts = json.loads(file.read_text())
-        run = Run(**{f.name: facts[f.name] for f in fields(Run)})
-        if job.folder(run)==file.parent and is_finished(file.parent): yield run,facts
 
 def fits_table(job):
     "A row for each finished fit: what it was, its figures on validation and test images, its seconds"

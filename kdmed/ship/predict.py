@@ -61,7 +61,7 @@ def _in_list(file):
     columns = 'image','label','group'
     rows = read_list(file, columns)
     if 'image' not in rows: raise ValueError(f'{file} has no column image; its columns are {list(rows.columns)}')
-    rows = rows.reindex(columns=columns).fillna('')
+    rows = rows.reindex(columns=columns).astype(object).fillna('')
     blank = rows.image.str.strip()==''
     if blank.any(): raise ValueError(f'{file}: {blank.sum()} rows name no image, the first is row {blank.argmax()+1}')
     return [Listed(r.image, str(Path(file).parent/r.image), r.label, r.group) for r in rows.itertuples(index=False)]

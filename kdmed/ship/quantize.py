@@ -61,6 +61,7 @@ def _upstream(graph, tensor):
         todo += node.input
     return found
 
+# %% ../../nbs/ship/10_quantize.ipynb #4798bb2f
 def _normalization(graph):
     "The nodes that subtract the mean and divide by the standard deviation"
     subtract = next((n for n in graph.node if n.op_type=='Sub' and 'mean' in n.input), None)
