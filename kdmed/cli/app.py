@@ -312,7 +312,9 @@ def _main(argv):
 # %% ../../nbs/cli/10_app.ipynb #4d11924b
 def _refuse(text):
     "Print an error, of several processes once; the exit status"
-    if first_to_fail(): print(f'kdmed: error: {text}', file=sys.stderr, flush=True)
+    try:
+        if first_to_fail(): print(f'kdmed: error: {text}', file=sys.stderr, flush=True)
+    except Stopped: STATE.pop('armed', None) # by the launcher, once another process has said what is wrong
     return 2
 
 _LESS_MEMORY = 'not enough memory: choose a smaller --bs or --size, or --store to keep images on the disk'
