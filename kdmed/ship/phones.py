@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/ship/phones.html.md"""
 __all__ = ['PHONE_FORMAT', 'OnPhone', 'phone_facts', 'import_phone', 'export_executorch', 'export_coreml']
 
 # %% ../../nbs/ship/35_phones.ipynb #a3b6b263
-import contextlib, importlib, io, json, logging, tempfile, warnings
+import contextlib, importlib, io, json, logging, os, tempfile, warnings
 from pathlib import Path
 
 import numpy as np
@@ -146,16 +146,16 @@ def _check_program(file, model, spec, tolerance, path):
 def _write_both(path, data, check, facts):
     "A program and its facts beside it, both or neither"
     beside = path.with_suffix('.json')
-    old = beside.read_bytes() if beside.is_file() else None
+    new = beside.with_name(f'.{beside.name}.new')
     def write(part):
         part.write_bytes(data)
         check(part)
-    write_atomic(beside, json.dumps(facts, indent=1, ensure_ascii=False))
-    try: return write_atomic(path, write)
-    except BaseException:
-        if old is None: beside.unlink(missing_ok=True)
-        else: write_atomic(beside, old)
-        raise
+    try:
+        write_atomic(new, json.dumps(facts, indent=1, ensure_ascii=False))
+        write_atomic(path, write)
+        os.replace(new, beside)
+    finally: new.unlink(missing_ok=True)
+    return path
 
 def export_executorch(
     student,              # Module with a `spec`, Learner, `Bundle`, or the folder of a bundle or a student
