@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kdmed.core.files import moved_aside
 from kdmed.data.filters import CLAHE
 from kdmed.data.images import synthetic_table
 from kdmed.data.loaders import image_dls
@@ -24,7 +25,6 @@ from kdmed.models import (
     save_student, set_model_stats, truncate_vit)
 from kdmed.models.create import seal_settings
 from kdmed.ship import load_bundle, save_bundle
-from kdmed.ship.bundle import _old
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore:.*lr_scheduler')
 CLASSES = ['a', 'b', 'c']
@@ -161,7 +161,7 @@ def test_a_bundle_of_a_distillation_run(dls, tmp_path):
     assert (bundle.folder/'metrics.json').read_bytes()==(run/'metrics.json').read_bytes()
     assert list(bundle.report.scores)==['teacher', 'plain', 'distilled']
     assert 'means over 2 training seeds' in bundle.card and 'CC0-1.0' in bundle.card
-    with pytest.raises(FileExistsError, match='no part of a bundle, config.toml'):
+    with pytest.raises(FileExistsError, match='contains other files, config.toml'):
         save_bundle(run, run, dls.valid, force=True)
     with pytest.raises(ValueError, match='name must be what the report calls the student'):
         save_bundle(run, tmp_path/'c', dls.valid, name='mine')
@@ -272,11 +272,12 @@ def test_a_student_that_cannot_be_saved_leaves_nothing(model, error, message, tm
 
 @pytest.mark.parametrize('at', ['save_student', '_write_report', 'seal_settings', 'load_bundle', 'replace_folder'])
 def test_a_full_disk_at_any_moment_leaves_the_old_bundle(at, tmp_path, monkeypatch):
+    import kdmed.core.files as files
     import kdmed.ship.bundle as module
     folder = save_bundle(student(), tmp_path/'b', calibrate=False)
     before = contents(folder)
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(module, at, full)
+    monkeypatch.setattr(files if at=='replace_folder' else module, at, full)
     with pytest.raises(OSError, match='No space left'):
         save_bundle(student('test_efficientnet'), folder, calibrate=False, force=True)
     assert contents(folder)==before
@@ -300,14 +301,14 @@ def test_an_error_in_the_last_step_brings_the_old_bundle_back(tmp_path, monkeypa
 def test_a_save_killed_between_its_two_steps_is_repaired(tmp_path):
     folder = save_bundle(student(), tmp_path/'b', calibrate=False)
     before = contents(folder)
-    os.replace(folder, _old(folder))
+    os.replace(folder, moved_aside(folder))
     with pytest.raises(FileNotFoundError, match='rename it'): load_bundle(folder)
     with pytest.raises(FileExistsError, match='already contains'): save_bundle(student(), folder, calibrate=False)
     assert contents(folder)==before
 
 
 def test_a_read_only_place_is_named(tmp_path, monkeypatch):
-    import kdmed.ship.bundle as module
+    import kdmed.core.files as module
     monkeypatch.setattr(module, 'is_writable', lambda folder: False)
     with pytest.raises(PermissionError, match='choose another folder'):
         save_bundle(student(), tmp_path/'b', calibrate=False)

@@ -136,13 +136,13 @@ def _serve(source:Annotated[str, _SOURCE], /, *, serve:ServeOptions=ServeOptions
     """Answer images with probabilities and decisions, over HTTP
 
     Only this machine can ask, unless --host says otherwise. Ctrl-C ends it."""
-    return _run('serve', serve, source=source)
+    return _use('serve', source=source, **asdict(serve))
 
 def _push(bundle:Annotated[str, _BUNDLE], repo_id:Annotated[str, _TARGET], /, *, push:PushOptions=PushOptions()):
     """Send a bundle to the Hugging Face hub, as timm and kdmed load it
 
     A new repository is private. Nothing is sent that names files or folders of your data."""
-    return _run('push', push, bundle=bundle, repo_id=repo_id)
+    return _use('push', bundle=bundle, repo_id=repo_id, **asdict(push))
 
 # %% ../../nbs/cli/10_app.ipynb #413525f3
 def _export(path:Annotated[str, _STUDENT], /, *, export:ExportOptions=ExportOptions(), force:_REPLACE=False):

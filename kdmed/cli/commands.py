@@ -7,8 +7,7 @@ Docs: https://kdmed.github.io/kdmed/cli/commands.html.md"""
 # %% auto #0
 __all__ = ['FOUNDATION_FOLDER', 'DEMO', 'DEMO_IMAGES', 'check_registered', 'check_models', 'check_all_weights', 'distill_command',
            'demo_command', 'read_space', 'distill_line', 'search_command', 'set_values', 'recipe_command',
-           'seconds_per_step', 'estimate_run', 'unreadable_images', 'check_command', 'models_command', 'serve_command',
-           'push_command']
+           'seconds_per_step', 'estimate_run', 'unreadable_images', 'check_command', 'models_command']
 
 # %% ../../nbs/cli/05_commands.ipynb #49e9f3b1
 from .images import (
@@ -767,30 +766,4 @@ def models_command(
     print(markdown_table(table.drop(columns=['library', 'note'])))
     print('\nopen: there is no license to accept. gated: its hub wants an account and consent. '
           'Any model of timm is possible, too.')
-    return 0
-
-# %% ../../nbs/cli/05_commands.ipynb #5818c3d0
-from .options import Kept
-from ..ship.hub import push_to_hub, save_for_hub
-from ..ship.serve import serve
-
-# %% ../../nbs/cli/05_commands.ipynb #27612fba
-def serve_command(
-    o:dict, # Options by name
-)->int: # Exit status
-    "kdmed serve"
-    STATE['kept'] = lambda: Kept('the service has ended', False)
-    serve(**o)
-    STATE.pop('armed', None) # the signal has done its work
-    print('The service has ended.', flush=True)
-    return 0
-
-def push_command(
-    o:dict, # Options by name
-)->int: # Exit status
-    "kdmed push"
-    bundle,place = o['bundle'],o['repo_id']
-    settings = {k: o[k] for k in ('report', 'license', 'force')}
-    if place.startswith('local-dir:'): print(save_for_hub(bundle, place.removeprefix('local-dir:'), **settings))
-    else: print(push_to_hub(bundle, place, private=not o['public'], **settings))
     return 0

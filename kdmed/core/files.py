@@ -6,8 +6,8 @@ Docs: https://kdmed.github.io/kdmed/core/files.html.md"""
 
 # %% auto #0
 __all__ = ['write_atomic', 'flush_to_disk', 'existing_parent', 'check_room', 'is_writable', 'check_new_file', 'check_new_folder',
-           'new_folder', 'is_running', 'clear_parts', 'Claim', 'claim', 'check_unclaimed', 'claimed_folder',
-           'check_format']
+           'moved_aside', 'restore_folder', 'replace_folder', 'new_folder', 'is_running', 'clear_parts', 'Claim',
+           'claim', 'check_unclaimed', 'claimed_folder', 'check_format']
 
 # %% ../../nbs/core/10_files.ipynb #f92082ed
 import errno, json, os, shutil, socket, tempfile, time
@@ -98,6 +98,8 @@ def check_new_file(
     return path
 
 # %% ../../nbs/core/10_files.ipynb #8fff2493
+def _some(names): return ', '.join(names[:4]) + (f', … ({len(names)} in all)' if len(names)>4 else '')
+
 def check_new_folder(
     folder,           # Folder to make
     ours=(),          # Names that it may contain, if they are to be replaced
@@ -113,13 +115,39 @@ def check_new_folder(
     there = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
     strange = [n for n in there if n not in ours]
     if strange:
-        raise FileExistsError(f'{what} {folder} contains other files, such as {strange[0]}; choose a new folder')
+        raise FileExistsError(f'{what} {folder} contains other files, {_some(strange)}; choose another folder')
     if there and not force:
-        raise FileExistsError(f'{what} {folder} already contains {there[0]}; pass {written("force", True)} to replace '
-                              'it, or choose a new folder')
+        raise FileExistsError(f'{what} {folder} already contains {_some(there)}; pass {written("force", True)} to '
+                              'replace it, or choose another folder')
     if not is_writable(folder.parent):
-        raise PermissionError(f'{what} {folder} cannot be made: files cannot be written to {folder.parent}')
+        raise PermissionError(f'{what} {folder} cannot be made: files cannot be written to {folder.parent}; '
+                              'choose another folder')
     return folder
+
+# %% ../../nbs/core/10_files.ipynb #71700b1e
+def moved_aside(folder): # Absolute
+    "Where `replace_folder` keeps the old folder for a moment"
+    return folder.with_name(f'.{folder.name}.old')
+
+def restore_folder(
+    folder:Path, # That `replace_folder` replaces
+)->None:
+    "Put a folder back that a killed process had moved aside, but not replaced yet"
+    if moved_aside(folder).is_dir() and not folder.exists(): os.replace(moved_aside(folder), folder)
+
+def replace_folder(
+    new:Path,    # Finished, on the same disk
+    folder:Path, # Whose place it takes
+)->None:
+    "Let a finished folder take the place of another; after an error the other is back"
+    old = moved_aside(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir(): os.replace(folder, old)
+    try: os.replace(new, folder)
+    except BaseException:
+        restore_folder(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/core/10_files.ipynb #038acead
 @contextmanager
@@ -131,16 +159,14 @@ def new_folder(
 ): # Context manager that gives an empty folder to write to
     "Make a folder completely or not at all: after an error in the block there is what was there before"
     folder = check_new_folder(folder, ours, force, name)
+    restore_folder(folder)
+    check_new_folder(folder, ours, force, name) # what a killed process had moved aside is there again
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as part:
-        new,old = Path(part)/'new',Path(part)/'old'
+        new = Path(part)/'new'
         new.mkdir()
         yield new
-        if folder.is_dir(): os.replace(folder, old)
-        try: os.replace(new, folder)
-        except BaseException:
-            if old.is_dir(): os.replace(old, folder)
-            raise
+        replace_folder(new, folder)
 
 # %% ../../nbs/core/10_files.ipynb #afb0cf64
 def is_running(

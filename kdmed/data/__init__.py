@@ -23,6 +23,8 @@ __all__ = ['BREAKHIS_IMAGES', 'BREAKHIS_SUBTYPES', 'CHESTXRAY14_FINDINGS', 'CLAH
            'synthetic_table', 'tissue_augment']
 
 # %% ../../nbs/data/index.ipynb #83a00159
+from ..core.doors import lazy_door
+
 def _open_door():
     "What can be imported from here; most of it needs PyTorch, reading images does not"
     from kdmed.core.basics import UNLABELED
@@ -51,13 +53,7 @@ def _open_door():
         cutmix, deit_lung_augment, kd_convnext_augment, mixup, mskd_augment, show_views, skin_augment, tissue_augment)
     return locals()
 
-def __getattr__(name):
-    "Imports what can be imported from here, once any of it is asked for; one module behind this door needs less"
-    if name not in _all_: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    globals().update(_open_door())
-    return globals()[name]
-
-def __dir__(): return sorted({*globals(), *_all_})
+__getattr__,__dir__ = lazy_door(globals(), _open_door)
 
 # %% ../../nbs/data/index.ipynb #0fb9f722
 _all_ = [

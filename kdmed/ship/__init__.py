@@ -13,6 +13,8 @@ __all__ = ['Bundle', 'NewSite', 'OnnxModel', 'OpenVinoModel', 'PredictedFiles', 
            'sensitive_layers', 'serve']
 
 # %% ../../nbs/ship/index.ipynb #shi00003
+from ..core.doors import lazy_door
+
 def _open_door():
     "What can be imported from here; most of it needs PyTorch, running an ONNX file does not"
     from kdmed.ship.bundle import Bundle, calibrate_student, copy_bundle, load_bundle, model_card, save_bundle
@@ -31,14 +33,7 @@ def _open_door():
     from kdmed.ship.phones import export_coreml, export_executorch
     return locals()
 
-def __getattr__(name):
-    "Imports what can be imported from here, once any of it is asked for; one module behind this door needs less"
-    if name not in _all_: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    globals().update(_open_door())
-    return globals()[name]
-
-def __dir__(): return sorted({*globals(), *_all_})
-
+__getattr__,__dir__ = lazy_door(globals(), _open_door)
 
 # %% ../../nbs/ship/index.ipynb #shi00004
 _all_ = [

@@ -6,11 +6,10 @@ Docs: https://kdmed.github.io/kdmed/ship/bundle.html.md"""
 
 # %% auto #0
 __all__ = ['RESIZE', 'BUNDLE_FORMAT', 'BUNDLE_FILES', 'BUNDLE_FOLDER', 'calibrate_student', 'needs_kdmed', 'model_card',
-           'restore_folder', 'check_bundle_target', 'replace_folder', 'save_bundle', 'Bundle', 'bundle_folder',
-           'load_bundle', 'copy_bundle']
+           'save_bundle', 'Bundle', 'bundle_folder', 'load_bundle', 'copy_bundle']
 
 # %% ../../nbs/ship/00_bundle.ipynb #shb00003
-import json, os, shutil, tempfile, warnings
+import json, os, shutil, warnings
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from fastai.learner import Learner
 
 from ..core.basics import count_parameters, input_channels, model_spec, unwrap, weights_size
 from ..core.checks import written
-from ..core.files import check_format, check_room, is_writable
+from ..core.files import check_format, check_new_folder, check_room, moved_aside, new_folder, restore_folder
 from ..core.outputs import check_same_classes, output_names
 from ..data.loaders import own_loader
 from ..models.create import (
@@ -288,49 +287,6 @@ def _file_digests(folder):
     files = sorted(f for f in folder.rglob('*') if f.is_file() and f.name!='student.json')
     return {f.relative_to(folder).as_posix(): file_hash(f) for f in files}
 
-# %% ../../nbs/ship/00_bundle.ipynb #shb00042
-def _old(folder): return folder.with_name(f'.{folder.name}.old')
-
-def restore_folder(
-    folder:Path, # That `replace_folder` replaces
-)->None:
-    "Put a folder back that a killed process had moved aside, but not replaced yet"
-    if _old(folder).is_dir() and not folder.exists(): os.replace(_old(folder), folder)
-
-def check_bundle_target(
-    folder,           # To make a bundle in
-    force:bool=False, # Replace a bundle
-)->None:
-    "Raise an error for a folder that cannot be written, or contains something that would be lost"
-    folder = Path(folder).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f'{folder} is a file; name a folder for the bundle')
-    there = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-    strange = [name for name in there if name not in BUNDLE_FILES]
-    if strange:
-        raise FileExistsError(f'{folder} contains files that are no part of a bundle, {few_names(strange)}; '
-                              'choose a new folder')
-    if there and not force:
-        raise FileExistsError(f'{folder} already contains {few_names(there)}; pass {written("force", True)} to replace '
-                              'the bundle, or choose another folder')
-    if not is_writable(folder.parent):
-        raise PermissionError(f'{folder} cannot be made: files cannot be written to {folder.parent}; '
-                              'choose another folder')
-
-# %% ../../nbs/ship/00_bundle.ipynb #324c8898
-def replace_folder(
-    new:Path,    # Finished, on the same disk
-    folder:Path, # Whose place it takes
-)->None:
-    "Let a finished folder take the place of another; after an error the other is back"
-    shutil.rmtree(_old(folder), ignore_errors=True)
-    if folder.is_dir(): os.replace(folder, _old(folder))
-    try: os.replace(new, folder)
-    except BaseException:
-        restore_folder(folder)
-        raise
-    shutil.rmtree(_old(folder), ignore_errors=True)
-
 # %% ../../nbs/ship/00_bundle.ipynb #shb00043
 def _find_report(report, source):
     "The `Comparison` of a report and the folder it is in: passed, or that of the run a student is loaded from"
@@ -411,7 +367,7 @@ def save_bundle(
     "Write a student with everything that is needed to use it and to judge it; completely, or not at all"
     folder,source = Path(folder).expanduser().absolute(),None
     restore_folder(folder)
-    check_bundle_target(folder, force)
+    check_new_folder(folder, BUNDLE_FILES, force)
     if isinstance(student, (str, os.PathLike)): student,source = load_student(student),student_folder(student)
     valid = _valid_loader(student, valid, calibrate)
     made = _to_save(student, valid)
@@ -446,8 +402,8 @@ def _build(student, folder, bundle, report, report_folder):
     "Make a bundle beside its folder, and move it there"
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_room(folder.parent, weights_size(student)+20_000_000, f'the bundle {folder.name}')
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as part:
-        new = save_student(student, Path(part)/'new')
+    with new_folder(folder, BUNDLE_FILES, force=True) as new:
+        save_student(student, new)
         settings = json.loads((new/'student.json').read_text(encoding='utf-8'))
         facts = bundle | dict(versions={k: settings[k] for k in ('kdmed', 'timm', 'torch')})
         card = model_card(student.spec, facts, report, bundle['report_name'], count_parameters(student),
@@ -457,7 +413,6 @@ def _build(student, folder, bundle, report, report_folder):
         settings['bundle'] = bundle | dict(files=_file_digests(new))
         (new/'student.json').write_text(seal_settings(settings), encoding='utf-8')
         load_bundle(new)
-        replace_folder(new, folder)
 
 # %% ../../nbs/ship/00_bundle.ipynb #shb00051
 def _check_files(folder, digests):
@@ -485,7 +440,7 @@ def _other_versions(settings):
 def _bundle_settings(folder):
     "Settings of a bundle whose files are all as they were saved"
     if not folder.is_dir():
-        old = _old(folder)
+        old = moved_aside(folder)
         left = f'; {old} is what an interrupted save has moved aside: rename it' if old.is_dir() else ''
         raise FileNotFoundError(f'no bundle in {folder}: there is no such folder{left}')
     settings,file = read_settings(folder),folder/'student.json'
@@ -566,15 +521,13 @@ def copy_bundle(
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     folder = Path(folder).expanduser().absolute()
     restore_folder(folder)
-    check_bundle_target(folder, force)
+    check_new_folder(folder, BUNDLE_FILES, force)
     names = [*bundle.settings['bundle']['files'], 'student.json']
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_room(folder.parent, sum((bundle.folder/n).stat().st_size for n in names), f'the bundle {folder.name}')
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as part:
-        new = Path(part)/'new'
+    with new_folder(folder, BUNDLE_FILES, force) as new:
         for name in names:
             (new/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder/name, new/name)
         load_bundle(new)
-        replace_folder(new, folder)
     return folder

@@ -16,12 +16,12 @@ import torch
 
 from ..core.basics import input_channels, unwrap, weights_size
 from ..core.checks import written
-from ..core.files import check_room, is_writable
+from ..core.files import check_new_folder, check_room, new_folder, restore_folder
 from ..models.create import HUB_WEIGHTS, n_outputs, seal_settings, student_weights
 from ..models.weights import few_names, file_hash, hub_problem
 from ..evaluate.privacy import without_private
 from ..evaluate.report_files import REPORT_FILES
-from .bundle import Bundle, load_bundle, needs_kdmed, replace_folder, restore_folder
+from .bundle import Bundle, load_bundle, needs_kdmed
 
 # %% ../../nbs/ship/30_hub.ipynb #9b1702db
 _NOT_TIMM = 'kdmed_student'
@@ -87,18 +87,6 @@ def hub_card(
 # %% ../../nbs/ship/30_hub.ipynb #f7a4b31f
 HUB_FILES = 'config.json',HUB_WEIGHTS,'student.json','README.md',*REPORT_FILES
 
-def _check_free(folder, force):
-    "Raise an error for a folder that would lose something"
-    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file; name a folder')
-    there = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-    strange = [name for name in there if name not in HUB_FILES]
-    if strange: raise FileExistsError(f'{folder} contains other files, {few_names(strange)}; choose a new folder')
-    if there and not force:
-        raise FileExistsError(f'{folder} already contains {few_names(there)}; pass {written("force", True)} to replace '
-                              'them, or choose another folder')
-    if not is_writable(folder.parent):
-        raise PermissionError(f'{folder} cannot be made: files cannot be written to {folder.parent}')
-
 def _as_bundle(bundle):
     if isinstance(bundle, Bundle): return bundle
     if isinstance(bundle, (str, os.PathLike)): return load_bundle(bundle)
@@ -111,8 +99,7 @@ def _check_license(license):
 
 # %% ../../nbs/ship/30_hub.ipynb #f70d9fa9
 def _write_files(bundle, new, place, report, license):
-    "The files of a repository, in a new folder"
-    new.mkdir()
+    "The files of a repository, in an empty folder"
     shutil.copyfile(student_weights(bundle.folder), new/HUB_WEIGHTS)
     for name in REPORT_FILES if report else ():
         source = bundle.folder/name
@@ -150,16 +137,14 @@ def save_for_hub(
     "Write a bundle in timm's layout, completely or not at all"
     folder = Path(folder).expanduser().absolute()
     restore_folder(folder)
-    _check_free(folder, force)
+    check_new_folder(folder, HUB_FILES, force)
     _check_license(license)
     bundle = _as_bundle(bundle)
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_room(folder.parent, weights_size(bundle.student)+20_000_000, f'the folder {folder.name}')
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as part:
-        new = Path(part)/'new'
+    with new_folder(folder, HUB_FILES, force) as new:
         _write_files(bundle, new, place or 'local-dir:FOLDER', report, license)
         _check_loads(bundle, new)
-        replace_folder(new, folder)
     return folder
 
 # %% ../../nbs/ship/30_hub.ipynb #1c78bef6

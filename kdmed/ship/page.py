@@ -117,9 +117,10 @@ def _as_global(program, path):
 
 # %% ../../nbs/ship/15_page.ipynb #shp00113
 def find_runtime(
-    path=None, # Folder of the package onnxruntime-web, or the file of `npm pack`; default: fetched with npm
+    path=None, # Folder of the package onnxruntime-web, file of `npm pack`, or `Runtime`; default: fetched with npm
 )->Runtime:
     "onnxruntime-web from npm or a path, checked"
+    if isinstance(path, Runtime): return path
     if path is None:
         with tempfile.TemporaryDirectory(prefix='kdmed-npm-') as folder: return find_runtime(_with_npm(folder))
     if not isinstance(path, (str, os.PathLike)):

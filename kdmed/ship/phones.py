@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from ..core.checks import check_in, check_number, written
-from ..core.files import check_new_file, check_room, is_writable, write_atomic
-from .bundle import replace_folder, restore_folder
+from ..core.files import check_new_file, check_room, is_writable, replace_folder, restore_folder, write_atomic
 from .onnx import RESIZE_RULE, Deployed, prepare_export
 
 # %% ../../nbs/ship/35_phones.ipynb #53dda1d8
