@@ -371,7 +371,7 @@ def test_a_report_that_exists_is_not_replaced(tmp_path, capsys):
     (tmp_path/'r').mkdir()
     (tmp_path/'r'/'notes.txt').write_text('mine')
     status,_,err = kdmed(capsys, *line, '--force')
-    assert status==2 and '--out' in err and 'contains other files, such as notes.txt' in err, err
+    assert status==2 and '--out' in err and 'contains other files, notes.txt' in err, err
     assert contents(tmp_path/'r')=={'notes.txt': b'mine'}
     (tmp_path/'x').mkdir()
     prediction_file(tmp_path/'x'/'a.csv')
