@@ -196,7 +196,7 @@ def factor_runs():
             how = dict(epochs=epochs, views=views, sampling=sampling)
             yield from runs_of('ham10000', TINY, ('plain', 'logit', 'dist'), **how)
 
-# What the validation figures of the factor runs chose; see `results/evidence/README.md`
+# What the validation figures of the factor runs chose; see the page `which_method`
 CHOSEN = dict(epochs=12, views=12, sampling='balanced')
 METHODS = 'plain', 'logit', 'decoupled', 'dist', 'srd', 'lelp', 'function_matching'
 
