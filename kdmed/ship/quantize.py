@@ -30,12 +30,11 @@ from ..evaluate.conclusions import interval_text
 from ..evaluate.metrics import check_loader
 from ..evaluate.report import markdown_table
 from ..evaluate.scores import more_is_better, scores
-from .onnx import export_onnx
+from .onnx import SCOPES, export_onnx
 from .onnx_model import OnnxModel, import_onnx, onnx_session, pixel_batches
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00011
 LAYER_OPS = 'Conv','ConvTranspose','Gemm','MatMul'
-_SCOPES = 'pkg.torch.onnx.name_scopes' # the exporter's note of the modules that a node comes from
 
 def _producers(graph): return {name: node for node in graph.node for name in node.output}
 
@@ -74,7 +73,7 @@ def _layer_name(node, weights):
     "The name of a layer in the student, from its weights, else from the exporter's note"
     weight = next((i for i in node.input if i in weights), '')
     if weight.endswith('.weight'): return weight.removeprefix('student.').removesuffix('.weight')
-    note = next((p.value for p in node.metadata_props if p.key==_SCOPES), '[]')
+    note = next((p.value for p in node.metadata_props if p.key==SCOPES), '[]')
     try: scopes = [s for s in literal_eval(note) if s.startswith('student.')]
     except (ValueError, SyntaxError, AttributeError): scopes = []
     return scopes[-1].removeprefix('student.') if scopes else node.name
