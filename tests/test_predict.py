@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -450,6 +451,18 @@ def test_from_a_run_to_another_site(place, capsys):
         assert status==0 and err=='', err
     a,b = (read(place/f'{n}.csv').probability_malignant for n in ('torch', 'onnx'))
     assert np.allclose(a, b, atol=.02)
+    status,out,err = kdmed(capsys, 'quantize', run, '--limit', 1, '--out', place/'int8', '--quiet')
+    assert status==0 and '| int8 static |' in out and 'Recommended' in out, err
+    status,_,err = kdmed(capsys, 'predict', place/'int8'/'int8_static.onnx', place/'images', '--out', place/'int8.csv')
+    assert status==0 and np.allclose(read(place/'int8.csv').probability_malignant, b, atol=.2), err
+    (place/'training').rename(place/'moved')
+    status,_,err = kdmed(capsys, 'quantize', run, '--out', place/'again')
+    assert status==2 and '--data' in err and 'no such file or folder' in err, err
+    shutil.copytree(place/'moved', place/'fewer')
+    next((place/'fewer').rglob('*.png')).unlink()
+    status,_,err = kdmed(capsys, 'quantize', run, '--data', place/'fewer', '--out', place/'again')
+    assert status==2 and 'are not those that the run' in err and not (place/'again').exists(), err
+    (place/'moved').rename(place/'training')
     status,_,err = kdmed(capsys, 'evaluate', run, '--data', place/'images', *GROUPS, '--out', place/'site')
     assert status==0, err
     mine = f"mine={place/'site'/'predictions.csv'}"

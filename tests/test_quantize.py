@@ -216,7 +216,7 @@ def test_all_candidates_are_made_measured_and_saved(dls, tmp_path):
     saved = json.loads((tmp_path/'q'/'quantization.json').read_text())
     assert saved['recommended']==result.recommended and set(saved['candidates'])==set(result.rows.index)
     assert (result.rows.memory_mb.dropna() > 0).all() and (result.rows.latency_ms > 0).all()
-    with pytest.raises(FileExistsError, match='exists'): ship.quantize_student(student(), dls, tmp_path/'q')
+    with pytest.raises(FileExistsError, match='already contains'): ship.quantize_student(student(), dls, tmp_path/'q')
     with pytest.raises(ValueError, match='classes of the student'):
         ship.quantize_student(student(classes=['c', 'b', 'a']), dls, tmp_path/'x')
     tidy(tmp_path, 'q')

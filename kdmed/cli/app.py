@@ -20,11 +20,11 @@ from .. import __version__
 from ..core.checks import writing_as
 from ..core.processes import (
     OtherProcessFailed, first_to_fail, is_first, join_processes, leave_processes, process_count, quiet_unless_first)
-from kdmed.cli.options import (
+from .options import (
     FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, ExportOptions, LoadingOptions, ModelOptions,
-    PixelOptions, PushOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions, ServeOptions, TrainingOptions,
-    UseOptions, Whole, as_option, check_concerns, check_names, check_numbers, check_paths, extended_help, one_option,
-    settle_teachers)
+    PixelOptions, PushOptions, QuantizeOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions, ServeOptions,
+    TrainingOptions, UseOptions, Whole, as_option, check_concerns, check_names, check_numbers, check_paths,
+    extended_help, one_option, settle_teachers)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
@@ -75,6 +75,7 @@ def _join(command, o):
 _RECIPE_OUT = Parameter(name='--out', group=RUNNING,
                         help='folder of the run; without it, the card is printed and nothing is run')
 _STUDENT = Parameter(help='folder of a kdmed distill run, or a bundle', show_default=False)
+_RUN = Parameter(help='folder of a finished kdmed distill run', show_default=False)
 _EITHER = Parameter(help='folder of a kdmed distill run, a bundle, or an ONNX file', show_default=False)
 _IMAGES = Parameter(help='image files, folders, CSV lists with a column image', show_default=False)
 _FILE_OUT = Parameter(name='--out', help='CSV file to write', group=RUNNING)
@@ -151,6 +152,13 @@ def _export(path:Annotated[str, _STUDENT], /, *, export:ExportOptions=ExportOpti
     Several at once are possible. Nothing that exists is replaced without --force."""
     return _use('export', path=path, **asdict(export), force=force)
 
+def _quantize(run:Annotated[str, _RUN], /, *, out:Annotated[str, _FOLDER_OUT],
+              quantize:QuantizeOptions=QuantizeOptions(), force:_REPLACE=False):
+    """Make int8 and half-precision files of a student, measure each on its test images, and recommend one
+
+    Metric with interval, file size, time and memory stand in a table; needs the extra onnx."""
+    return _use('quantize', run=run, **asdict(quantize), out=out, force=force)
+
 def _predict(student:Annotated[str, _EITHER], /, *images:Annotated[str, _IMAGES], out:Annotated[str, _FILE_OUT],
              use:UseOptions=UseOptions(), force:_REPLACE=False):
     """Predict images: probabilities and decision of each, in a CSV file
@@ -184,8 +192,8 @@ def make_app(
     about = 'Distil medical image classifiers, and see what the student kept. Research software, not a medical device.'
     app = App(name='kdmed', version=__version__, config=config, help=about, help_format='plaintext',
               result_action='return_value', suppress_keyboard_interrupt=False, version_flags=['--version'])
-    for function in (_demo, _distill, _search, _recipe, _check, _models, _export, _predict, _report, _evaluate,
-                     _serve, _push):
+    for function in (_demo, _distill, _search, _recipe, _check, _models, _export, _quantize, _predict, _report,
+                     _evaluate, _serve, _push):
         app.command(function, name=function.__name__[1:])
     return app
 

@@ -6,8 +6,8 @@ Docs: https://kdmed.github.io/kdmed/cli/commands.html.md"""
 
 # %% auto #0
 __all__ = ['FOUNDATION_FOLDER', 'DEMO', 'DEMO_IMAGES', 'check_registered', 'check_models', 'check_all_weights', 'distill_command',
-           'demo_command', 'read_space', 'distill_line', 'search_command', 'set_values', 'recipe_command',
-           'seconds_per_step', 'estimate_run', 'unreadable_images', 'check_command', 'models_command']
+           'demo_images', 'demo_command', 'run_loaders', 'read_space', 'distill_line', 'search_command', 'set_values',
+           'recipe_command', 'seconds_per_step', 'estimate_run', 'unreadable_images', 'check_command', 'models_command']
 
 # %% ../../nbs/cli/05_commands.ipynb #49e9f3b1
 from .images import (
@@ -18,7 +18,7 @@ from .options import (
     as_list, check_numbers, naming, option, out_folder)
 from .runs import (
     COMPLETE, COPIES, NEW, PAIRS, RUN_FILES, choose_progress, config_text, differences, environment, kept_models,
-    kept_recipe, kept_search, open_run, run_state, settings_of, swap_in)
+    kept_recipe, kept_search, open_run, run_options, run_state, settings_of, swap_in)
 
 # %% ../../nbs/cli/05_commands.ipynb #fb563292
 import ast, io, json, math, shlex, shutil, sys, time
@@ -360,17 +360,58 @@ DEMO = dict(
     metric='balanced_accuracy')
 DEMO_IMAGES = 2400
 
+def demo_images(
+    o:dict, # Options by name, those of `DEMO` included
+)->tuple: # Image table, and further arguments of `image_dls`
+    "The synthetic images of `kdmed demo`"
+    table = synthetic_table(DEMO_IMAGES, classes=4, size=o['size'], seed=2026)
+    loading = dict(batch_tfms=[Dihedral()], device=choose_device(o['device']))
+    return split_groups(table, sizes=(.5, .1, .4), seed=0),loading
+
 def demo_command(
     o:dict, # Options by name
 )->int: # Exit status
     "kdmed demo"
     check_numbers(o | DEMO)
     noted,o = o,o | DEMO
-    def read():
-        table = synthetic_table(DEMO_IMAGES, classes=4, size=o['size'], seed=2026)
-        loading = dict(batch_tfms=[Dihedral()], device=choose_device(o['device']))
-        return split_groups(table, sizes=(.5, .1, .4), seed=0),loading
-    return _study(o, 'demo', read, noted)
+    return _study(o, 'demo', lambda: demo_images(o), noted)
+
+
+# %% ../../nbs/cli/05_commands.ipynb #9317fe8a
+_OURS = 'task','classes','images','checksum','pixels' # what `data_facts` must say again
+
+def _check_same_images(folder, dls, data):
+    "Raise an error unless loaders hold what a run was trained with"
+    known,now = read_study(folder),data_facts(dls)
+    changed = [name for name in _OURS if name in known and known[name]!=now[name]]
+    if not changed: return
+    what = dict(checksum='file names, labels, groups or splits', pixels='pixels', images='number of images in a split')
+    raise ValueError(f"the images in {data} are not those that the run {folder} was trained with: its "
+                     f"{what.get(changed[0], changed[0])} differ, so test images may be ones it has learned from")
+
+def run_loaders(
+    folder,    # Of a finished run of `kdmed distill` or `kdmed demo`
+    data=None, # Where its images are now; default: where they were
+    progress:bool=False, # Show bars
+): # DataLoaders of `image_dls`, without augmentation
+    "The images of a finished run, split as they were; an error if they are others by now"
+    command,o = run_options(folder)
+    if command not in ('distill', 'demo'):
+        raise ValueError(f'{folder} is a run of kdmed {command}, not of kdmed distill')
+    if command=='demo':
+        if data is not None: raise ValueError(f'--data {data}: the images of kdmed demo are made, not read')
+        o |= DEMO
+        table,loading = demo_images(o)
+    else:
+        o |= dict(data=o['data'] if data is None else data, augment='none', views=None, sampling='natural', workers=0)
+        if o['data'] is not None and not Path(o['data']).expanduser().exists():
+            raise FileNotFoundError(f"--data {o['data']}: no such file or folder; name the one with the run's images")
+        load_extensions()
+        table,loading = deal_out(read_table(o), o),loading_arguments(o | dict(device='cpu'))
+    dls = image_dls(table, o['size'], o['bs'], progress=progress, **loading)
+    _check_same_images(folder, dls, o['data'])
+    return dls
+
 
 # %% ../../nbs/cli/05_commands.ipynb #0e59d0d0
 def read_space(

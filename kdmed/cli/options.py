@@ -10,9 +10,9 @@ __all__ = ['DATASETS', 'METHOD_NAMES', 'RECIPE_NAMES', 'BUILT_IN', 'AUGMENTATION
            'RUNNING', 'OUT', 'FORCE', 'OPTION_KINDS', 'STATE', 'SERVICE', 'TEACHER_OPTIONS', 'NUMBERS', 'extended_help',
            'whole_number', 'one_option', 'DataOptions', 'LoadingOptions', 'PixelOptions', 'ModelOptions',
            'TrainingOptions', 'RunOptions', 'RecipeOptions', 'SearchOptions', 'ExportOptions', 'UseOptions',
-           'ReportOptions', 'option_names', 'Kept', 'ServeOptions', 'PushOptions', 'option', 'naming', 'as_option',
-           'as_list', 'settle_teachers', 'check_numbers', 'check_concerns', 'check_names', 'out_folder', 'check_out',
-           'check_paths']
+           'ReportOptions', 'QuantizeOptions', 'option_names', 'Kept', 'ServeOptions', 'PushOptions', 'option',
+           'naming', 'as_option', 'as_list', 'settle_teachers', 'check_numbers', 'check_concerns', 'check_names',
+           'out_folder', 'check_out', 'check_paths']
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d3
 import shlex
@@ -325,10 +325,24 @@ OUT = Parameter(name='--out', help='folder of the run: student, bundle, report, 
 FORCE = Parameter(name='--force', help='replace the run in the folder, once the new one is finished',
                   group=RUNNING, negative=())
 
+# %% ../../nbs/cli/00_options.ipynb #efe7949a
+@Parameter(name='*')
+@dataclass(kw_only=True)
+class QuantizeOptions:
+    "How a student is quantized"
+    data:_text(RUNNING, "folder or file with the run's images, if they are not where they were") = None
+    metric:_name(RUNNING, 'metric that must be kept') = 'balanced_accuracy'
+    limit:_number(RUNNING, 'most that the metric may fall on validation images; beyond it, layers that lose most stay '
+                  'in floating point') = .01
+    calibration_images:_whole(RUNNING, 'training images that ranges of values are found with') = 128
+    threads:_whole(RUNNING, 'threads of the processor that is timed') = 1
+    quiet:_switch(RUNNING, 'print only conclusions and errors') = False
+
+
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d6
 OPTION_KINDS = (
     DataOptions, LoadingOptions, PixelOptions, ModelOptions, TrainingOptions, RunOptions, RecipeOptions, SearchOptions,
-    ExportOptions, UseOptions, ReportOptions)
+    ExportOptions, QuantizeOptions, UseOptions, ReportOptions)
 
 def option_names()->set:
     "Names of all options, as arguments"
@@ -433,6 +447,9 @@ NUMBERS = { # option: its check, and the limits
     'lr': (check_number, dict(above=0)),
     'weight_decay': (check_number, dict(least=0)),
     'scale': (check_number, dict(above=0, most=1)),
+    'limit': (check_number, dict(least=0)),
+    'calibration_images': (check_integer, dict(least=1)),
+    'threads': (check_integer, dict(least=1)),
     'seed': (check_seed, {}),
     'split_seed': (check_seed, {}),
 }

@@ -7,11 +7,11 @@ Docs: https://kdmed.github.io/kdmed/cli/runs.html.md"""
 # %% auto #0
 __all__ = ['PAIRS', 'RUN_FILES', 'NOT_SETTINGS', 'NEW', 'COMPLETE', 'COPIES', 'settings_of', 'run_state', 'remove_path',
            'swap_in', 'differences', 'open_run', 'kept_models', 'kept_recipe', 'kept_search', 'config_text',
-           'environment', 'BarsProgress', 'choose_progress']
+           'run_options', 'environment', 'BarsProgress', 'choose_progress']
 
 # %% ../../nbs/cli/04_runs.ipynb #f9e8589b
 from .images import reader_arguments
-from .options import Kept, option, out_folder
+from .options import Kept, option, option_names, out_folder
 
 # %% ../../nbs/cli/04_runs.ipynb #2994cb61
 import json, os, platform, shutil, sys
@@ -30,6 +30,9 @@ from ..core.study_folders import changed_settings
 from ..evaluate.report_files import REPORT_FILES
 from ..ship.bundle import BUNDLE_FOLDER
 from ..studies.study import LineProgress, StudyProgress, TellEpochs, in_words, is_finished, read_study
+
+try: import tomllib
+except ImportError: import tomli as tomllib # Python 3.10
 
 # %% ../../nbs/cli/04_runs.ipynb #af574941
 PAIRS = 'copies.csv' # is written where there are copies
@@ -190,6 +193,23 @@ def config_text(
     again = f'kdmed {called} --config config.toml --out ANOTHER_FOLDER'
     head = [f'# kdmed {__version__}. To repeat the run: {again}', f'command = {_toml(command)}']
     return '\n'.join([*head, *(f'{option(k)[2:]} = {_toml(v)}' for k,v in kept.items()), ''])
+
+
+# %% ../../nbs/cli/04_runs.ipynb #0f96f7d7
+def run_options(
+    folder, # Of a finished run
+)->tuple: # The command, such as `distill`, and all options by name; None where not given
+    "What a finished run was started with, from its `config.toml`"
+    folder = Path(folder).expanduser()
+    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
+    file = folder/'config.toml'
+    if run_state(folder)!='finished' or not file.is_file():
+        raise ValueError(f'{folder} is not the folder of a finished run of kdmed distill: it needs settings.json and '
+                         'config.toml')
+    try: o = tomllib.loads(file.read_text(encoding='utf-8'))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file} is no TOML file: {e}') from e
+    return o.pop('command', ''),dict.fromkeys(option_names()) | {k.replace('-', '_'): v for k,v in o.items()}
+
 
 # %% ../../nbs/cli/04_runs.ipynb #1b022213
 def environment()->dict:

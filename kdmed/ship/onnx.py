@@ -99,6 +99,19 @@ def prepare_export(
     copied = deepcopy(inner).cpu().float().to(memory_format=torch.contiguous_format)
     return copied.eval().requires_grad_(False),spec
 
+# %% ../../nbs/ship/05_onnx.ipynb #3961c93a
+SCOPES = 'pkg.torch.onnx.name_scopes' # the note of the modules a node comes from; quantization names layers by it
+
+def _without_notes(proto):
+    "A model without the exporter's notes, in place: among them are stack traces, with folders of this machine"
+    for node in proto.graph.node:
+        kept = [p.value for p in node.metadata_props if p.key==SCOPES]
+        del node.metadata_props[:]
+        for value in kept: node.metadata_props.add(key=SCOPES, value=value)
+        node.ClearField('doc_string')
+    return proto
+
+
 # %% ../../nbs/ship/05_onnx.ipynb #sho00022
 _EXAMPLE = 2 # images; of a batch of 1, some models are exported for that batch alone
 
@@ -116,17 +129,6 @@ def _quiet():
 
 def _output_names(spec, student, exits):
     return ['logits', 'probabilities', *([f'logits_exit_{i+1}' for i in range(len(student.exits))] if exits else [])]
-
-SCOPES = 'pkg.torch.onnx.name_scopes' # the note of the modules a node comes from; quantization names layers by it
-
-def _without_notes(proto):
-    "A model without the exporter's notes, in place: among them are stack traces, with folders of this machine"
-    for node in proto.graph.node:
-        kept = [p.value for p in node.metadata_props if p.key==SCOPES]
-        del node.metadata_props[:]
-        for value in kept: node.metadata_props.add(key=SCOPES, value=value)
-        node.ClearField('doc_string')
-    return proto
 
 def _exported(deployed, names, what):
     "The exported model as an ONNX proto, for any number and size of images"
