@@ -88,6 +88,12 @@ def export_command(
     return 0
 
 # %% ../../nbs/cli/07_ship.ipynb #6a66a95a
+def _in_torch(run, student):
+    "What stands beside the files: the student as it was trained, and its teacher, if the run has kept it"
+    teacher = Path(run)/'cells'/'teacher-0'
+    kept = {'teacher in PyTorch': teacher} if (teacher/'student.json').is_file() else {}
+    return kept | {'student in PyTorch': student}
+
 def quantize_command(
     o:dict, # Options by name
 )->int: # Exit status
@@ -103,7 +109,7 @@ def quantize_command(
         dls = run_loaders(o['run'], o['data'], not o['quiet'] and sys.stderr.isatty())
         with naming('--metric'): MetricByName(o['metric']).check(dls)
         made = quantize_student(folder, dls, out, o['metric'], o['limit'], o['calibration_images'],
-                                threads=o['threads'], force=o['force'])
+                                threads=o['threads'], force=o['force'], beside=_in_torch(o['run'], folder))
     print(f"{made.to_markdown()}\nThe files are in {o['out']}; the recommended one is {made.path.name}")
     return 0
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
-from ..core.basics import COLORS, figure
+from ..core.basics import COLORS, figure, weights_size
 from ..core.checks import check_in, check_integer, check_number, check_seed, written
 from ..core.files import check_new_file, check_new_folder, check_room, is_writable, new_folder, write_atomic
 from ..core.outputs import as_images, check_preprocess
@@ -30,7 +31,7 @@ from ..evaluate.conclusions import interval_text
 from ..evaluate.metrics import check_loader
 from ..evaluate.report import markdown_table
 from ..evaluate.scores import more_is_better, scores
-from .onnx import SCOPES, export_onnx
+from .onnx import SCOPES, Deployed, export_onnx, prepare_export
 from .onnx_model import OnnxModel, import_onnx, onnx_session, pixel_batches
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00011
@@ -600,10 +601,40 @@ def _peak_memory(path, n, size, threads):
     return int(done.stdout)/1e6 if done.returncode==0 else np.nan
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq0051b
-def _size_mb(path):
-    "Megabytes of a model's files"
+class _InTorch:
+    "A model in PyTorch, run from pixels as a file is"
+    def __init__(self, model, threads):
+        module,self.spec = prepare_export(model)
+        self.deployed,self.threads,self.mb = Deployed(module, self.spec).eval(),threads,weights_size(module)/1e6
+
+    def run(self, images):
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.inference_mode(): _,probs = self.deployed(torch.from_numpy(images))
+        finally: torch.set_num_threads(before)
+        return dict(probabilities=probs.numpy())
+
+def _models_beside(beside, student, taken, threads):
+    "Models in PyTorch by name; raise an error for names that are taken, or other classes"
+    if not isinstance(beside or {}, dict): raise TypeError(f'beside must be a dict of models by name, got {beside!r}')
+    made = {}
+    for name,model in (beside or {}).items():
+        if name in taken: raise ValueError(f'beside must not use the name of a file, got {name!r}')
+        made[name] = _Candidate(None, _InTorch(model, threads))
+        found = made[name].model.spec
+        if (found['classes'], found['task'])!=(student.classes, student.task):
+            raise ValueError(f"beside[{name!r}] must have the classes of the student in the same order, "
+                             f"{student.classes} ({student.task}), got {found['classes']} ({found['task']})")
+    return made
+
+def _size_mb(candidate):
+    "Megabytes of a model's files, or weights"
+    if candidate.path is None: return candidate.model.mb
+    path = candidate.path
     files = [path, path.with_suffix('.bin')] if path.suffix=='.xml' else [path]
     return sum(f.stat().st_size for f in files)/1e6
+
 
 # %% ../../nbs/ship/10_quantize.ipynb #shq00052
 def _on_loader(model, dl, bs=32):
@@ -671,22 +702,25 @@ class Quantization:
         shown['notes'] = rows.notes
         return shown
 
-    def plot(self, ax=None):
-        "Latency of one image against the metric, with intervals; the recommended candidate is filled"
-        if ax is None: ax = figure(height=2.8)[1]
-        metric = self.about['metric']
-        for name,row in self.rows.iterrows():
-            value = self.comparison.scores[name].loc[metric]
-            color = COLORS['distilled'] if name==self.recommended else COLORS['plain']
-            bars = None if not np.isfinite(value.low) else [[value.value-value.low], [value.high-value.value]]
-            ax.errorbar(row.latency_ms, value.value, bars, fmt='o', color=color,
-                        mfc=color if name==self.recommended else 'white', capsize=2)
-            ax.annotate(f'{name}, {row.size_mb:.2g} MB', (row.latency_ms, value.value), xytext=(5, 4),
-                        textcoords='offset points', fontsize=7)
-        n,threads = self.comparison.about['images'],self.about['threads']
-        ax.set(xlabel=f'milliseconds for one image, {threads} thread{"s"[:threads>1]}', ylabel=metric.replace('_', ' '),
-               title=f'{n:,} test images', xlim=(0, None))
-        return ax
+    def plot(self):
+        "Time, size and metric of each, with interval; the recommended one is colored"
+        metric,names,threads = self.about['metric'],list(self.rows.index),self.about['threads']
+        colors = [COLORS['distilled' if name==self.recommended else 'plain'] for name in names]
+        fig,(time,size,value) = figure(1, 3, .9+.25*len(names), sharey=True)
+        for ax,column,unit in ((time, 'latency_ms', 'ms'), (size, 'size_mb', 'MB')):
+            bars = ax.barh(names, self.rows[column], color=colors, height=.6)
+            ax.bar_label(bars, fmt='{:,.3g}', padding=2, fontsize=7)
+            ax.set(xlabel=unit, xlim=(0, 1.25*self.rows[column].max()))
+        for y,(name,color) in enumerate(zip(names, colors)):
+            v = self.comparison.scores[name].loc[metric]
+            bars = None if not np.isfinite(v.low) else [[v.value-v.low], [v.high-v.value]]
+            value.errorbar(v.value, y, xerr=bars, fmt='o', color=color, capsize=2)
+        time.invert_yaxis()
+        time.set_title(f'one image, {threads} thread{"s"[:threads>1]}', fontsize=9)
+        size.set_title('file, or weights', fontsize=9)
+        value.set(xlabel=metric.replace('_', ' '))
+        value.set_title(f"{self.comparison.about['images']:,} test images", fontsize=9)
+        return fig
 
     def to_markdown(self)->str:
         "The table, what it was measured with, and what the comparison shows"
@@ -784,7 +818,7 @@ def _compared(made, dl, n_boot, metric):
 
 def _recommend(rows, harmed, limit, margin=.95):
     "The quickest candidate for a processor that keeps the metric and harms no class; float32 if none is quicker"
-    allowed = [n for n in rows.index if n!='float16' and rows.fall[n] <= limit and not harmed[n]]
+    allowed = [n for n in rows.index if rows.file[n] and n!='float16' and rows.fall[n] <= limit and not harmed[n]]
     best = rows.latency_ms[allowed].idxmin()
     return best if rows.latency_ms[best] < margin*rows.latency_ms['float32'] else 'float32'
 
@@ -796,10 +830,9 @@ def _measured(made, size, batch, threads, runs):
     alone,together = _time_by_turns(models, images[:1], runs),_time_by_turns(models, images, max(3, runs//4))
     rows = {}
     for name,c in made.items():
-        mb = _size_mb(c.path)
-        rows[name] = dict(file=c.path.name, size_mb=mb, size_ratio=mb/_size_mb(made['float32'].path),
-                          latency_ms=alone[name], latency_batch_ms=together[name],
-                          memory_mb=_peak_memory(c.path, batch, size, threads), fall=c.fall,
+        mb,memory = _size_mb(c),np.nan if c.path is None else _peak_memory(c.path, batch, size, threads)
+        rows[name] = dict(file=c.path.name if c.path else '', size_mb=mb, size_ratio=mb/_size_mb(made['float32']),
+                          latency_ms=alone[name], latency_batch_ms=together[name], memory_mb=memory, fall=c.fall,
                           float_layers=', '.join(c.float_layers), notes='; '.join(c.notes))
     return pd.DataFrame.from_dict(rows, orient='index')
 
@@ -828,6 +861,7 @@ def quantize_student(
     n_boot:int=1000,     # Bootstrap draws of groups
     seed:int=0,          # Which calibration images
     force:bool=False,    # Replace what an earlier call wrote
+    beside:dict=None,    # {name: model as in `prepare_export`}, measured in PyTorch beside the files
 )->Quantization: # Also saved in the folder, as `quantization.json` and `quantization.md`
     "Make every quantized form that suits a student, measure each on this machine, and recommend one"
     limit,n,threads = check_number(limit, 'limit', 0),check_integer(n, 'n', 1),check_integer(threads, 'threads', 1)
@@ -839,7 +873,9 @@ def quantize_student(
         source = _read_source(_float_file(student, part), threads)
         _check_loaders(dls, source.model)
         more_is_better(metric, source.model.classes, source.model.task)
-        made = _candidates(source, _makers(source, dls, part, openvino, given), dls, metric, limit, given, threads)
+        makers = _makers(source, dls, part, openvino, given)
+        others = _models_beside(beside, source.model, ('float32', *makers), threads)
+        made = others | _candidates(source, makers, dls, metric, limit, given, threads)
         rows = _measured(made, source.model.size, batch, threads, runs)
         compared = {split: _compared(made, getattr(dls, split), n_boot, metric) for split in ('valid', 'test')}
         lost = {split: {name: _lost_classes(c, name) for name in made} for split,c in compared.items()}
