@@ -41,6 +41,7 @@ def run(package, *command):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow(18)
 def test_all_four_are_found_without_being_imported(package):
     code = """
 from kdmed.core.extensions import load_extensions

@@ -184,6 +184,7 @@ def test_the_command_distils_a_foundation_model(folder_of_images, tmp_path, caps
     assert not (tmp_path/'run'/'.foundation').exists()
     assert main(run.split())==0 and 'nothing was trained' in capsys.readouterr().out
 
+@pytest.mark.slow(15)
 def test_a_head_that_was_fitted_on_other_images_is_not_taken(folder_of_images, tmp_path, monkeypatch):
     "A run that failed before its first student leaves the head it fitted, for the same images and settings only"
     fitted = []

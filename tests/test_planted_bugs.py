@@ -111,6 +111,7 @@ def test_a_bug_that_changes_nothing_is_a_bug_that_could_be_planted():
 
 def test_every_module_with_bugs_has_a_score(): assert set(BUGS) <= set(LEAST)
 
+@pytest.mark.slow(25)
 def test_lessons_see_a_sample_of_bugs():
     "The same ones each time, most of them; a bug of the general kind that no lesson sees may be among them"
     command = [sys.executable, ROOT/'tests'/'mutation.py', 'try', *LOSSES, '--sample', str(SAMPLE), '--json']
