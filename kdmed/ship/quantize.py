@@ -696,7 +696,7 @@ class Quantization:
         shown[f"ms, {self.about['batch']} images"] = [f'{v:.1f}' for v in rows.latency_batch_ms]
         shown['memory, MB'] = [f'{v:.0f}' if np.isfinite(v) else '' for v in rows.memory_mb]
         frames,pairs = self.comparison.scores,self.comparison.differences
-        shown[metric] = [interval_text(frames[name].loc[metric]) for name in rows.index]
+        shown[metric.replace('_', ' ')] = [interval_text(frames[name].loc[metric]) for name in rows.index]
         against = {name: pairs.get(f'{name} − float32') for name in rows.index}
         shown['difference'] = ['' if d is None else interval_text(d.loc[metric], signed=True) for d in against.values()]
         shown['notes'] = rows.notes
