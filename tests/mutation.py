@@ -8,8 +8,8 @@ A notebook runs once. Before each cell the process is copied (`os.fork`). Bugs t
 are planted in such copies, one in each: the function gets other code, and lessons run until one fails. So no bug meets
 the traces of another, and lessons before the bug are not run again. Which bugs there are, `mutants.py` says.
 """
-import argparse, ast, contextlib, copy, gc, json, os, re, select, shutil, signal, subprocess, sys, tempfile, time
-import traceback, types
+import argparse, ast, contextlib, copy, gc, json, linecache, os, re, select, shutil, signal, subprocess, sys, tempfile
+import time, traceback, types
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,7 +89,7 @@ class Laboratory:
         self.name,self.wing,self.filename = module,path.parent.name,f'<planted {module}>'
         self.tree,self.bugs,self.touched = ast.parse(path.read_text(encoding='utf-8')),{b.key: b for b in bugs},set()
         self.lessons = lessons(module)
-        self.code = [compile(c, 'lesson', 'exec') for c in self.lessons]
+        self.code = [as_cell(c, k) for k,c in enumerate(self.lessons)]
 
     def start(self, tree):
         "Run the module as `tree` says"
@@ -140,6 +140,12 @@ class Laboratory:
         import matplotlib.pyplot as plt
         try: exec(self.code[k], vars(self.module))
         finally: plt.close('all')
+
+def as_cell(text, k):
+    "The code of a lesson, whose source can be found as that of a notebook's cell can"
+    name = f'<lesson {k}>'
+    linecache.cache[name] = len(text), None, text.splitlines(True), name
+    return compile(text, name, 'exec')
 
 def default_of(place):
     "The place of the default of an argument that a place is in, or None"
@@ -229,7 +235,7 @@ def run_on(lab, first, own, patience):
         except TimeUp: return verdict(k==first, how='hangs' if k==first else 'time is up', cell=k)
         except BaseException as error:
             limit_processor_time(0)
-            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename=='lesson']
+            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith('<lesson ')]
             line = lab.lessons[k].splitlines()[lines[0]-1] if lines else ''
             return verdict(True, how=type(error).__name__, cell=k, line=line.strip()[:200])
     return verdict(False, how='no lesson fails', cell=None)
