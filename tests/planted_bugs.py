@@ -783,7 +783,7 @@ BUGS = {
         ('GradientShares.after_loss', 'every batch', 'if self.iter % self.every: ...', ''),
         ('LossTerms.add', 'weight of a term forgotten', 'weight * value', 'value'),
         ('DistillCallback', 'terms are not scaled by gradient accumulation',
-            'GradientAccumulation.order - 1', 'GradientAccumulation.order + 1'),
+            'GradientAccumulation.order - 1', 'GradientAccumulation.order + 3'),
         ('DistillFit', 'KD counted in validation', 'order, run_valid = _1, False', 'order, run_valid = _1, True'),
         ('DistillFit.after_loss', 'label loss counted once more for each callback',
             'cb.add_terms(terms)', "cb.add_terms(terms)\nterms.add('label_loss', self.label_loss(), 1.0)"),
