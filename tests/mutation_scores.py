@@ -72,9 +72,9 @@ EQUIVALENT = {
 
 # The least share of the bugs of the general kind that lessons must see, module by module. All bugs that are named one
 # by one must be seen. Raise a share when lessons have become better. 0: not measured yet; set it after a first run.
-LEAST = {'logit_losses': .96, 'feature_losses': .95, 'losses': .95, 'teacher': .6, 'callbacks': 0, 'fit': 0,
-         'features': 0, 'cache': 0, 'methods': 0, 'exits': 0, 'multidim': 0, 'multistage': 0, 'adapt': 0, 'create': 0,
-         'classifier': 0, 'embeddings': 0, 'labelwise': 0, 'subclasses': 0, 'labelfree': 0}
+LEAST = {'logit_losses': .96, 'feature_losses': .95, 'losses': .95, 'teacher': .6, 'callbacks': .5, 'fit': .45,
+         'features': .45, 'cache': 0, 'methods': .55, 'exits': 0, 'multidim': 0, 'multistage': 0, 'adapt': 0, 'create': 0,
+         'classifier': .8, 'embeddings': .65, 'labelwise': .6, 'subclasses': .7, 'labelfree': .7}
 
 # Of the engine, whose lessons train, a share of the bugs of the general kind: the same ones each time
 SHARE = {'teacher': .1, 'callbacks': .1, 'fit': .1, 'features': .25, 'cache': .04, 'methods': .12, 'exits': .06,
