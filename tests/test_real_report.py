@@ -122,7 +122,7 @@ def test_many_classes_are_in_tables_and_what_is_not_drawn_is_said(tmp_path):
     c = compare_predictions({'plain': answers(1., truth, 40), 'distilled': answers(2., truth, 40)}, truth, names, n_boot=10)
     folder = c.save(tmp_path/'r')
     page = (folder/'report.html').read_text()
-    assert '40 classes are more than the 30 that are drawn' in page and 'sensitivity/class 39' in page
+    assert '40 classes are more than the 30 that are drawn' in page and 'sensitivity for class 39' in page
     assert sorted(f.stem for f in (folder/'figures').glob('*.png')) == ['metrics', 'reliability']
     assert len(c.plot().axes) == 1
 
@@ -169,7 +169,7 @@ def test_chance_stands_beside_the_metrics():
     c = study()
     assert c.about['chance'] == pytest.approx(dict(balanced_accuracy=1/3, macro_auroc=.5, accuracy=1/3))
     frame = c.sections()[0].frame
-    assert frame.loc['chance', 'balanced_accuracy'] == '0.333' and frame.loc['chance', 'macro_auroc'] == '0.500'
+    assert frame.loc['chance', 'balanced accuracy'] == '0.333' and frame.loc['chance', 'macro AUROC'] == '0.500'
     assert 'The last row shows what chance achieves' in c.to_html(())
     assert chance_levels([0, 0, 0, 1], ['no', 'yes'], 'binary') == dict(balanced_accuracy=.5, macro_auroc=.5, accuracy=.75)
     assert chance_levels(np.array([[1, np.nan], [1, 0], [0, 0]]), ['a', 'b'], 'multilabel')['accuracy'] == pytest.approx((2/3+1)/2)
