@@ -23,8 +23,9 @@ from PIL import Image
 from .collect import HEADLINE, pair_name
 from .conclusions import (
     MOST_IN_VERDICT, change_text, class_conclusions, conclusions_of, interval_text, metric_label)
-from .page import (
-    STYLE, ChartRow, Mark, cell_text, chart_legend, chart_text, html_page, html_table, interval_chart, scroller)
+from kdmed.evaluate.page import (
+    STYLE, ChartRow, Mark, cell_text, chart_legend, chart_text, html_page, html_table, html_text, interval_chart,
+    scroller)
 from .pictures import (
     MOST_CLASSES_DRAWN, caption, check_metrics, draw_confusion, draw_costs, draw_harm, draw_reliability, draw_roc,
     draw_scores, draw_subgroups)
@@ -343,7 +344,7 @@ def report_facts(
     def model(name):
         n = about['seeds'].get(name, 1)
         return f"{' '.join(filter(None, [name, models.get(name)]))} ({n} training run{'s' if n > 1 else ''})"
-    return [f'Data: {caption(about, note=False)}.',
+    return [f'Data: {caption(about, note=False)}. A group is all images of one patient, lesion or slide.',
             f"Task: {_TASKS[about['task']].format(n=len(classes))}{named}.",
             f"Models: {', '.join(map(model, comparison.scores))}."]
 
@@ -575,7 +576,7 @@ def draw_pictures(
 # %% ../../nbs/evaluate/45_report.ipynb #5daf8305
 def _html_list(texts):
     "A list; losses stand out"
-    def item(t): return f'<li{_LOSS if getattr(t, "loss", False) else ""}>{html.escape(str(t))}</li>'
+    def item(t): return f'<li{_LOSS if getattr(t, "loss", False) else ""}>{html_text(str(t))}</li>'
     return '<ul>' + ''.join(map(item, texts)) + '</ul>'
 
 _LOSS = ' class="loss"'
