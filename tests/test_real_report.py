@@ -401,7 +401,8 @@ def test_a_disk_without_room_is_said_before_anything_is_replaced(tmp_path, monke
 @pytest.mark.parametrize('argument,value,words', [('classes', 3, 'classes must be a list of class names'), ('classes', 'abc', 'classes must be a list of class names'), ('classes', None, 'classes must be a list of class names'),
     ('classes', ['a', 'a', 'b'], 'different names'), ('n_boot', 1.5, 'n_boot must be a whole number'), ('n_boot', 0, 'n_boot must be a whole number of at least 1'), ('n_boot', True, 'n_boot'),
     ('level', float('nan'), 'level must be a finite number'), ('level', '0.9', 'level must be a finite number'), ('level', 1, 'level must be'), ('seed', -1, 'seed must be'), ('seed', 'a', 'seed must be'),
-    ('groups', [1, 2], 'groups and targets must have the same length'), ('task', 'multi', 'unknown task')])
+    ('groups', [1, 2], 'groups and targets must have the same length'), ('task', 'multi', 'unknown task'),
+    ('serious', ['x'], "unknown serious class 'x'")])
 def test_bad_input_names_the_argument(argument, value, words):
     given = dict(probs={'plain': answers(1.)}, targets=TRUTH, classes=NAMES, groups=PATIENTS) | {argument: value}
     with pytest.raises((TypeError, ValueError), match=words): compare_predictions(**given)

@@ -390,7 +390,7 @@ def picture_files(
 # %% ../../nbs/evaluate/45_report.ipynb #b1695ecd
 _CAPTIONS = dict(
     metrics='Metrics, and the sensitivity for each class, with intervals.',
-    harm="Differences in sensitivity, with intervals; filled marks are beyond chance after Holm's correction.",
+    harm="Differences in sensitivity; filled marks are beyond chance after Holm's correction, intervals uncorrected.",
     subgroups='The metric in each subgroup, with intervals.', cost='Quality against cost.',
     training='The training log.',
     reliability='Reliability: how often predictions of a given confidence are right.',
