@@ -122,7 +122,7 @@ def test_many_classes_are_in_tables_and_what_is_not_drawn_is_said(tmp_path):
     c = compare_predictions({'plain': answers(1., truth, 40), 'distilled': answers(2., truth, 40)}, truth, names, n_boot=10)
     folder = c.save(tmp_path/'r')
     page = (folder/'report.html').read_text()
-    assert '40 classes are more than the 30 that are drawn' in page and 'sensitivity/class 39' in page
+    assert '40 classes are more than the 30 that are drawn' in page and 'sensitivity for class 39' in page
     assert sorted(f.stem for f in (folder/'figures').glob('*.png')) == ['metrics', 'reliability']
     assert len(c.plot().axes) == 1
 
@@ -169,7 +169,7 @@ def test_chance_stands_beside_the_metrics():
     c = study()
     assert c.about['chance'] == pytest.approx(dict(balanced_accuracy=1/3, macro_auroc=.5, accuracy=1/3))
     frame = c.sections()[0].frame
-    assert frame.loc['chance', 'balanced_accuracy'] == '0.333' and frame.loc['chance', 'macro_auroc'] == '0.500'
+    assert frame.loc['chance', 'balanced accuracy'] == '0.333' and frame.loc['chance', 'macro AUROC'] == '0.500'
     assert 'The last row shows what chance achieves' in c.to_html(())
     assert chance_levels([0, 0, 0, 1], ['no', 'yes'], 'binary') == dict(balanced_accuracy=.5, macro_auroc=.5, accuracy=.75)
     assert chance_levels(np.array([[1, np.nan], [1, 0], [0, 0]]), ['a', 'b'], 'multilabel')['accuracy'] == pytest.approx((2/3+1)/2)
@@ -199,7 +199,8 @@ def test_what_is_known_of_the_data_stands_first(tmp_path):
     c.about['data'] = DATA
     folder = c.save(tmp_path/'r')
     text,page = (folder/'report.md').read_text(),(folder/'report.html').read_text()
-    assert re.findall('^## (.*)', text, re.M)[:2] == ['Data', 'Metrics'] and page.index('<h2>Data') < page.index('<h2>Metrics')
+    titles = [t for t in re.findall('^## (.*)', text, re.M) if t not in ('Verdict', 'Further observations')]
+    assert titles[:2] == ['Data', 'Metrics'] and page.index('<h2>Data') < page.index('<h2>Metrics')
     for part in (text, page):
         for words in ('12 test images have copies in training.', 'was guessed', '3 (not an image)'): assert words in part
     assert 'kinds \\| two' in text and 'kinds | two' in page
@@ -212,7 +213,8 @@ def test_what_is_missing_is_said_at_the_top(tmp_path):
     c = study()
     c.about['missing'] = ['Predictions of seed 2 are missing: not enough memory.']
     folder = c.save(tmp_path/'r')
-    assert (folder/'report.md').read_text().index('Predictions of seed 2') < (folder/'report.md').read_text().index('##')
+    text = (folder/'report.md').read_text()
+    assert text.index('## Verdict') < text.index('Predictions of seed 2') < text.index('###') < text.index('## Metrics')
     assert said(c, 'Predictions of seed 2')
 
 # -- names are anybody's
@@ -401,7 +403,8 @@ def test_a_disk_without_room_is_said_before_anything_is_replaced(tmp_path, monke
 @pytest.mark.parametrize('argument,value,words', [('classes', 3, 'classes must be a list of class names'), ('classes', 'abc', 'classes must be a list of class names'), ('classes', None, 'classes must be a list of class names'),
     ('classes', ['a', 'a', 'b'], 'different names'), ('n_boot', 1.5, 'n_boot must be a whole number'), ('n_boot', 0, 'n_boot must be a whole number of at least 1'), ('n_boot', True, 'n_boot'),
     ('level', float('nan'), 'level must be a finite number'), ('level', '0.9', 'level must be a finite number'), ('level', 1, 'level must be'), ('seed', -1, 'seed must be'), ('seed', 'a', 'seed must be'),
-    ('groups', [1, 2], 'groups and targets must have the same length'), ('task', 'multi', 'unknown task')])
+    ('groups', [1, 2], 'groups and targets must have the same length'), ('task', 'multi', 'unknown task'),
+    ('serious', ['x'], "unknown serious class 'x'")])
 def test_bad_input_names_the_argument(argument, value, words):
     given = dict(probs={'plain': answers(1.)}, targets=TRUTH, classes=NAMES, groups=PATIENTS) | {argument: value}
     with pytest.raises((TypeError, ValueError), match=words): compare_predictions(**given)

@@ -107,10 +107,12 @@ def compare_predictions(
     valid=None,          # Probabilities by name, and targets, of validation images: for temperature scaling
     level:float=.95,     # Of all intervals
     metrics=(),          # Names of further metrics, as for `kdmed.evaluate.scores`
+    serious=(),          # Classes that the verdict names; default: the positive class, or all
 )->Comparison: # Without costs; `about['missing']` says what could not be made
     "Compare models by their predictions alone"
     data = collect_comparison(
-        probs, targets, classes, groups, task, n_boot, seed, reference, columns, valid, level, metrics)
+        probs, targets, classes, groups, task, n_boot, seed, reference, columns, valid, level, metrics,
+        serious)
     return Comparison(**vars(data))
 
 def load_comparison(
@@ -130,6 +132,9 @@ def compare(
     subgroups=(),       # Columns of the image table, such as `['age', 'sex']`
     reference:str=None, # The model that the others are compared with; default: `plain`, or else the first
     batch:int=32,       # Images in a batch when throughput is measured
+    # Classes that the verdict names; default: those of the image table (`table.attrs['serious']`), the positive class
+    # of a binary task, or all
+    serious=(),
 )->Comparison:
     "Compare models on the same images: metrics, differences, harm, subgroups, calibration and costs"
     for loader in (dl, valid):
@@ -145,7 +150,7 @@ def compare(
     probs,targets = _predict_all(models, dl)
     comparison = compare_predictions(
         probs, targets, table.attrs['classes'], table.group.to_numpy(), table.attrs['task'], n_boot, seed, reference,
-        table[columns] if columns else None, judged)
+        table[columns] if columns else None, judged, serious=serious or table.attrs.get('serious', ()))
     comparison.costs = measure_costs({name: module_of(m[0]) for name,m in models.items()}, dl.size, batch, missing)
     name = without_private(str(table.attrs.get('name', 'images')))
     comparison.about.update(data=name, name=name, split=table.split.iloc[0], size=dl.size,

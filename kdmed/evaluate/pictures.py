@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.basics import figure
 from ..core.checks import check_in
-from .calibration import plot_reliability, reliability
+from .calibration import FEWEST_IN_BIN, plot_reliability, reliability
 from .collect import HEADLINE, pair_name
 from .conclusions import metric_label
 from .plots import (
@@ -183,8 +183,11 @@ def draw_reliability(
         if about['task'] == 'binary': runs = [r.reshape(len(r), -1) for r in runs]
         targets = np.concatenate([p['targets']]*len(runs))
         points = reliability(np.concatenate(runs), targets, about['classes'], about['task'])
-        plot_reliability(points, ax, name, comparison.scores[name].value['ece'])
-    ax.set_title(fold_text(caption(about), 84), fontsize=10)
+        plot_reliability(points, ax, name, comparison.scores[name].value['ece'], len(runs))
+    what = 'known labels' if about['task'] == 'multilabel' else 'images'
+    several = f'; n is {what} × seeds' if max(map(len, p['probs'].values())) > 1 else ''
+    small = f'bins of fewer than {FEWEST_IN_BIN} {what} are not drawn'
+    ax.set_title(fold_text(f'{caption(about)}{several}; {small}', 84), fontsize=10)
     return ax.figure
 
 def draw_confusion(

@@ -149,12 +149,11 @@ def _draw_confusion(ax, counts, normalize, size):
     centered = dict(ha='center', va='center', fontsize=size, linespacing=1.1)
     for (i,j),n in np.ndenumerate(values):
         share = '–' if np.isnan(shares[i,j]) else f'{shares[i,j]:.0%}'
-        count = f'{n:.10g}' if n==round(n) else f'{n:.1f}'
-        ax.text(j, i, f'{count}\n{share}', color='w' if shares[i,j] > .5*top else 'k', **centered)
+        ax.text(j, i, f'{n:.0f}\n{share}', color='w' if shares[i,j] > .5*top else 'k', **centered)
     rows,columns,tilted = _tick_names(names)
     place = dict(rotation=40, ha='right') if tilted else dict(rotation=0, ha='center')
     ax.set_xticks(range(len(names)), columns, rotation_mode='anchor', fontsize=size+.5, **place)
-    ax.set_yticks(range(len(names)), [f'{c} ({n:.10g})' for c,n in zip(rows, values.sum(1))], fontsize=size+.5)
+    ax.set_yticks(range(len(names)), [f'{c} ({n:.0f})' for c,n in zip(rows, values.sum(1))], fontsize=size+.5)
     ax.spines[:].set_visible(False)
     return image
 
@@ -198,7 +197,7 @@ def plot_confusion(
     if task!='multilabel':
         ax = ax or figure(height=min(6.5, 1.2+.46*len(classes)))[1]
         size = 8 if len(classes) < 7 else 7 if len(classes) < 10 else 5.5
-        seeds = f', mean of {len(runs)} training seeds' if len(runs) > 1 else ''
+        seeds = f', mean of {len(runs)} training seeds, rounded' if len(runs) > 1 else ''
         counts = _mean_confusion(runs, targets, classes, task)
         _confusion_figure({ax: (f'n = {len(targets)} images{seeds}', counts)}, normalize, size)
         return ax
@@ -290,7 +289,7 @@ def _draws(kind, score, actual, group, draws, places):
 _AXES = dict(
     roc=('false_positive_rate', 'true_positive_rate', 'auroc'), pr=('recall', 'precision', 'average_precision'))
 _PLACES = np.linspace(0, 1, 201) # where bands are computed
-VERTICES = 400 # of a curve that is drawn: more would not be visible
+VERTICES = 200 # of a curve that is drawn: more would not be visible
 
 class _Curve(NamedTuple):
     "A curve of one training seed, and its replicates if there are any"
