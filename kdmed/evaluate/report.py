@@ -23,7 +23,7 @@ from PIL import Image
 from .collect import HEADLINE, pair_name
 from .conclusions import (
     MOST_IN_VERDICT, change_text, class_conclusions, conclusions_of, interval_text, metric_label)
-from kdmed.evaluate.page import (
+from kdmed.evaluate.html import (
     STYLE, ChartRow, Mark, cell_text, chart_legend, chart_text, html_page, html_table, html_text, interval_chart,
     scroller)
 from .pictures import (
