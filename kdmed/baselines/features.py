@@ -117,6 +117,20 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
         names = self.names() or [f'{type(self).__name__.lower()}{i}' for i in range(self.n_features_out_)]
         return np.asarray(names, dtype=object)
 
+    def state(self):
+        "What was learned: arrays by name"
+        return {name: getattr(self, name) for name in self.learned}
+
+    def facts(self):
+        "What else `restore` needs, for JSON"
+        return dict(n=self.n_features_out_)
+
+    def restore(self, arrays, facts):
+        "Make unfitted features as those that `state` and `facts` are of"
+        for name in self.learned: setattr(self, name, np.asarray(arrays[name]))
+        self.n_features_out_ = facts['n']
+        return self
+
     def __sklearn_is_fitted__(self): return hasattr(self, 'n_features_out_')
 
     def __sklearn_tags__(self):
