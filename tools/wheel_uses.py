@@ -66,6 +66,20 @@ def plain():
     kept(*distilled())
     return f'{len(names)} modules import; kdmed --version, --help; one epoch distilled, exported, resumed'
 
+def baselines():
+    "Hand-made features of scikit-image, and a classifier that is saved and loaded by skops"
+    import numpy as np
+    from kdmed.baselines import fit_handmade, load_handmade, save_handmade
+    from kdmed.evaluate.metrics import predict
+    dls = small_dls(48)
+    with tempfile.TemporaryDirectory() as folder:
+        for features,classifier in (('hog+color+glcm', 'svm'), ('lbp+shapes+words', 'forest'), ('gray', 'boosting'),
+                                    ('nuclei', 'mlp'), ('color', 'codes')):
+            model = fit_handmade(dls, features, classifier, folder=folder)
+            again = load_handmade(save_handmade(model, Path(folder)/classifier))
+            np.testing.assert_allclose(predict(again, dls.test)[0], predict(model, dls.test)[0], atol=1e-6)
+    return f"features of scikit-image {version('scikit-image')}; classifiers saved by skops {version('skops')}"
+
 def filters():
     "A filter of each package"
     import numpy as np, spandrel # noqa: F401
@@ -315,7 +329,7 @@ def distributed():
     assert all(process.returncode==0 for process in ranks), '\n'.join(said)
     return 'two processes train one student'
 
-USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
+USES = dict(plain=plain, baselines=baselines, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
             transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
             onnx=onnx, openvino=openvino, torchao=torchao, serve=serve, executorch=executorch, coreml=coreml)
 
