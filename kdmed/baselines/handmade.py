@@ -53,8 +53,8 @@ class HandmadeClassifier(nn.Module):
         super().__init__()
         self.features,self.classifier,self.name = features,classifier,name
         self.report,self.examples = report,list(examples)
-        self.spec = dict(model=f'{features_name(features)}, {name}', classes=output_names(classes), task=task, size=size,
-                         mean=[0., 0., 0.], std=[1., 1., 1.])
+        about = dict(model=f'{features_name(features)}, {name}', classes=output_names(classes), task=task, size=size)
+        self.spec = about | dict(mean=[0., 0., 0.], std=[1., 1., 1.]) # takes pixels as they are
 
     def rows(self, images): # float32 [N, D]
         "Features of images, uint8"
@@ -143,8 +143,8 @@ _TYPES = ( # of fitted classifiers, beyond those that skops trusts
 def _skops():
     try: return import_module('skops.io')
     except ImportError as e:
-        raise ImportError("to save and load classifiers needs the package skops: pip install 'kdmed[baselines]', or pip "
-                          'install skops') from e
+        raise ImportError("classifiers are saved and loaded by the package skops: pip install 'kdmed[baselines]', or "
+                          'pip install skops') from e
 
 def save_handmade(
     model:HandmadeClassifier, # From `fit_handmade`
@@ -208,5 +208,5 @@ def load_handmade(
     model = HandmadeClassifier(features, classifier, spec['classes'], spec['task'], spec['size'], facts['name'], report)
     if np.allclose(_probe(model), facts['probe'], atol=1e-3): return model
     saved,now = facts['versions']['scikit-learn'],version('scikit-learn')
-    raise ValueError(f'{folder}: the classifier does not decide as it did when it was saved (scikit-learn {saved} then, '
-                     f'{now} now): install that version, or fit it again')
+    raise ValueError(f'{folder}: the classifier does not decide as it did when it was saved, by scikit-learn {saved} '
+                     f'(here: {now}): install that version, or fit it again')
