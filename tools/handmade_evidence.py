@@ -1,9 +1,9 @@
-"""Measure hand-made baselines on HAM10000, into `results/baselines/ham10000.csv`: a row for each features, classifier and metric.
+"""Measure hand-made baselines on HAM10000, into `results/baselines/ham10000.csv`.
 
     python tools/handmade_evidence.py --data FOLDER --work FOLDER --features hog color --classifiers svm forest
 
-`--data` holds the folder `ham10000` as Kaggle lays it out. Size and split are those of `tools/evidence.py`. Features are
-kept in `--work`; rows that the table has are not measured again, so that a killed run goes on."""
+A row for each features, classifier and metric. `--data` holds the folder `ham10000` as Kaggle lays it out. Size and
+split are those of `tools/evidence.py`. Features are kept in `--work`; what the table has is not measured again."""
 import argparse
 import time
 from datetime import date
@@ -31,7 +31,8 @@ def rows_of(features, classifier, dls, work):
     table = dls.test.table
     found = evaluate(model.predict(dls.test, work), targets_of(dls.test), dls.classes, table.group.to_numpy(), dls.task)
     facts = dict(features=features, classifier=classifier, size=SIZE, seed=0, settings=str(chosen(model.report)))
-    facts |= dict(cpu_seconds=round(seconds, 1), ms_per_image=round(costs['latency_ms'], 2), mb=round(costs['file_mb'], 2))
+    facts |= dict(cpu_seconds=round(seconds, 1), ms_per_image=round(costs['latency_ms'], 2))
+    facts['mb'] = round(costs['file_mb'], 2)
     code = about()
     facts |= dict(test_images=dls.test.n, commit=code['commit'], date=date.today().isoformat(),
                   **{n.replace('-', '_'): version(n) for n in ('scikit-image', 'scikit-learn')})
@@ -51,7 +52,8 @@ def main():
     file = ROOT/'results/baselines/ham10000.csv'
     file.parent.mkdir(parents=True, exist_ok=True)
     done = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=['features', 'classifier'])
-    left = [p for p in product(o.features, o.classifiers) if not ((done.features==p[0]) & (done.classifier==p[1])).any()]
+    known = set(zip(done.features, done.classifier))
+    left = [pair for pair in product(o.features, o.classifiers) if pair not in known]
     if not left: return
     read,_ = SETS['ham10000']
     dls = image_dls(read(o.data), SIZE, device='cpu', store=o.work/'stores')

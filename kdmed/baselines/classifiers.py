@@ -56,6 +56,7 @@ def code_book(
         return (code[:, None]!=code[None]).sum(2)[~np.eye(n, dtype=bool)].min()
     return max((draw() for _ in range(200)), key=worst)
 
+# %% ../../nbs/baselines/13_classifiers.ipynb #bcl00026
 class OutputCodes(ClassifierMixin, BaseEstimator):
     "Classes by error-correcting output codes: a binary classifier for each bit; scores are distances to the words"
     def __init__(self,
@@ -185,6 +186,7 @@ def _fit_finding(name, settings, x, y, groups, balanced, seed, finding):
     try: return fit_one(name, settings, x[known], present, np.asarray(groups)[known], balanced, seed)
     except ValueError as e: raise ValueError(f'finding {finding!r}: {e}') from e
 
+# %% ../../nbs/baselines/13_classifiers.ipynb #bcl00027
 def fit_settings(
     name:str,        # In `CLASSIFIERS`
     settings:dict,   # One of its `grid`

@@ -75,6 +75,7 @@ def _describe_chunk(features, images):
         except (ValueError, TypeError) as e: raise type(e)(f'image {row}: {e}') from e
     return np.stack(made)
 
+# %% ../../nbs/baselines/00_features.ipynb #bsf00021
 # Long because: what scikit-learn expects of a transformer, in a line or two each
 class ImageFeatures(TransformerMixin, BaseEstimator):
     "Numbers that describe an image; the base of all features, which define `describe`"
@@ -165,6 +166,7 @@ def _histogram_names(channel, bins):
     return [f'{channel} {i/bins:.2g} to {(i+1)/bins:.2g}' for i in range(bins)] + [
         f'{channel} {moment}' for moment in ('mean', 'deviation', 'skewness')]
 
+# %% ../../nbs/baselines/00_features.ipynb #bsf00022
 class ColorHistogram(ImageFeatures):
     "Histogram and moments of each channel of a color space"
     def __init__(self,

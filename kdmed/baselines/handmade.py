@@ -37,6 +37,7 @@ def _bytes(x):
     pixels = (x.detach().cpu().float()*255).round().clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
+# %% ../../nbs/baselines/15_handmade.ipynb #bhm00025
 # Long because: one class, a model, whose methods read the same few attributes
 class HandmadeClassifier(nn.Module):
     "Features and a classifier as a module: pixels in [0, 1] to logits; made by `fit_handmade`"
@@ -146,6 +147,7 @@ def _skops():
         raise ImportError("classifiers are saved and loaded by the package skops: pip install 'kdmed[baselines]', or "
                           'pip install skops') from e
 
+# %% ../../nbs/baselines/15_handmade.ipynb #bhm00026
 def save_handmade(
     model:HandmadeClassifier, # From `fit_handmade`
     folder,                   # To make
@@ -182,6 +184,7 @@ def _kinds():
     def below(cls): return [cls, *(c for s in cls.__subclasses__() for c in below(s))]
     return {c.__name__: c for c in below(ImageFeatures) if c.__module__.startswith('kdmed.')}
 
+# %% ../../nbs/baselines/15_handmade.ipynb #bhm00027
 def load_handmade(
     folder, # Of `save_handmade`
 )->HandmadeClassifier:

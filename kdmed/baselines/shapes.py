@@ -64,6 +64,7 @@ def _asymmetry(region):
     inside = set(map(tuple, region.coords.tolist()))
     return sum(tuple(p) not in inside for p in mirrored.tolist())/len(mirrored)
 
+# %% ../../nbs/baselines/10_shapes.ipynb #bsh00015
 # Long because: one transformer, whose settings take most of the lines
 class ShapeFeatures(ImageFeatures):
     "Number, size, shape and density of objects, such as nuclei, and the shape of the largest"

@@ -58,6 +58,7 @@ def _statistics(p):
     entropy = -(p*np.log(np.where(p > 0, p, 1))).sum((0, 1))
     return np.stack([*made, entropy])
 
+# %% ../../nbs/baselines/03_textures.ipynb #btx00026
 class GLCMFeatures(ImageFeatures):
     "Statistics of gray-level co-occurrence matrices: mean and range over four directions, for each distance"
     def __init__(self,

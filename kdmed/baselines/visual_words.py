@@ -37,6 +37,7 @@ def _sample(pixels, most, seed, upsampling, contrast):
     if len(found)<=most: return found
     return found[np.random.default_rng(seed).choice(len(found), most, replace=False)]
 
+# %% ../../nbs/baselines/05_visual_words.ipynb #bvw00017
 # Long because: one transformer, whose settings take most of the lines
 class VisualWords(ImageFeatures):
     "Shares of the keypoints of an image that are each word of a codebook, which `fit` learns from training images"

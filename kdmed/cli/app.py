@@ -21,11 +21,11 @@ from .. import __version__
 from ..core.checks import writing_as
 from ..core.processes import (
     OtherProcessFailed, first_to_fail, is_first, join_processes, leave_processes, process_count, quiet_unless_first)
-from kdmed.cli.options import (
-    FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, BaselineOptions, DataOptions, ExportOptions, LoadingOptions, ModelOptions,
-    PixelOptions, PushOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions, ServeOptions, TrainingOptions,
-    UseOptions, Whole, as_option, check_concerns, check_names, check_numbers, check_paths, extended_help, one_option,
-    settle_teachers)
+from .options import (
+    FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, BaselineOptions, DataOptions, ExportOptions, LoadingOptions,
+    ModelOptions, PixelOptions, PushOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions, ServeOptions,
+    TrainingOptions, UseOptions, Whole, as_option, check_concerns, check_names, check_numbers, check_paths,
+    extended_help, one_option, settle_teachers)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
@@ -178,7 +178,7 @@ def _baseline(*, out:Annotated[str, _FOLDER_OUT], data:DataOptions=DataOptions()
               run:RunOptions=RunOptions(), force:_REPLACE=False):
     """Fit hand-made or deep features with a classifier on your images: what a network has to surpass
 
-    All combinations in one report, and the predictions of each, which `kdmed report` compares with those of networks."""
+    All combinations in one report, and the predictions of each: `kdmed report` compares them with those of networks."""
     options = {k: v for kind in (data, loading, baseline, run) for k,v in asdict(kind).items()}
     return _use('baseline', **options, out=out, force=force)
 
@@ -194,8 +194,8 @@ def make_app(
     about = 'Distil medical image classifiers, and see what the student kept. Research software, not a medical device.'
     app = App(name='kdmed', version=__version__, config=config, help=about, help_format='plaintext',
               result_action='return_value', suppress_keyboard_interrupt=False, version_flags=['--version'])
-    for function in (_demo, _distill, _search, _recipe, _check, _baseline, _models, _export, _predict, _report, _evaluate,
-                     _serve, _push):
+    for function in (_demo, _distill, _search, _recipe, _check, _baseline, _models, _export, _predict, _report,
+                     _evaluate, _serve, _push):
         app.command(function, name=function.__name__[1:])
     return app
 

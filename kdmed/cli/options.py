@@ -323,6 +323,11 @@ class ReportOptions:
     reference:_text(RUNNING, 'the model that the others are compared with [default: plain, or else the first]') = None
     seed:_whole(RUNNING, 'seed of the bootstrap') = 0
 
+OUT = Parameter(name='--out', help='folder of the run: student, bundle, report, metrics, log, settings', group=RUNNING)
+FORCE = Parameter(name='--force', help='replace the run in the folder, once the new one is finished',
+                  group=RUNNING, negative=())
+
+# %% ../../nbs/cli/00_options.ipynb #61009032
 @Parameter(name='*')
 @dataclass(kw_only=True)
 class BaselineOptions:
@@ -337,10 +342,6 @@ class BaselineOptions:
     size:_whole(SPLITTING, 'image side in pixels') = 64
     preprocess:_several(SPLITTING, 'filters for every image, in this order', Literal[FILTER_NAMES]) = None
     jobs:_optional_whole(RUNNING, 'processes that compute features [default: 1]') = None
-
-OUT = Parameter(name='--out', help='folder of the run: student, bundle, report, metrics, log, settings', group=RUNNING)
-FORCE = Parameter(name='--force', help='replace the run in the folder, once the new one is finished',
-                  group=RUNNING, negative=())
 
 # %% ../../nbs/cli/00_options.ipynb #a0b1c2d6
 OPTION_KINDS = (
