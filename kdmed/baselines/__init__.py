@@ -30,6 +30,6 @@ __getattr__,__dir__ = lazy_door(globals(), _open_door)
 # %% ../../nbs/baselines/index.ipynb #bix00004
 _all_ = [
     'CLASSIFIERS', 'ColorHistogram', 'DeepFeatures', 'GLCMFeatures', 'GrayHistogram', 'HANDMADE_FEATURES',
-    'HOGFeatures', 'HandmadeClassifier', 'ImageFeatures', 'LBPFeatures', 'OutputCodes', 'ShapeFeatures', 'VisualWords', 'code_book',
-    'cooccurrence', 'find_objects', 'fit_handmade', 'handmade_sets', 'load_handmade', 'make_features',
-    'save_handmade', 'sift_descriptors']
+    'HOGFeatures', 'HandmadeClassifier', 'ImageFeatures', 'LBPFeatures', 'OutputCodes', 'ShapeFeatures',
+    'VisualWords', 'code_book', 'cooccurrence', 'find_objects', 'fit_handmade', 'handmade_sets', 'load_handmade',
+    'make_features', 'save_handmade', 'sift_descriptors']

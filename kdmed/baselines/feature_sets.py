@@ -59,9 +59,10 @@ def _named(name):
     if ':' in name: raise ValueError(f'features {name!r} must name a model, such as timm:resnet18')
     return HANDMADE_FEATURES[name].make()
 
+# %% ../../nbs/baselines/14_feature_sets.ipynb #bfs00020
 def make_features(
-    # A name in `HANDMADE_FEATURES`, `timm:MODEL` or `pip:MODEL` (deep features, with weights of timm's hub or a pip package),
-    # several joined by `+`, a transformer, or a list of these
+    # A name in `HANDMADE_FEATURES`; `timm:MODEL` or `pip:MODEL`: deep features, weights of timm's hub or of a pip
+    # package; several joined by `+`; a transformer; or a list of these
     features,
     n_jobs=None, # Processes; default: those of the transformers
 )->list: # Of transformers that are not fitted; of several, the numbers are joined
@@ -88,8 +89,8 @@ def features_name(
     "What features are called in tables"
     def name(f):
         if isinstance(f, DeepFeatures): return f.model
-        plain = [n for n,kind in HANDMADE_FEATURES.items() if fingerprint(_settings(kind.make()))==fingerprint(_settings(f))
-                 and type(kind.make()) is type(f)]
+        def facts(f): return type(f),fingerprint(_settings(f))
+        plain = [n for n,kind in HANDMADE_FEATURES.items() if facts(kind.make())==facts(f)]
         return plain[0] if plain else type(f).__name__
     return '+'.join(name(f) for f in features)
 
