@@ -12,8 +12,8 @@ __all__ = ['COLOR_SPACES', 'as_pixels', 'as_gray', 'check_images', 'import_skima
 from importlib import import_module
 
 import numpy as np
-from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted
 
 from ..core.checks import check_in, check_integer

@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..baselines.classifiers import check_classifier
+from ..baselines.deep_features import DeepFeatures
 from ..baselines.feature_sets import features_name, make_features
 from ..baselines.handmade import fit_handmade
 from ..core.extensions import load_extensions
@@ -34,20 +35,29 @@ from ..evaluate.comparison import compare_predictions
 from ..evaluate.costs import measure_costs
 from ..evaluate.report import markdown_table
 from ..evaluate.report_files import REPORT_FILES
+from ..models.foundation import check_license, check_reachable, foundation_recipe
+from ..models.weights import pip_weights
 from ..studies.study import targets_of
 
 # %% ../../nbs/cli/08_baseline.ipynb #bcm00007
 BASELINE_FILES = *REPORT_FILES,'predictions','chosen.csv','copies.csv','config.toml'
 DEFAULT_FEATURES,DEFAULT_CLASSIFIERS = ('hog', 'color'),('svm', 'forest')
 
+def _check_deep(features):
+    "Raise an error for a network whose license is not accepted, or whose weights cannot be had, before images are read"
+    recipe = foundation_recipe(features.model)
+    check_license(recipe, features.accept_license)
+    if features.weights=='pip': pip_weights(recipe.architecture or recipe.name)
+    else: check_reachable(recipe)
+
 def _combinations(o):
     "{name: (features, classifier)} of all combinations; an error for features that do not exist"
     with naming('--features'):
         every = [make_features(name, o['jobs']) for name in o['features'] or DEFAULT_FEATURES]
-    made = {features_name(features): features for features in every}
-    for features in made.values():
-        for f in features:
-            if 'device' in f.get_params(): f.set_params(device=o['device'])
+        made = {features_name(features): features for features in every}
+        for f in sum(made.values(), []):
+            if not isinstance(f, DeepFeatures): continue
+            _check_deep(f.set_params(device=o['device'], accept_license=o['accept_license']))
     kinds = o['classifier'] or DEFAULT_CLASSIFIERS
     return {f'{name}-{kind}': (features, kind) for (name,features),kind in product(made.items(), kinds)}
 

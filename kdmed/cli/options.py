@@ -336,6 +336,7 @@ class BaselineOptions:
                       'hub) or pip:MODEL (of an installed package); several joined by + [default: hog color]') = None
     classifier:_several(MODELS, 'classifiers; all combinations with --features are compared [default: svm forest]',
                         Literal[CLASSIFIER_NAMES]) = None
+    accept_license:_switch(MODELS, 'with timm: or pip: you have read the license of the model and accept it') = False
     class_weights:_one_of(TRAINING, 'weigh classes equally, or each image', 'balanced', 'natural',
                           optional=False) = 'balanced'
     seed:_whole(TRAINING, 'seed of the classifiers') = 0
@@ -486,6 +487,7 @@ _FOUNDATION_DEFAULTS = dict(head='linear', tune='none', foundation_size=None, ac
 
 def _check_foundation_options(o):
     "Raise an error for options of a foundation model without one, or beside another teacher"
+    if 'features' in o: return # kdmed baseline, whose models have licenses, too
     if o.get('foundation') is None:
         given = [n for n,default in _FOUNDATION_DEFAULTS.items() if o.get(n, default)!=default]
         if given: raise ValueError(f'{option(given[0])} needs --foundation')
