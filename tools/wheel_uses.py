@@ -329,8 +329,8 @@ def distributed():
     assert all(process.returncode==0 for process in ranks), '\n'.join(said)
     return 'two processes train one student'
 
-USES = dict(plain=plain, baselines=baselines, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
-            transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
+USES = dict(plain=plain, baselines=baselines, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret,
+            weights=weights, transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
             onnx=onnx, openvino=openvino, torchao=torchao, serve=serve, executorch=executorch, coreml=coreml)
 
 def main(name, *rank):

@@ -159,8 +159,8 @@ def fit_features(
         file = folder/f'fit-{_key("fit", f, dl)}.safetensors'
         if (known := _read(file)) is None:
             f.fit(LoaderImages(dl))
-            _write(file, f.state() | dict(n=np.array(f.n_features_out_)))
-        else: f.restore(known, dict(n=int(known['n'])))
+            _write(file, f.state() | dict(n=np.array([f.n_features_out_])))
+        else: f.restore(known, dict(n=int(known['n'][0])))
         fitted.append(f)
     return fitted
 
