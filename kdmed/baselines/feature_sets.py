@@ -56,7 +56,6 @@ def _named(name):
     kind,_,model = name.partition(':')
     if kind in _DEEP and model: return DeepFeatures(model, _DEEP[kind])
     check_in(name, [*HANDMADE_FEATURES, 'timm:MODEL', 'pip:MODEL'], 'features')
-    if ':' in name: raise ValueError(f'features {name!r} must name a model, such as timm:resnet18')
     return HANDMADE_FEATURES[name].make()
 
 # %% ../../nbs/baselines/14_feature_sets.ipynb #bfs00020

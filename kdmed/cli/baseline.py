@@ -52,9 +52,9 @@ def _check_deep(features):
 
 def _combinations(o):
     "{name: (features, classifier)} of all combinations; an error for features that do not exist"
+    every = [make_features(name, o['jobs']) for name in o['features'] or DEFAULT_FEATURES]
+    made = {features_name(features): features for features in every}
     with naming('--features'):
-        every = [make_features(name, o['jobs']) for name in o['features'] or DEFAULT_FEATURES]
-        made = {features_name(features): features for features in every}
         for f in sum(made.values(), []):
             if not isinstance(f, DeepFeatures): continue
             _check_deep(f.set_params(device=o['device'], accept_license=o['accept_license']))
