@@ -87,6 +87,7 @@ class OutputCodes(ClassifierMixin, BaseEstimator):
 
     def predict(self, X): # [N]
         "The class of the nearest word"
+        check_is_fitted(self, 'estimators_')
         return self.classes_[self.decision_function(X).argmax(1)]
 
     def __sklearn_tags__(self):
