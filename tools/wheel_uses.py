@@ -23,12 +23,12 @@ def module_names(inside=sys.prefix):
     if inside and not Path(kdmed.__file__).is_relative_to(inside): raise RuntimeError(f'kdmed was imported from {kdmed.__file__}, not from {inside}')
     return ['kdmed', *(m.name for m in pkgutil.walk_packages(kdmed.__path__, 'kdmed.'))]
 
-def small_dls(size=32, **kwargs):
+def small_dls(size=32, n=120, **kwargs):
     "Loaders of a few synthetic images in three classes"
     from kdmed.data.loaders import image_dls
     from kdmed.data.splits import split_groups
     from kdmed.data.images import synthetic_table
-    table = split_groups(synthetic_table(120, classes=3, size=size), sizes=(.6, .2, .2))
+    table = split_groups(synthetic_table(n, classes=3, size=size), sizes=(.6, .2, .2))
     return image_dls(table, size, bs=16, **kwargs)
 
 def distilled():
@@ -71,7 +71,7 @@ def baselines():
     import numpy as np
     from kdmed.baselines import fit_handmade, load_handmade, save_handmade
     from kdmed.evaluate.metrics import predict
-    dls = small_dls(48)
+    dls = small_dls(48, n=480) # several patients of each class, for calibration
     with tempfile.TemporaryDirectory() as folder:
         for features,classifier in (('hog+color+glcm', 'svm'), ('lbp+shapes+words', 'forest'), ('gray', 'boosting'),
                                     ('nuclei', 'mlp'), ('color', 'codes')):
