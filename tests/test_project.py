@@ -108,7 +108,7 @@ def test_sidebar_sections_keep_their_order():
 
 # -- modules and notebooks
 
-WINGS = 'core', 'data', 'models', 'train', 'distill', 'evaluate', 'ship', 'studies', 'cli'
+WINGS = 'core', 'data', 'models', 'train', 'distill', 'evaluate', 'baselines', 'ship', 'studies', 'cli'
 IN_WINGS = [p for p in NOTEBOOKS if p.parent.name in WINGS]
 
 def place(path):

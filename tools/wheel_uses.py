@@ -23,12 +23,12 @@ def module_names(inside=sys.prefix):
     if inside and not Path(kdmed.__file__).is_relative_to(inside): raise RuntimeError(f'kdmed was imported from {kdmed.__file__}, not from {inside}')
     return ['kdmed', *(m.name for m in pkgutil.walk_packages(kdmed.__path__, 'kdmed.'))]
 
-def small_dls(size=32, **kwargs):
+def small_dls(size=32, n=120, **kwargs):
     "Loaders of a few synthetic images in three classes"
     from kdmed.data.loaders import image_dls
     from kdmed.data.splits import split_groups
     from kdmed.data.images import synthetic_table
-    table = split_groups(synthetic_table(120, classes=3, size=size), sizes=(.6, .2, .2))
+    table = split_groups(synthetic_table(n, classes=3, size=size), sizes=(.6, .2, .2))
     return image_dls(table, size, bs=16, **kwargs)
 
 def distilled():
@@ -65,6 +65,20 @@ def plain():
     assert 'distill' in output_of(COMMAND, '--help')
     kept(*distilled())
     return f'{len(names)} modules import; kdmed --version, --help; one epoch distilled, exported, resumed'
+
+def baselines():
+    "Hand-made features of scikit-image, and a classifier that is saved and loaded by skops"
+    import numpy as np
+    from kdmed.baselines import fit_handmade, load_handmade, save_handmade
+    from kdmed.evaluate.metrics import predict
+    dls = small_dls(48, n=480) # several patients of each class, for calibration
+    with tempfile.TemporaryDirectory() as folder:
+        for features,classifier in (('hog+color+glcm', 'svm'), ('lbp+shapes+words', 'forest'), ('gray', 'boosting'),
+                                    ('nuclei', 'mlp'), ('color', 'codes')):
+            model = fit_handmade(dls, features, classifier, folder=folder)
+            again = load_handmade(save_handmade(model, Path(folder)/classifier))
+            np.testing.assert_allclose(predict(again, dls.test)[0], predict(model, dls.test)[0], atol=1e-6)
+    return f"features of scikit-image {version('scikit-image')}; classifiers saved by skops {version('skops')}"
 
 def filters():
     "A filter of each package"
@@ -315,8 +329,8 @@ def distributed():
     assert all(process.returncode==0 for process in ranks), '\n'.join(said)
     return 'two processes train one student'
 
-USES = dict(plain=plain, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret, weights=weights,
-            transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
+USES = dict(plain=plain, baselines=baselines, filters=filters, medmnist=medmnist, dicom=dicom, interpret=interpret,
+            weights=weights, transformers=transformers, copies=copies, distributed=distributed, zarr=zarr,
             onnx=onnx, openvino=openvino, torchao=torchao, serve=serve, executorch=executorch, coreml=coreml)
 
 def main(name, *rank):

@@ -10,6 +10,7 @@ __all__ = ['PATIENCE', 'make_app', 'read_config', 'Stopped', 'main']
 # %% ../../nbs/cli/10_app.ipynb #16a6b0e1
 import os, re, signal, sys, threading, traceback, warnings
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -21,10 +22,10 @@ from ..core.checks import writing_as
 from ..core.processes import (
     OtherProcessFailed, first_to_fail, is_first, join_processes, leave_processes, process_count, quiet_unless_first)
 from .options import (
-    FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, DataOptions, ExportOptions, LoadingOptions, ModelOptions,
-    PixelOptions, PushOptions, QuantizeOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions, ServeOptions,
-    TrainingOptions, UseOptions, Whole, as_option, check_concerns, check_names, check_numbers, check_paths,
-    extended_help, one_option, settle_teachers)
+    FORCE, OUT, RECIPE_NAMES, RUNNING, STATE, TRAINING, BaselineOptions, DataOptions, ExportOptions, LoadingOptions,
+    ModelOptions, PixelOptions, PushOptions, QuantizeOptions, RecipeOptions, ReportOptions, RunOptions, SearchOptions,
+    ServeOptions, TrainingOptions, UseOptions, Whole, as_option, check_concerns, check_names, check_numbers,
+    check_paths, extended_help, one_option, settle_teachers)
 
 try: import tomllib
 except ImportError: import tomli as tomllib # Python 3.10
@@ -34,15 +35,15 @@ def _without_timms_warning():
     warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning) # at import
 
 def _use(command, **values):
-    "Refuse invalid options of a command that uses a finished student, and do it"
+    "Refuse invalid options of a command that leaves no run to resume, and do it"
     check_numbers(values)
     if 'dataset' in values:
         check_names(values)
         check_concerns(values)
         check_paths(values)
     _without_timms_warning()
-    from kdmed.cli import ship
-    return getattr(ship, f'{command}_command')(values)
+    module = import_module('kdmed.cli.baseline' if command=='baseline' else 'kdmed.cli.ship')
+    return getattr(module, f'{command}_command')(values)
 
 def _run(command, *options, **more):
     "Refuse invalid options, then import what a command does, and do it"
@@ -180,6 +181,15 @@ def _evaluate(bundle:Annotated[str, _STUDENT], /, *, out:Annotated[str, _FOLDER_
     return _use('evaluate', bundle=bundle, **asdict(data), **asdict(use), resplit=False, official=None, store=None,
                 out=out, force=force)
 
+def _baseline(*, out:Annotated[str, _FOLDER_OUT], data:DataOptions=DataOptions(),
+              loading:LoadingOptions=LoadingOptions(), baseline:BaselineOptions=BaselineOptions(),
+              run:RunOptions=RunOptions(), force:_REPLACE=False):
+    """Fit hand-made or deep features with a classifier on your images: what a network has to surpass
+
+    All combinations in one report, and the predictions of each: `kdmed report` compares them with those of networks."""
+    options = {k: v for kind in (data, loading, baseline, run) for k,v in asdict(kind).items()}
+    return _use('baseline', **options, out=out, force=force)
+
 def _models():
     "List foundation models, with their licenses"
     return _run('models')
@@ -192,8 +202,8 @@ def make_app(
     about = 'Distil medical image classifiers, and see what the student kept. Research software, not a medical device.'
     app = App(name='kdmed', version=__version__, config=config, help=about, help_format='plaintext',
               result_action='return_value', suppress_keyboard_interrupt=False, version_flags=['--version'])
-    for function in (_demo, _distill, _search, _recipe, _check, _models, _export, _quantize, _predict, _report,
-                     _evaluate, _serve, _push):
+    for function in (_demo, _distill, _search, _recipe, _check, _baseline, _models, _export, _quantize, _predict,
+                     _report, _evaluate, _serve, _push):
         app.command(function, name=function.__name__[1:])
     return app
 

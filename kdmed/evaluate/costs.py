@@ -28,19 +28,22 @@ def measure_costs(
     """Cost of each model on the device it is on.
 
     Name: parameters, macs, file_mb, batch; for one image and (`_batch`) for a batch: latency_ms, throughput (images/s),
-    memory_mb (peak, weights included).
+    memory_mb (peak, weights included). A model with a method `own_costs(size, batch)` is asked: one that is no network
+    has other work on an image than on noise, and no operations to count.
     """
     batch = check_integer(batch, 'batch', 1)
     def tried(part, make): return make() if missing is None else attempt(part, make, missing)
-    fixed = {name: tried(f'The cost of {name}', lambda model=model: _fixed_cost(model, size, batch))
-             for name,model in models.items()}
+    def cost_of(model): return model.own_costs(size, batch) if _has_own(model) else _fixed_cost(model, size, batch)
+    fixed = {name: tried(f'The cost of {name}', lambda model=model: cost_of(model)) for name,model in models.items()}
     costs = {name: cost for name,cost in fixed.items() if cost is not None}
-    timed = {name: models[name] for name in costs}
+    timed = {name: models[name] for name in costs if not _has_own(models[name])}
     for key,n,runs in (('', 1, 20), ('_batch', batch, 5)):
         def measure(n=n, runs=runs): return measure_latencies(timed, size, batch=n, runs=runs)
         for name,ms in (tried('The latency of the models', measure) or {}).items():
             costs[name] |= {f'latency{key}_ms': round(ms, 3), f'throughput{key}': round(1000*n/ms, 1)}
     return {name: {k: cost[k] for k in _COST_ORDER if k in cost} for name,cost in costs.items()}
+
+def _has_own(model): return hasattr(model, 'own_costs')
 
 def _fixed_cost(model, size, batch):
     "Costs that do not depend on how busy the machine is"

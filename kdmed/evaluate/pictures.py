@@ -226,7 +226,8 @@ def _undefined_rocs(comparison):
 def draw_costs(
     comparison, # A `Comparison` with costs
 ): # Figure
-    "Quality against cost of each model"
-    ax = plot_tradeoff(tradeoff_table(comparison.scores, comparison.costs))
+    "Quality against cost of each model: its operations, or, where there is a model without, the time for an image"
+    cost = 'macs' if all('macs' in cost for cost in comparison.costs.values()) else 'latency_ms'
+    ax = plot_tradeoff(tradeoff_table(comparison.scores, comparison.costs), cost)
     ax.set_title(fold_text(caption(comparison.about), 84), fontsize=10)
     return ax.figure

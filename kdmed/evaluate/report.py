@@ -264,7 +264,8 @@ def _cost_section(c):
     text = ('Measured on the machine that made this report, for one training run of each model. Models of the same '
             'architecture are measured once.')
     frame = pd.DataFrame(c.costs).rename(index=COST_LABELS)
-    all_measured = len(c.costs) == len(c.scores) and all('macs' in cost for cost in c.costs.values())
+    measured = any(all(name in cost for cost in c.costs.values()) for name in ('macs', 'latency_ms'))
+    all_measured = len(c.costs) == len(c.scores) and measured
     return Section('Cost', text, frame, dict(cost=partial(draw_costs, c)) if all_measured else {})
 
 # %% ../../nbs/evaluate/45_report.ipynb #d0ffc192
