@@ -167,6 +167,8 @@ def _predict(student:Annotated[str, _EITHER], /, *images:Annotated[str, _IMAGES]
     What cannot be read is listed with the reason. Stopped, the same command resumes."""
     return _use('predict', student=student, images=list(images), out=out, **asdict(use), force=force)
 
+
+# %% ../../nbs/cli/10_app.ipynb #760e5fdf
 def _report(*, report:ReportOptions, out:Annotated[str, _FOLDER_OUT], force:_REPLACE=False):
     """Compare models by their files of predictions, also models that are not kdmed's
 
