@@ -57,9 +57,13 @@ def arguments(csv, out, **more):
     return ['distill', *[text for k,v in args.items() for text in (f"--{k.replace('_', '-')}", str(v))]]
 
 
-def test_several_findings_from_a_csv_with_splits(findings_csv, tmp_path):
-    assert cli.main(arguments(findings_csv, tmp_path/'run')) == 0
+def test_several_findings_from_a_csv_with_splits(findings_csv, tmp_path, capsys):
+    command = arguments(findings_csv, tmp_path/'run')
+    assert cli.main([*command, '--serious', 'enlarge']) == 2
+    assert "--serious: unknown serious class 'enlarge'" in capsys.readouterr().err and not (tmp_path/'run').exists()
+    assert cli.main([*command, '--serious', 'enlarged']) == 0
     metrics = json.loads((tmp_path/'run/metrics.json').read_text())
+    assert metrics['about']['serious'] == ['enlarged'] and 'serious classes' in (tmp_path/'run/report.md').read_text()
     assert metrics['about']['task'] == 'multilabel' and metrics['about']['images'] == (pd.read_csv(findings_csv).split=='test').sum()
     assert json.loads((tmp_path/'run/student.json').read_text())['classes'] == metrics['about']['classes']
 

@@ -18,7 +18,7 @@ def _open_door():
     from kdmed.baselines.classifiers import CLASSIFIERS, OutputCodes, code_book
     from kdmed.baselines.deep_features import DeepFeatures
     from kdmed.baselines.feature_sets import HANDMADE_FEATURES, handmade_sets, make_features
-    from kdmed.baselines.features import ColorHistogram, GrayHistogram, ImageFeatures
+    from kdmed.baselines.histograms import ColorHistogram, GrayHistogram, ImageFeatures
     from kdmed.baselines.handmade import HandmadeClassifier, fit_handmade, load_handmade, save_handmade
     from kdmed.baselines.shapes import ShapeFeatures, find_objects
     from kdmed.baselines.textures import GLCMFeatures, HOGFeatures, LBPFeatures, cooccurrence

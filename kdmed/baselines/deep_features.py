@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastai.torch_core import default_device
 from sklearn.utils.validation import check_is_fitted
 
-from .features import ImageFeatures, as_pixels, check_images
+from .histograms import ImageFeatures, as_pixels, check_images
 from ..core.checks import check_integer
 from ..models.foundation import create_encoder, rebuild_encoder
 

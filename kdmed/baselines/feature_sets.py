@@ -23,7 +23,7 @@ from sklearn.base import clone
 from torch import Tensor
 
 from .deep_features import DeepFeatures
-from .features import ColorHistogram, GrayHistogram, ImageFeatures, import_skimage
+from .histograms import ColorHistogram, GrayHistogram, ImageFeatures, import_skimage
 from .shapes import ShapeFeatures
 from .textures import GLCMFeatures, HOGFeatures, LBPFeatures
 from .visual_words import VisualWords

@@ -23,7 +23,7 @@ from .classifiers import check_classifier, choose_classifier, classifier_logits
 from .deep_features import DeepFeatures
 from .feature_sets import (
     LoaderImages, feature_rows, features_name, fit_features, handmade_sets, make_features, part_of)
-from .features import ImageFeatures, check_images
+from .histograms import ImageFeatures, check_images
 from ..core.checks import check_in, check_seed
 from ..core.files import check_format, new_folder, write_atomic
 from ..core.fingerprints import digest

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from .features import ImageFeatures, as_gray, import_skimage
+from .histograms import ImageFeatures, as_gray, import_skimage
 from ..core.checks import check_in, check_integer
 
 # %% ../../nbs/baselines/10_shapes.ipynb #bsh00006

@@ -10,7 +10,7 @@ __all__ = ['GLCM_STATISTICS', 'HOGFeatures', 'cooccurrence', 'GLCMFeatures', 'LB
 # %% ../../nbs/baselines/03_textures.ipynb #btx00003
 import numpy as np
 
-from .features import ImageFeatures, as_gray, import_skimage
+from .histograms import ImageFeatures, as_gray, import_skimage
 from ..core.checks import check_integer
 
 # %% ../../nbs/baselines/03_textures.ipynb #btx00007

@@ -13,7 +13,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.utils import check_random_state
 from sklearn.utils.parallel import Parallel, delayed
 
-from .features import ImageFeatures, as_gray, as_pixels, import_skimage
+from .histograms import ImageFeatures, as_gray, as_pixels, import_skimage
 from ..core.checks import check_integer, check_number
 
 # %% ../../nbs/baselines/05_visual_words.ipynb #bvw00006

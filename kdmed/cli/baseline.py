@@ -31,6 +31,7 @@ from ..core.processes import process_count
 from ..data.images import name_of
 from ..data.loaders import image_dls
 from ..data.splits import check_leakage
+from ..evaluate.collect import serious_of
 from ..evaluate.comparison import compare_predictions
 from ..evaluate.costs import measure_costs
 from ..evaluate.report import markdown_table
@@ -95,7 +96,7 @@ def _compare(models, dls, o):
     shared = set(dls.valid.table.group) & set(table.group)
     made = compare_predictions(
         probs, targets_of(dls.test), dls.classes, table.group.to_numpy(), dls.task, seed=o['seed'],
-        valid=None if shared else (valid, targets_of(dls.valid)))
+        valid=None if shared else (valid, targets_of(dls.valid)), serious=serious_of(table))
     made.costs = measure_costs(models, dls.size)
     made.about.update(split='test', size=dls.size, models={name: m.spec['model'] for name,m in models.items()})
     return made,probs

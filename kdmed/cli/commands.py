@@ -54,6 +54,7 @@ from ..distill.foundation import foundation_teacher
 from ..distill.methods import adapt_student, distill_callbacks, fit_classifier
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
+from ..evaluate.collect import check_serious
 from ..evaluate.metrics import MetricByName
 from ..evaluate.comparison import load_comparison
 from ..evaluate.report import markdown_table
@@ -220,6 +221,8 @@ def _check_run(o, table, loading):
                          f'{list(table.columns)}')
     if not o.get('allow_leakage', True): check_leakage(table) # before the search for copies, which takes minutes
     with naming('--metric'): MetricByName(o['metric'], table.attrs['classes'], table.attrs['task'])
+    with naming('--serious'): serious = check_serious(o.get('serious'), table.attrs['classes'])
+    if serious: table.attrs['serious'] = serious
 
 # %% ../../nbs/cli/05_commands.ipynb #3c1a2386
 def _extra_callbacks(o):

@@ -258,6 +258,8 @@ class TrainingOptions:
     subgroups:_several(TRAINING, 'columns of the image table by which the models are also compared, '
                        'such as age sex') = None
     metric:_name(TRAINING, 'metric of the printed conclusions') = 'balanced_accuracy'
+    serious:_several(TRAINING, 'classes that the verdict of the report names [default: those the data set knows, the '
+                     'positive class, or all]') = None
 
 @Parameter(name='*')
 @dataclass(kw_only=True)

@@ -38,8 +38,8 @@ except ImportError: import tomli as tomllib # Python 3.10
 PAIRS = 'copies.csv' # is written where there are copies
 RUN_FILES = ('student.safetensors', 'student.json', *REPORT_FILES, 'history.csv', PAIRS, 'config.toml', 'study.json',
              'cells', BUNDLE_FOLDER, 'settings.json')
-NOT_SETTINGS = ('out', 'force', 'config', 'device', 'quiet', 'verbose', 'workers', 'store', 'metric', 'copies',
-                'command') # may differ when a run resumes
+NOT_SETTINGS = ('out', 'force', 'config', 'device', 'quiet', 'verbose', 'workers', 'store', 'metric', 'serious',
+                'copies', 'command') # may differ when a run resumes
 NEW = '.new' # folder of a run that will replace another
 COMPLETE = 'complete' # file in it that lists its files, once all are written
 COPIES = '.copies.json' # sentences on copies, for a run that resumes

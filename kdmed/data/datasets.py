@@ -269,6 +269,7 @@ def read_ham10000(
     rows,notes = _listed_rows(csv, 'image_id', used, used)
     rows,images,others = _listed_images(rows, '.jpg', lambda f: f.stem, folder, path, csv, missing, _HAM10000)
     table = image_table(images, rows.dx, rows.lesion_id, list(HAM10000_CLASSES), 'multiclass', **_HAM10000.about)
+    table.attrs['serious'] = ['akiec', 'bcc', 'mel'] # cancers, or what becomes one
     notes = [*notes, *others, *_published_notes(table, 10015, HAM10000_CLASSES, 7470)]
     return finish_table(table, rows.drop(columns=used), notes, print_card)
 

@@ -6,7 +6,7 @@ Docs: https://kdmed.github.io/kdmed/evaluate/collect.html.md"""
 
 # %% auto #0
 __all__ = ['HEADLINE', 'pair_name', 'ComparisonData', 'calibration_scores', 'chance_levels', 'check_model_names', 'check_serious',
-           'collect_comparison']
+           'serious_of', 'collect_comparison']
 
 # %% ../../nbs/evaluate/41_collect.ipynb #90367668
 import warnings
@@ -198,6 +198,13 @@ def check_serious(
     named = [serious] if isinstance(serious, str) else list(serious or ())
     for name in named: check_in(name, list(classes), 'serious class')
     return named
+
+def serious_of(
+    table, # Image table, perhaps with `table.attrs['serious']`
+)->list:
+    "The serious classes that an image table names, those of them that its images can have"
+    return [c for c in table.attrs.get('serious', ()) if c in table.attrs['classes']]
+
 
 # %% ../../nbs/evaluate/41_collect.ipynb #bd7388bc
 # Long because: 14 documented arguments; the steps themselves are 25 lines

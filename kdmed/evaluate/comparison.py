@@ -18,7 +18,7 @@ import torch
 from fastai.learner import Learner
 
 from ..core.checks import check_integer, check_seed
-from .collect import HEADLINE, ComparisonData, check_model_names, collect_comparison
+from .collect import HEADLINE, ComparisonData, check_model_names, collect_comparison, serious_of
 from .conclusions import conclusions_of
 from .costs import measure_costs
 from .metrics import check_loader, class_columns, module_of, predict
@@ -150,7 +150,7 @@ def compare(
     probs,targets = _predict_all(models, dl)
     comparison = compare_predictions(
         probs, targets, table.attrs['classes'], table.group.to_numpy(), table.attrs['task'], n_boot, seed, reference,
-        table[columns] if columns else None, judged, serious=serious or table.attrs.get('serious', ()))
+        table[columns] if columns else None, judged, serious=serious or serious_of(table))
     comparison.costs = measure_costs({name: module_of(m[0]) for name,m in models.items()}, dl.size, batch, missing)
     name = without_private(str(table.attrs.get('name', 'images')))
     comparison.about.update(data=name, name=name, split=table.split.iloc[0], size=dl.size,

@@ -40,6 +40,7 @@ from ..distill.methods import (
     TOO_LARGE, adapt_student, check_fit, distill, distill_callbacks, errors_named, fit_classifier)
 from ..distill.registry import METHODS
 from ..distill.teacher import Teacher
+from ..evaluate.collect import serious_of
 from ..evaluate.comparison import Comparison, compare_predictions, rehearse_report, shared_groups_note
 from ..evaluate.costs import measure_costs
 from ..evaluate.metrics import MetricByName, predict
@@ -600,7 +601,7 @@ def _compare_predictions(study, groups):
         test, targets_of(dls.test), table.attrs['classes'], table.group.to_numpy(), table.attrs['task'], study.n_boot,
         columns=table[list(study.subgroups)] if len(study.subgroups) else None,
         valid=None if missing else (valid, targets_of(dls.valid)),
-        metrics=[m.metric for m in study.metrics if isinstance(m, MetricByName)])
+        metrics=[m.metric for m in study.metrics if isinstance(m, MetricByName)], serious=serious_of(table))
     name,split = table.attrs['name'],table.split.iloc[0]
     comparison.about.update(data=name, name=name, split=split, size=dls.size)
     if missing: comparison.about['missing'] = missing + comparison.about.get('missing', [])
