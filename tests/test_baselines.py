@@ -91,6 +91,7 @@ DATA_CHECKS = [
     'check_estimators_overwrite_params', 'check_estimators_nan_inf', 'check_estimators_dtypes', 'check_fit2d_predict1d',
     'check_fit1d', 'check_n_features_in', 'check_readonly_memmap_input', 'check_pipeline_consistency']
 
+@pytest.mark.slow(1)
 @each_kind
 @pytest.mark.parametrize('name', DATA_CHECKS)
 def test_scikit_learns_checks_on_data(features, name):
