@@ -621,7 +621,7 @@ def _models_beside(beside, student, taken, threads):
     made = {}
     for name,model in (beside or {}).items():
         if name in taken: raise ValueError(f'beside must not use the name of a file, got {name!r}')
-        made[name] = _Candidate(None, _InTorch(model, threads))
+        made[name] = _Candidate(None, _InTorch(model, threads), fall=np.nan) # not chosen by it
         found = made[name].model.spec
         if (found['classes'], found['task'])!=(student.classes, student.task):
             raise ValueError(f"beside[{name!r}] must have the classes of the student in the same order, "
