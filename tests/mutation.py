@@ -136,10 +136,14 @@ class Laboratory:
         return True
 
     def run(self, k):
-        "Run a lesson"
+        "Run a lesson, as `__main__`: what it defines is a user's and no library's"
         import matplotlib.pyplot as plt
+        before,self.module.__name__ = (self.module.__name__, sys.modules['__main__']),'__main__'
+        sys.modules['__main__'] = self.module
         try: exec(self.code[k], vars(self.module))
-        finally: plt.close('all')
+        finally:
+            self.module.__name__,sys.modules['__main__'] = before
+            plt.close('all')
 
 def as_cell(text, k):
     "The code of a lesson, whose source can be found as that of a notebook's cell can"

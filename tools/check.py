@@ -11,6 +11,8 @@ from importlib import import_module
 from multiprocessing import connection
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+try: import resource
+except ImportError: resource = None # Windows
 
 from fastcore.nbio import cell_frontmatter, read_nb
 from nbdev.config import get_config, nbpath2html
@@ -89,9 +91,18 @@ def check_lint():
                           cwd=ROOT, env=tools_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode: yield from (line for line in done.stdout.splitlines() if re.match(r'\S+:\S', line) or done.returncode > 1)
 
+def processor_seconds():
+    "Of this process and of those that it started and that have ended; None where the system does not tell"
+    if resource is None: return None
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime+u.ru_stime for u in used)
+
 def run_page(path, settings, sender):
-    "In a process of its own: whether the lessons of a page hold, and seconds"
-    sender.send(test_nb(path, **settings))
+    """In a process of its own: whether the lessons of a page hold, and seconds: of the processor, where they are known,
+    since a machine may do other work, too"""
+    before = processor_seconds()
+    held,passed = test_nb(path, **settings)
+    sender.send((held, passed if before is None else processor_seconds()-before))
 
 class Lessons:
     """Pages whose lessons run at the same time, each in a process of its own: what one changes in modules, such as a

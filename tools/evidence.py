@@ -7,6 +7,7 @@
 
 `--data` holds the folders `ham10000` and `pneumonia` as Kaggle lays them out, and `breastmnist.npz`."""
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -40,6 +41,7 @@ from kdmed.studies.study import is_finished, run_cell, targets_of
 from kdmed.train.resume import Resume
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT/'results'/'evidence' # in `predictions`, test images' probabilities of each finished student
 SIZES = .6, .15, .25 # of train, valid, test; by groups
 
 
@@ -156,12 +158,33 @@ class Job:
         write_atomic(folder/'run.json', json.dumps(facts))
         return True
 
+    def probs(self, run, on='test'):
+        "Probabilities of a finished run as they land: half precision, so that figures are the same from either file"
+        landed,own = landed_file(run),self.folder(run)/f'{on}.npy'
+        found = np.load(own) if own.exists() else np.load(landed)['test']
+        return found.astype(np.float16).astype(np.float64)
+
     def figures(self, run, on):
         "Balanced accuracy (multilabel: none) and macro AUROC of a finished run on validation or test images"
-        dls = self.loaders(run)
-        probs = np.load(self.folder(run)/f'{on}.npy')
+        dls,probs = self.loaders(run),self.probs(run, on)
         values = evaluate(probs, targets_of(getattr(dls, on)), classes=dls.classes, task=dls.task, n_boot=20).value
         return {name: float(values[name]) for name in ('balanced_accuracy', 'macro_auroc') if name in values.index}
+
+def landed_file(run, folder=RESULTS): return folder/'predictions'/f'{run.name}.npz'
+
+def landed_rows():
+    "The rows of `fits.csv`, each with its run"
+    table = pd.read_csv(RESULTS/'fits.csv', keep_default_na=False, na_values=dict(seconds='', cpu_seconds=''))
+    for row in table.to_dict('records'):
+        facts = {f.name: row[f.name] for f in fields(Run)}
+        if row['teacher']: facts['teacher'] = f"{row['data']}-{row['size']}/teachers/{row['teacher']}/teacher-0"
+        yield Run(**facts),row
+
+def has_row(run): return any(its==run for its,_ in landed_rows())
+
+def is_landed(run):
+    "Whether a student's row and its predictions are among the results, so that it can be compared without training"
+    return run.method!='teacher' and landed_file(run).exists() and has_row(run)
 
 def load_if_started(run, job):
     "The normalization of a pretrained model is its own"
@@ -224,7 +247,7 @@ def finished(job):
         if job.folder(run)==file.parent and is_finished(file.parent): yield run,facts
 
 def histories(job):
-    "The training logs of finished teachers"
+    "The training logs of finished teachers, the landed ones included"
     found = []
     for run,_ in finished(job):
         if run.method!='teacher': continue
@@ -232,7 +255,15 @@ def histories(job):
         log.insert(0, 'epoch', range(1, len(log)+1))
         log.insert(0, 'teacher', job.folder(run).parent.name)
         found.append(log.assign(data=run.data))
-    return pd.concat(found)
+    return landed_first('histories', pd.concat(found), ['teacher', 'data'])
+
+def landed_first(name, table, keys):
+    "The rows of a landed table that `table` has no newer ones of, and then those of `table`"
+    file = RESULTS/f'{name}.csv'
+    if not file.exists(): return table
+    before = pd.read_csv(file, keep_default_na=False, na_values={c: '' for c in table if c not in keys})
+    def kinds(t): return t[keys].astype(str).agg('|'.join, axis=1)
+    return pd.concat([before[~kinds(before).isin(kinds(table))], table])
 
 def fits_table(job):
     "A row for each finished fit: what it was, its figures on validation and test images, its seconds"
@@ -241,7 +272,9 @@ def fits_table(job):
         scores = {f'{on}_{m}': round(v, 4) for on in ('valid', 'test') for m,v in job.figures(run, on).items()}
         took = {name: facts[name] and round(facts[name]) for name in ('seconds', 'cpu_seconds')} # None: not known
         rows.append(facts | dict(teacher=Path(run.teacher).parent.name) | took | scores)
-    return pd.DataFrame(rows)
+    return landed_first('fits', pd.DataFrame(rows), [f.name for f in fields(Run)])
+
+def teacher_of(run): return next(its for its in teacher_runs().values() if its.name==run.teacher)
 
 def comparisons(job):
     """A row for each way to distil a student and each metric, over the seeds that it and the plain student have
@@ -249,22 +282,23 @@ def comparisons(job):
     `gap` is teacher minus plain, `gain` distilled minus plain, `closed` their ratio; `harmed` names classes whose
     sensitivity is lower than the plain student's beyond chance."""
     kinds = {}
-    for run,_ in finished(job):
+    have = [run for run,_ in finished(job)] + [run for run,_ in landed_rows() if is_landed(run)]
+    for run in have:
         if run.method!='teacher': kinds.setdefault(replace(run, seed=0), {})[run.seed] = run
     rows = []
     for kind,by_seed in kinds.items():
         plain = kinds.get(replace(kind, method='plain', teacher='', settings=''), {})
         seeds = sorted(by_seed.keys() & plain.keys())
         if kind.method!='plain' and seeds: rows += _compared(job, kind, [(by_seed[s], plain[s]) for s in seeds])
-    return pd.DataFrame(rows)
+    of = [f.name for f in fields(Run) if f.name!='seed']
+    return landed_first('compared', pd.DataFrame(rows), of)
 
 def _compared(job, kind, pairs):
     dls = job.loaders(kind)
-    def probs(folder): return np.load(folder/'test.npy')
-    student,plain = ([probs(job.folder(run)) for run in runs] for runs in zip(*pairs))
+    student,plain = ([job.probs(run) for run in runs] for runs in zip(*pairs))
     given = dict(classes=list(dls.classes), groups=dls.test.table.group.to_numpy(), task=dls.task, n_boot=1000)
     targets = targets_of(dls.test)
-    closed = gap_closed(student, plain, [probs(job.work/kind.teacher)], targets, metrics=METRICS, **given)
+    closed = gap_closed(student, plain, [job.probs(teacher_of(kind))], targets, metrics=METRICS, **given)
     gain = paired_difference(student, plain, targets, metrics=METRICS, **given)
     harm = harm_check(dict(distilled=student, plain=plain), [('distilled', 'plain')],
                       dict(given, targets=targets, seed=0, level=.95))
@@ -277,11 +311,20 @@ def _compared(job, kind, pairs):
         values |= dict(gain=its.value, gain_low=its.low, gain_high=its.high, p=its.p, harmed=harmed)
         yield facts | dict(metric=metric) | {n: round(v, 4) if isinstance(v, float) else v for n,v in values.items()}
 
-def collect(job, folder=ROOT/'results'/'evidence'):
-    folder.mkdir(parents=True, exist_ok=True)
+def land(job, run):
+    "Keep the test images' probabilities of a finished run among the results"
+    file,data = landed_file(run),io.BytesIO()
+    np.savez_compressed(data, test=np.load(job.folder(run)/'test.npy').astype(np.float16))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, data.getvalue())
+
+def collect(job):
+    "Tables of all finished fits, those that landed before included, and their predictions"
+    RESULTS.mkdir(parents=True, exist_ok=True)
     tables = dict(fits=fits_table(job), compared=comparisons(job), histories=histories(job))
+    for run,_ in finished(job): land(job, run)
     for name,table in tables.items():
-        write_atomic(folder/f'{name}.csv', table.to_csv(index=False))
+        write_atomic(RESULTS/f'{name}.csv', table.to_csv(index=False))
         print(f'{name}.csv: {len(table)} rows')
 
 
@@ -295,10 +338,11 @@ def main():
     warnings.filterwarnings('ignore')
     job = Job(args.data, args.work)
     if args.what=='collect': return collect(job)
+    core = set(core_runs())
     for run in plan():
-        done = is_finished(job.folder(run))
+        done = is_finished(job.folder(run)) or is_landed(run) or (run in factor_runs() and run not in core and has_row(run))
         if args.what=='list': print('done' if done else 'open', run.name)
-        if args.what=='valid' and done: print({k: round(v, 3) for k,v in job.figures(run, 'valid').items()}, run.name)
+        if args.what=='valid' and is_finished(job.folder(run)): print({k: round(v, 3) for k,v in job.figures(run, 'valid').items()}, run.name)
         if args.what!='run' or done: continue
         print(time.strftime('%H:%M:%S'), run.name, flush=True)
         job.do(run)
