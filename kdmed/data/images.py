@@ -1,4 +1,4 @@
-"""One row per image: the table everything starts from, synthetic tissue to try things on, and one way to open any file
+"""The image table with one row per image, which everything starts from; one function that opens any file; and synthetic tissue for experiments
 
 Docs: https://kdmed.github.io/kdmed/data/images.html.md"""
 

@@ -751,7 +751,7 @@ def _folder_or_temporary(folder):
 def deal(
     table,         # Image table; an existing split is kept
     shares,        # Of train, valid and test
-    seed:int=0,    # Another seed, another split
+    seed:int=0,    # A different seed gives a different split
 ):
     "The table with its split filled, by group"
     check_table(table)

@@ -303,7 +303,7 @@ class BarProgress(StudyProgress):
 _SHOWN_COLUMNS = 'train_loss','valid_loss','accuracy','balanced_accuracy_score' # of the training log
 
 class LineProgress(StudyProgress):
-    "One line an epoch"
+    "One line per epoch"
     def __init__(self, file=None): self.file,self.explained = file,False # Default: stderr
     def tell(self, text): print(text, file=self.file or sys.stderr, flush=True)
 
