@@ -1,4 +1,4 @@
-"""Classifiers at intermediate layers: they train the early layers directly, their features are fused into the final logits, and easy images may leave through them
+"""Classifiers at intermediate layers: they train the early layers directly, their features can be fused into the final logits, and easy images can skip the remaining layers
 
 Docs: https://kdmed.github.io/kdmed/models/exits.html.md"""
 
