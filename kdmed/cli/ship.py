@@ -1,4 +1,4 @@
-"""What `kdmed export`, `quantize`, `predict`, `report` and `evaluate` do: files to hand on, smaller ones, predictions, comparisons, other sites
+"""What `kdmed export`, `quantize`, `predict`, `report` and `evaluate` do: files for distribution, smaller files, predictions, comparisons, evaluation at other sites
 
 Docs: https://kdmed.github.io/kdmed/cli/ship.html.md"""
 
