@@ -116,7 +116,7 @@ def quantize_command(
 
 # %% ../../nbs/cli/07_ship.ipynb #17059966
 class Counted:
-    "Tell how many images are done: a bar on a terminal, else a line for each tenth; nothing if quiet"
+    "Report how many images are done: a bar on a terminal, else a line for each tenth; nothing if quiet"
     def __init__(self, quiet):
         self.told,self.bar,self.start = 0,None,time.monotonic()
         self.quiet,self.terminal = quiet,sys.stderr.isatty()

@@ -983,7 +983,7 @@ def _why_not(how):
 
 # %% ../../nbs/data/30_copies.ipynb #55b0717f
 def show_leaks(
-    report:LeakageReport, # Of `leakage_report`
+    report:LeakageReport, # From `leakage_report`
     n:int=6,              # Pairs
 ): # Array of Axes
     "Copies across splits side by side, nearest first"

@@ -53,7 +53,7 @@ _UNITS = {word: seconds for seconds,words in _WORDS.items() for word in words.sp
 _BUDGETS = "a time, such as '90s', '30m', '2h' or '1h30m', or '300 epochs'"
 
 class Budget(NamedTuple):
-    "What a search may take"
+    "Limit on the cost of a search"
     amount:float
     unit:str # `seconds` or `epochs`
 
@@ -77,7 +77,7 @@ def parse_budget(
 
 # %% ../../nbs/studies/07_search.ipynb #8820b6d1
 class Candidate(NamedTuple):
-    "How a student may be trained"
+    "A method with its settings: one way to train a student"
     name:str
     method:str=None         # None: a plain student
     lr:float=3e-3
@@ -177,7 +177,7 @@ def make_candidates(
 # %% ../../nbs/studies/07_search.ipynb #78e22770
 def count_rungs(
     epochs:int, # Of the default
-    keep:int=3, # One in so many goes on
+    keep:int=3, # One candidate in `keep` goes on
 )->int: # Before the last round
     "Rungs with different lengths, at most three"
     return max(1, min(3, int(math.log(epochs)/math.log(keep) + 1e-9)))
@@ -304,7 +304,7 @@ class Halving:
         plan:Plan,       # Where decisions are kept
         seeds=(0, 1, 2), # Of the last round; rungs have the first
         higher:bool=True, # Whether a higher value is better
-        keep:int=3,      # One candidate in so many goes on
+        keep:int=3,      # One candidate in `keep` goes on
         tell=noop,       # Called with a sentence
     ):
         self.candidates,self.references,self.trainer,self.costs = candidates,references,trainer,costs
@@ -964,7 +964,7 @@ def search_method(
     weight_decay:float=None, # fastai's .01 by default
     callbacks=None, # Function that makes further fastai callbacks, called for each trial
     n_boot:int=1000, # Bootstrap draws of groups, for the intervals on the test images
-    keep:int=3,     # One candidate in so many goes on to the next rung
+    keep:int=3,     # One candidate in `keep` goes on to the next rung
     seed:int=0,     # Of the order in which candidates are tried
     spent:float=0., # Seconds of the budget that are gone already, as for training the teacher
     settings=None,  # With `folder`: more that must be the same for it to resume, as a dict of plain values
