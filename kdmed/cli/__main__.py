@@ -1,4 +1,4 @@
-"""`python -m kdmed.cli` is `kdmed`, for launchers that start a module once for each GPU
+"""`python -m kdmed.cli` does the same as `kdmed`, for launchers that start a module once for each GPU
 
 Docs: https://kdmed.github.io/kdmed/cli/__main__.html.md"""
 

@@ -1,4 +1,4 @@
-"""From the options of a command to the image table, its split and what a model gets as input
+"""From the options of a command to the image table, its split, and the input of a model
 
 Docs: https://kdmed.github.io/kdmed/cli/images.html.md"""
 

@@ -1,4 +1,4 @@
-"""What `kdmed export`, `quantize`, `predict`, `report` and `evaluate` do: files to hand on, smaller ones, predictions, comparisons, other sites
+"""What `kdmed export`, `quantize`, `predict`, `report` and `evaluate` do: files for distribution, smaller files, predictions, comparisons, evaluation at other sites
 
 Docs: https://kdmed.github.io/kdmed/cli/ship.html.md"""
 
@@ -116,7 +116,7 @@ def quantize_command(
 
 # %% ../../nbs/cli/07_ship.ipynb #17059966
 class Counted:
-    "Tell how many images are done: a bar on a terminal, else a line for each tenth; nothing if quiet"
+    "Report how many images are done: a bar on a terminal, else a line for each tenth; nothing if quiet"
     def __init__(self, quiet):
         self.told,self.bar,self.start = 0,None,time.monotonic()
         self.quiet,self.terminal = quiet,sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""What all other modules use: seeds, equal shapes, captured activations, costs, one style for all figures
+"""Functions that all other modules use: seeds, shape checks, captured activations, costs, and one style for all figures
 
 Docs: https://kdmed.github.io/kdmed/core/basics.html.md"""
 
@@ -63,7 +63,7 @@ def _wrapped(model):
     return inner if all(unwrap(child) is core for child in children.values()) else None
 
 def unwrap(
-    model:nn.Module, # Perhaps compiled, data-parallel or an average, as `AveragedModel`, timm's `ModelEmaV3`
+    model:nn.Module, # Perhaps compiled, data-parallel, or an average such as `AveragedModel` or timm's `ModelEmaV3`
 )->nn.Module: # The model as it was made
     "The model inside wrappers: objects that hold one Module `module` and add no layers, parameters or statistics"
     while (inner := _wrapped(model)) is not None: model = inner
@@ -230,7 +230,7 @@ def measure_latencies(
     batch:int=1,     # Images in one pass
     runs:int=20,     # Timed passes of each architecture, after three that warm up
 )->dict: # Name: milliseconds, a median over `runs`; one number for all models of an architecture
-    "Median time of one forward pass on this machine, in ms: each architecture once, all of them by turns"
+    "Median time of one forward pass on this machine, in ms; each architecture is measured once, all of them in turn"
     check_integer(runs, 'runs', 1)
     keys = {name: architecture_key(model) for name,model in models.items()}
     first = {}
@@ -344,7 +344,7 @@ def draw_flow(
 def list_contents(
     module, # Such as `kdmed.data`
 )->pd.DataFrame: # Index: name; where it is defined, and the first line of its docstring
-    "What a module offers"
+    "Table of the public names of a module"
     def row(value):
         if not callable(value): return dict(defined_in='', what=type(value).__name__)
         return dict(defined_in=getattr(value, '__module__', ''), what=(value.__doc__ or '').strip().split('\n')[0])

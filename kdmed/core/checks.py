@@ -1,4 +1,4 @@
-"""Numbers, names and classes are checked before work starts; the error says what was expected and what came
+"""Checks of numbers, names and classes before work starts; each error says what was expected and what was passed
 
 Docs: https://kdmed.github.io/kdmed/core/checks.html.md"""
 

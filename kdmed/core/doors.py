@@ -1,4 +1,4 @@
-"""A front door whose modules are imported once any of their names is asked for
+"""A front door: an `__init__.py` whose modules are imported only when one of its names is used
 
 Docs: https://kdmed.github.io/kdmed/core/doors.html.md"""
 
@@ -12,7 +12,7 @@ def lazy_door(
     door:dict, # `globals()` of the front door; its `_all_` lists the names
     load,      # Function without arguments that imports them and returns `locals()`
 )->tuple: # `__getattr__` and `__dir__` of the front door
-    "Import what stands behind a front door once any of its names is asked for"
+    "Import the modules of a front door when one of its names is first used"
     def get(name):
         if name not in door['_all_']: raise AttributeError(f"module {door['__name__']!r} has no attribute {name!r}")
         door.update(load())

@@ -16,7 +16,7 @@ EXTENSION_GROUP = 'kdmed.extensions'
 _LOADED = {} # (name, module) of an entry point: why it could not be imported, or None
 
 def extension_points()->list: # `importlib.metadata.EntryPoint`
-    "What installed packages name as extensions of kdmed; nothing is imported"
+    "Entry points that installed packages declare as extensions of kdmed; nothing is imported"
     return list(entry_points(group=EXTENSION_GROUP))
 
 def load_extensions()->list: # Names of the modules that are imported, now or before

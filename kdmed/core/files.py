@@ -1,4 +1,4 @@
-"""Files written completely or not at all, one process at a time in a folder, room on the disk, formats of older versions
+"""Files that are written completely or not at all, folders claimed by one process, checks of disk space, and formats of older versions
 
 Docs: https://kdmed.github.io/kdmed/core/files.html.md"""
 
@@ -78,7 +78,7 @@ def is_writable(
 # %% ../../nbs/core/10_files.ipynb #4d44621d
 def check_new_file(
     path,            # File to write
-    ending:str='',   # That its name must have, such as `.csv`
+    ending:str='',   # Ending that its name must have, such as `.csv`
     force:bool=False, # It may exist, and is to be replaced
     name:str='path', # The argument's name
 )->Path:
@@ -130,16 +130,16 @@ def moved_aside(folder): # Absolute
     return folder.with_name(f'.{folder.name}.old')
 
 def restore_folder(
-    folder:Path, # That `replace_folder` replaces
+    folder:Path, # Folder that `replace_folder` was replacing
 )->None:
     "Put a folder back that a killed process had moved aside, but not replaced yet"
     if moved_aside(folder).is_dir() and not folder.exists(): os.replace(moved_aside(folder), folder)
 
 def replace_folder(
     new:Path,    # Finished, on the same disk
-    folder:Path, # Whose place it takes
+    folder:Path, # Folder to replace
 )->None:
-    "Let a finished folder take the place of another; after an error the other is back"
+    "Replace a folder with a finished one; after an error the old one is restored"
     old = moved_aside(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.is_dir(): os.replace(folder, old)
@@ -157,7 +157,7 @@ def new_folder(
     force:bool=False, # Replace them
     name:str='folder', # The argument's name
 ): # Context manager that gives an empty folder to write to
-    "Make a folder completely or not at all: after an error in the block there is what was there before"
+    "Make a folder completely or not at all: after an error in the block, the earlier folder is unchanged"
     folder = check_new_folder(folder, ours, force, name)
     restore_folder(folder)
     check_new_folder(folder, ours, force, name) # what a killed process had moved aside is there again

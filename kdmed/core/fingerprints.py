@@ -38,7 +38,7 @@ def digest(
 
 # %% ../../nbs/core/15_fingerprints.ipynb #17d3e7ed
 def array_text(
-    array, # Anything that NumPy takes for an array of numbers
+    array, # Anything that NumPy can convert to an array of numbers
 )->str:
     "Type, shape and digest of the bytes of an array"
     array = np.ascontiguousarray(array)

@@ -1,4 +1,4 @@
-"""What the outputs of a model mean: names of classes, calibration, decisions; without PyTorch
+"""What a model's outputs mean: class names, calibration and decisions, without PyTorch
 
 Docs: https://kdmed.github.io/kdmed/core/outputs.html.md"""
 
@@ -49,7 +49,7 @@ def check_same_classes(
     wanted,      # Those that it must have, in their order; None: any
     place,       # Where the student is, for the message
 )->None:
-    "Raise an error for a student of other classes"
+    "Raise an error if the classes of a student are not the required ones"
     if wanted is None or check_classes(wanted)==theirs: return
     raise ValueError(f'{place} holds a student of the classes {theirs}, in this order, expected {list(wanted)}: '
                      'choose another, or reorder its columns by name')
@@ -95,7 +95,7 @@ def decide_labels(
 OUTPUT_KINDS = 'probabilities','decisions','logits'
 
 def as_images(
-    images, # Paths or images: a list, one, or a batch in an array
+    images, # Paths or images: a list, a single one, or a batch in an array
 )->list: # At least one
     "Images as a list"
     if isinstance(images, pd.DataFrame):
@@ -112,7 +112,7 @@ def check_preprocess(
     spec:dict,  # Of a student; `preprocess`: names of functions
     preprocess, # The functions that are given
 )->None:
-    "Raise an error if the images of a student need functions, and none are given"
+    "Raise an error if a student needs preprocessing functions and none are given"
     if not spec.get('preprocess') or preprocess: return
     raise ValueError(f"the student was trained on images that had gone through {', '.join(spec['preprocess'])}: "
                      f'pass the same functions with {written("preprocess", ...)}')

@@ -1,4 +1,4 @@
-"""Several processes, one for each GPU, that a launcher started to train together: which one this is, what the first alone does, and how all learn of it
+"""Training in several processes, one for each GPU: the rank of a process, work that only the first one does, and how the others get its result
 
 Docs: https://kdmed.github.io/kdmed/core/processes.html.md"""
 
@@ -25,7 +25,7 @@ def process_rank()->int: # From 0
     return int(os.environ.get('RANK') or 0) if process_count()>1 else 0
 
 def is_first()->bool:
-    "Whether this process is the one that writes and prints; a process of its own always is"
+    "Whether this process is the one that writes and prints; a single process always is"
     return process_rank()==0
 
 # %% ../../nbs/core/07_processes.ipynb #0c7de011
@@ -40,7 +40,7 @@ def check_accelerate()->None:
 def join_processes(
     cpu:bool=False, # Compute on the CPU, even where there are GPUs
 )->None:
-    "Let the processes of a launcher find each other, once; a process of its own has nothing to do"
+    "Connect the processes of a launcher, once; does nothing in a single process"
     if process_count()==1: return
     check_accelerate()
     import torch
@@ -60,13 +60,13 @@ def leave_processes()->None:
 
 # %% ../../nbs/core/07_processes.ipynb #0c7de015
 class OtherProcessFailed(RuntimeError):
-    "The first process failed, and tells what is wrong"
+    "Raised in the other processes when the first one has failed; the first one reports the reason"
 
 def from_first(
     make, # Function whose result can be pickled
     *args, # Its arguments
-): # Its result in the first process, in every process
-    "Call a function in the first process alone; in all processes, after it is done, its result"
+): # The result of the first process, in every process
+    "Call a function in the first process only, and return its result in every process"
     if process_count()==1: return make(*args)
     join_processes()
     value,error = None,None
@@ -86,7 +86,7 @@ def _broadcast(values):
     dist.broadcast_object_list(values, src=0)
 
 def wait_for_all()->None:
-    "Go on when every process has come here"
+    "Wait until every process has reached this call"
     if process_count()==1: return
     join_processes()
     import torch.distributed as dist
@@ -94,7 +94,7 @@ def wait_for_all()->None:
 
 # %% ../../nbs/core/07_processes.ipynb #0c7de020
 def summed(
-    numbers, # As many in each process
+    numbers, # Equally many in each process
 )->list:
     "The sum of each number over all processes"
     numbers = [float(n) for n in numbers]

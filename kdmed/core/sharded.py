@@ -1,4 +1,4 @@
-"""Arrays in Zarr's format, in a folder or in object storage, for what no single disk can hold
+"""Arrays in Zarr's format, in a folder or in object storage, for data sets that do not fit on a single disk
 
 Docs: https://kdmed.github.io/kdmed/core/sharded.html.md"""
 
@@ -36,7 +36,7 @@ def import_zarr():
 def is_url(
     place, # Path or URL, as the user passed it
 )->bool:
-    "Whether a place is a URL, such as `s3://bucket/images.zarr`; an error for one that was made a `Path`"
+    "Whether a place is a URL, such as `s3://bucket/images.zarr`; an error for one that was converted to a `Path`"
     if isinstance(place, Path) and re.match('[a-z][a-z0-9+]+:/', str(place)):
         raise TypeError(f'{place}: a URL must be a text, not a Path, which drops a slash of it')
     return '://' in str(place)
@@ -103,7 +103,7 @@ class ZarrFolder:
     def exists(self): return bool(self.about())
 
     def finish(self, about:dict):
-        "Write the attributes, by which the group exists"
+        "Write the attributes, which mark the group as finished"
         self.group('a').attrs['kdmed'] = about
 
     def groups(self, prefix='')->list: # `ZarrFolder`s
@@ -138,7 +138,7 @@ def is_whole(
     return array.nchunks_initialized >= array.nchunks
 
 def at_once(function, *items, threads=32):
-    "`function` of each tuple of items, in threads, since each waits for storage"
+    "Call `function` with each tuple of items, in threads, since each call waits for storage"
     if len(items[0])<2: return list(map(function, *items))
     with ThreadPoolExecutor(min(len(items[0]), threads)) as pool: return list(pool.map(function, *items))
 

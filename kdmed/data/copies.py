@@ -166,7 +166,7 @@ def find_copies(
     split=None,            # Split of each image [N], to find copies across splits only; all copies by default
     distance:float=.07,   # Largest distance of a copy, in [0, 1]: one minus the correlation
 )->pd.DataFrame: # Rows `a`, `b` of each pair, `distance`, `identical`, and the `orientation` that turns `a` into `b`
-    "Pairs of images that show the same picture; of images with the same bytes, the first of each split stands for all"
+    "Pairs of images that show the same picture; of images with the same bytes, the first of each split represents all"
     check_number(distance, 'distance', least=0, below=1)
     split = np.zeros(len(prints), int) if split is None else _split_numbers(split, len(prints))
     first = ~pd.DataFrame({'content': prints.content, 'split': split}).duplicated().to_numpy()
@@ -241,7 +241,7 @@ _SIDE,_FEATURES,_WIDTH = 144,256,128 # of the gray image, largest number of feat
 _MIRRORED = np.arange(_WIDTH).reshape(4, 4, 8)[::-1][:, :, -np.arange(8)%8].ravel()
 
 def has_opencv()->bool:
-    "Whether the extra `copies` is installed, which finds copies under any angle and crop"
+    "Whether the extra `copies` is installed, which finds copies at any angle and with any crop"
     return find_spec('cv2') is not None
 
 def require_opencv():
@@ -651,7 +651,7 @@ def match_copies(
     candidates:int=10,      # Candidates compared for each image
     progress:bool=False,    # Show progress bars
 )->pd.DataFrame: # `a`, `b`, `correlation`, and what turns `a` into `b`: `mirrored`, `angle` (° left), zoom, shift
-    "Pairs of images that show one picture under any angle, mirrored, cropped, brighter, saved again; needs OpenCV"
+    "Pairs of images that show one picture, even if turned, mirrored, cropped, brightened or saved again; needs OpenCV"
     if correlation is not None: check_number(correlation, 'correlation', above=0, most=1)
     check_integer(candidates, 'candidates', 1)
     require_opencv()
@@ -983,7 +983,7 @@ def _why_not(how):
 
 # %% ../../nbs/data/30_copies.ipynb #55b0717f
 def show_leaks(
-    report:LeakageReport, # Of `leakage_report`
+    report:LeakageReport, # From `leakage_report`
     n:int=6,              # Pairs
 ): # Array of Axes
     "Copies across splits side by side, nearest first"
@@ -1133,7 +1133,7 @@ def _left_out(features, expected, seconds):
 # %% ../../nbs/data/30_copies.ipynb #ca3c3188
 def check_copies(
     table:pd.DataFrame,  # Image table, with `split` filled or not
-    seconds:float=None,  # If a full search would take longer, fingerprints alone are compared; no limit by default
+    seconds:float=None,  # If a full search would take longer, only fingerprints are compared; no limit by default
     progress:bool=False,   # Show progress bars
     print_time:bool=False, # Print how long the search is expected to take; with `progress` in any case
 )->CopyCheck:

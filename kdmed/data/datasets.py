@@ -1,4 +1,4 @@
-"""Published sets, from the folder that Kaggle provides to an image table with groups, classes, licence, citation and all known anomalies
+"""Published data sets: from the folder that Kaggle provides to an image table with groups, classes, licence, citation and all known anomalies
 
 Docs: https://kdmed.github.io/kdmed/data/datasets.html.md"""
 
@@ -28,7 +28,7 @@ from .store import default_store_folder
 # %% ../../nbs/data/50_datasets.ipynb #6980c60e
 @dataclass(frozen=True)
 class _Published:
-    "What is published about a set: how to find it, its licence and its citation"
+    "What is known about a published set: how to find it, its licence and its citation"
     name:str
     slug:str     # On Kaggle
     signs:tuple  # Names of a file or folder inside the set's folder that only this set has
@@ -207,7 +207,7 @@ def read_lc25000(
     # List of source tiles (file or folder), `fingerprint` (estimated by similarity) or `none`; default: searched
     groups=None,
     print_card:bool=True, # Print the card of the set
-    positive:str='',      # Class of a binary task (`colon`) whose probability models give; default: cancer
+    positive:str='',      # Class of a binary task (`colon`) whose probability models predict; default: cancer
 )->pd.DataFrame: # Image table; groups are source tiles
     "Image table of LC25000"
     check_in(tissue, (*LC25000_CLASSES, 'both'), 'tissue')
@@ -381,7 +381,7 @@ def read_breakhis(
     # `Folds.csv`, or the folder of `dsfold1.txt` to `dsfold5.txt`; default: searched near the images
     folds=None,
     print_card:bool=True, # Print the card of the set
-    positive:str='',      # Class of the binary task whose probability models give; default: `malignant`
+    positive:str='',      # Class of the binary task whose probability models predict; default: `malignant`
 )->pd.DataFrame: # Image table with magnification, subtype, slide, patient, and the folds found (`train`, `test`)
     "Image table of BreakHis"
     check_in(task, ('binary', 'multiclass'), 'task')
@@ -691,7 +691,7 @@ def read_medmnist(
     memory:float=1.,      # GiB of images to keep in memory; a larger set is unpacked to `cache` and mapped
     cache=None,           # Folder for unpacked arrays; default: that of the stores
     print_card:bool=True, # Print the card of the set
-    positive:str='',      # Class of a binary set whose probability models give; default: the second, as published
+    positive:str='',      # Class of a binary set whose probability models predict; default: the second, as published
 )->pd.DataFrame: # Image table of uint8 arrays [H, W] or [H, W, 3]; `split` and `official` are the official split
     "Image table of a 2-D MedMNIST set"
     check_in(size, (28, 64, 128, 224), 'size')

@@ -1,4 +1,4 @@
-"""What may be done to an image once, before it is stored: less noise, more contrast, one stain for all, more pixels
+"""Preprocessing that is applied to an image once, before it is stored: denoising, local contrast, stain normalization, super-resolution
 
 Docs: https://kdmed.github.io/kdmed/data/filters.html.md"""
 
@@ -189,7 +189,7 @@ def _rounded(values, digits=4):
 # Long because: one filter, with its settings, how it is fitted and what it computes
 @dataclass(frozen=True)
 class MacenkoNormalizer:
-    "Repaint hematoxylin and eosin in a target's colors and strengths"
+    "Give hematoxylin and eosin the colors and strengths of a target"
     # Absorption of red, green and blue light by the target's hematoxylin and eosin
     stains:tuple=((.5626, .7201, .4062), (.2159, .8012, .5581))
     strengths:tuple=(1.9705, 1.0308) # 99th percentiles of the target's amounts of the two
@@ -334,7 +334,7 @@ def _placed(network, device):
 # Long because: one filter, with its settings, how its network is loaded and how an image is sent through it
 @dataclass(frozen=True)
 class SuperResolution:
-    "Send an image through a restoration network, tile by tile; it gets `scale` times the pixels along each side"
+    "Send an image through a restoration network, tile by tile; the result has `scale` times the pixels along each side"
     weights:str=field(repr=False, compare=False) # `.safetensors`, `.pth`, ncnn's `.bin`, or 'pip': Real-ESRGAN ×4
     tile:int=256     # Side of the tiles, in pixels; limits the memory that is needed
     overlap:int=32   # Pixels the network sees beyond each side of a tile, and that are discarded

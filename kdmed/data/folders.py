@@ -1,4 +1,4 @@
-"""What is in a folder: each file once, every omission reported, and nothing opened that could be read forever
+"""Lists the files in a folder: each file once, every omission reported, and nothing opened that could be read forever
 
 Docs: https://kdmed.github.io/kdmed/data/folders.html.md"""
 

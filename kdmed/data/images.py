@@ -1,4 +1,4 @@
-"""One row per image: the table everything starts from, synthetic tissue to try things on, and one way to open any file
+"""The image table with one row per image, which everything starts from; one function that opens any file; and synthetic tissue for experiments
 
 Docs: https://kdmed.github.io/kdmed/data/images.html.md"""
 
@@ -94,7 +94,7 @@ def rename_labels(
     labels:pd.Series, # Texts; missing stays missing
     classes,          # Class names, or a dict from labels to names, in order; None for the names found in the labels
 )->tuple: # Labels and class names
-    "Labels by the names of their classes, if `classes` is a dict from what was written to those names"
+    "Labels replaced by class names, if `classes` is a dict from labels to class names"
     names = class_names(classes)
     if not isinstance(names, dict): return labels,names
     def renamed(name):
@@ -185,7 +185,7 @@ def image_table(
     # One class name per image, or None: unlabeled; for `multilabel`, names joined by `|`, with a `?` before one that is
     # unknown, and an empty text for no finding
     labels,
-    groups=None,      # What must stay together (patient, lesion); default: each image its own group
+    groups=None,      # What must stay together (patient, lesion); default: each image is its own group
     # Class names in order, or a dict from labels to names in order; default: those in `labels`, sorted, but of two
     # one that names an absence, such as `normal` or `0`, comes first
     classes=None,

@@ -1,4 +1,4 @@
-"""CSV files as spreadsheets, challenges and scripts write them, and the images that their names refer to
+"""CSV files as written by spreadsheets, challenges and scripts, and the images that their names refer to
 
 Docs: https://kdmed.github.io/kdmed/data/lists.html.md"""
 
@@ -121,7 +121,7 @@ def read_list(
     path,            # CSV file: cells separated by a comma, semicolon, tab or bar
     text=(),         # Columns to keep exactly as written (`None`, `007`), where only an empty cell is missing
     encoding:str='', # Python's name of the encoding; detected if empty
-)->pd.DataFrame: # One row a line; what was guessed, as sentences in `attrs['notes']`
+)->pd.DataFrame: # One row for each line; what was guessed, as sentences in `attrs['notes']`
     "Rows of a CSV file; an error names the line that is wrong"
     path = check_file(path, 'CSV file')
     content,notes = _text_of(path, encoding)

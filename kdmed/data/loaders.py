@@ -1,4 +1,4 @@
-"""From a table of images to batches: each image read once, a batch gathered in one step, every augmented view reproducible
+"""From a table of images to batches: each image is read once, a batch is gathered in one step, and every augmented view is reproducible
 
 Docs: https://kdmed.github.io/kdmed/data/loaders.html.md"""
 
@@ -85,7 +85,7 @@ class _OpenImage(Transform):
         return open_image(image, self.size, () if isinstance(image, _StoredImage) else self.preprocess)
 
 class ReplayTransform(Transform):
-    "Augment training batches, each image in the view its loader chose"
+    "Augment training batches, each image in the view that its loader has chosen"
     order,split_idx = 11,0 # after IntToFloatTensor
     def __init__(self, augment): self.augment = augment
     def encodes(self, x:TensorImage):
@@ -234,7 +234,7 @@ class BinaryLossFlat(FindingsLossFlat):
 
 # %% ../../nbs/data/40_loaders.ipynb #d5386bb8
 class FindingsAccuracy(Metric):
-    "Share of the known findings that are predicted correctly"
+    "Share of known findings that are predicted correctly"
     def __init__(self, thresh:float=.5): self.thresh = thresh # Probability above which a finding counts as present
 
     def reset(self): self.right,self.known = 0,0
@@ -551,7 +551,7 @@ def image_dls(
     stats=imagenet_stats, # Mean and standard deviation of each channel, for pixels in [0, 1]
     device=None,         # Where batches go; default: fastai's default device
     progress:bool=False, # Show a progress bar while images are read
-    allow_leakage:bool=False, # Accept groups that are in more than one split
+    allow_leakage:bool=False, # Allow groups that are in more than one split
 )->DataLoaders: # `train`, `valid` and, if the table has test images, `test`
     """fastai `DataLoaders` of an image table, with `task`, `classes`, `counts` (training images of each class),
     `unlabeled` (training images without a label), `size`, `table` and `quarantine`"""
@@ -657,7 +657,7 @@ class ReplayMixUp(MixHandler):
     "MixUp whose pairs and weights are, like the views, a function of seed, image and view"
     def __init__(self,
         alpha:float=.4, # Of the Beta(alpha, alpha) distribution of weights
-        seed:int=0,     # Another seed, other pairs
+        seed:int=0,     # A different seed gives different pairs
     ):
         super().__init__(alpha)
         self.alpha,self.seed = alpha,seed

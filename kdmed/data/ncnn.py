@@ -1,4 +1,4 @@
-"""Real-ESRGAN's weights from a pip package: the graph compared layer by layer, the numbers read, nothing run
+"""Real-ESRGAN's weights from a pip package: the graph is compared layer by layer, the numbers are read, and no code is run
 
 Docs: https://kdmed.github.io/kdmed/data/ncnn.html.md"""
 

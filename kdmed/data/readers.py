@@ -1,4 +1,4 @@
-"""From the images you have to an image table: class folders, a CSV, DICOM
+"""From your images to an image table: class folders, CSV files, DICOM
 
 Docs: https://kdmed.github.io/kdmed/data/readers.html.md"""
 
@@ -31,7 +31,7 @@ from .splits import SPLIT_NAMES
 # %% ../../nbs/data/45_readers.ipynb #c90da82f
 def finish_table(
     table,           # Image table, from `image_table`; gets the columns
-    columns,         # Further columns, one row an image, in the same order
+    columns,         # Further columns, one row per image, in the same order
     notes,           # Anomalies that the reader found: sentences
     print_card:bool, # Whether to print the card
     positive:str='', # Positive class of a binary task; the second if empty
@@ -323,7 +323,7 @@ def read_folder(
     # Folders to read as classes, in order, or a dict from folders to class names; others are left out and noted;
     # default: all, sorted
     classes=None,
-    positive:str='',     # Class of a binary task whose probability models give; default: the second
+    positive:str='',     # Class of a binary task whose probability models predict; default: the second
     exclude=(),          # Folders or glob patterns to leave out, such as `'*_mask*'`: one or several, in any case
     suffix=(),           # Extensions of image files, such as `.png`: one or several; default: all image formats
     masks:str='exclude', # Files that look like masks of others: `exclude` and note them, `keep` as images, or `error`
@@ -464,7 +464,7 @@ def _cells_of(path, rows, columns, image):
     return cells
 
 def _from_columns(path, rows, columns, image, task):
-    "One label a row from columns of zeros and ones; the task, and a note"
+    "One label per row from columns of zeros and ones; the task, and a note"
     cells = _cells_of(path, rows, columns, image)
     present,blank = cells.map(lambda v: _MARKS[v]==''),(cells=='').all(axis=1)
     unknown = cells.map(lambda v: _MARKS[v]=='?').any(axis=1) & ~blank
@@ -537,7 +537,7 @@ def _checked_list(path, image, label, group, split, task, classes, empty, separa
 # %% ../../nbs/data/45_readers.ipynb #35ed2d01
 # Long because: one function, whose arguments take most of the lines
 def read_csv(
-    path,                # CSV file, one row an image; cells separated by a comma, semicolon, tab or bar
+    path,                # CSV file, one row per image; cells separated by a comma, semicolon, tab or bar
     images='',           # Folder the image names are relative to; the CSV's own folder if empty
     image:str='image',   # Column of image names: paths or file names, with or without their extensions
     # Column of labels, several findings joined by `separator`, unknown ones after a `?`; or a list of columns, one a
@@ -556,7 +556,7 @@ def read_csv(
     # is given as `multilabel`
     empty:str='auto',
     separator:str='|',   # What joins several findings in a label
-    positive:str='',     # Class of a binary task whose probability models give; default: the second
+    positive:str='',     # Class of a binary task whose probability models predict; default: the second
     # What to do about rows whose split is empty while others have one: `error`, `drop`, or `train` on them
     unlisted:str='error',
     encoding:str='',     # Python's name of the file's encoding; found if empty
@@ -712,7 +712,7 @@ def _check_dicom(window, group, labels):
 # Long because: one function, whose arguments take most of the lines
 def read_dicom_folder(
     path,                 # Folder with DICOM files, in any depth; one folder for each class unless there are `labels`
-    labels='',            # CSV file with a row an image
+    labels='',            # CSV file with one row per image
     # Center and width of the values to keep, in the files' units, and perhaps a function of `WINDOW_FUNCTIONS`;
     # default: each file's own
     window=None,
@@ -728,7 +728,7 @@ def read_dicom_folder(
     name:str='',          # Name of the set; the folder's name if empty
     print_card:bool=True, # Print the card of the set
     empty:str='auto',     # What an empty label in `labels` means: `unlabeled`, `none`, or `auto`, as in `read_csv`
-    positive:str='',      # Class of a binary task whose probability models give; default: the second
+    positive:str='',      # Class of a binary task whose probability models predict; default: the second
     exclude=(),           # Folders or glob patterns to leave out: one or several, in any case
     # What to do about rows of `labels` whose split is empty while others have one: `error`, `drop`, or `train` on them
     unlisted:str='error',

@@ -1,4 +1,4 @@
-"""Which images are trained on and which are tested on, with no patient on both sides
+"""Training, validation and test images, with no patient in more than one of them
 
 Docs: https://kdmed.github.io/kdmed/data/splits.html.md"""
 

@@ -1,4 +1,4 @@
-"""Every image is opened and resized once; from then on a batch is one read from a memory-mapped file, or from sharded Zarr arrays
+"""Every image is opened and resized once; after that, a batch is a single read from a memory-mapped file or from sharded Zarr arrays
 
 Docs: https://kdmed.github.io/kdmed/data/store.html.md"""
 

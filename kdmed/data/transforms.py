@@ -1,4 +1,4 @@
-"""Many views of one image, each of them replayable: view `v` of image `i` is the same today, tomorrow, and in any batch
+"""Many views of one image, each of them reproducible: view `v` of image `i` is always the same, in any session and in any batch
 
 Docs: https://kdmed.github.io/kdmed/data/transforms.html.md"""
 
@@ -61,11 +61,11 @@ def _check_seed(seed):
 
 def replayable_numbers(
     ids,         # Number of each image, whole [B]
-    view,        # Which view of it: one whole number, or one an image [B]
-    name:str,    # What the numbers decide: other names, other numbers
+    view,        # Which view of it: one whole number, or one per image [B]
+    name:str,    # What the numbers decide; a different name gives different numbers
     seed:int=0,  # From 0 to 2⁶⁴-1
 )->np.ndarray: # float64 [B], uniform in [0, 1)
-    "One uniform number an image: a pure function of seed, image, view and name"
+    "One uniform number for each image: a pure function of seed, image, view and name"
     ids,view = _integers(ids, 'ids'),_integers(view, 'view')
     if ids.ndim!=1 or view.shape not in ((1,), ids.shape):
         raise ValueError(f'expected ids [B] and view one number or [B], got shapes {ids.shape} and {view.shape}')
@@ -228,7 +228,7 @@ def _draw(ids, view, name, seed, parameter, low=0., high=1.):
 class Augment:
     "Replayable views: `augment(x, ids, view)` is a pure function of pixels, seed, image numbers and view"
     transforms:tuple=() # Geometric ones act in this order, as one warp; then photometric ones, in this order
-    seed:int=0          # Another seed, other views; from 0 to 2⁶⁴-1
+    seed:int=0          # A different seed gives different views; from 0 to 2⁶⁴-1
     padding:str='reflection' # Beyond the border: `reflection`, `border` (its last pixel, repeated) or `zeros` (black)
 
     def __post_init__(self):
@@ -246,7 +246,7 @@ class Augment:
 
     def matrices(self,
         ids,        # Number of each image, whole [B]
-        view,       # One whole number, or one an image [B]
+        view,       # One whole number, or one per image [B]
         height:int, # Of the images, in pixels
         width:int,  # Of the images, in pixels
     )->np.ndarray: # float64 [B, 3, 3]
@@ -261,7 +261,7 @@ class Augment:
     def __call__(self,
         x:Tensor, # Images, float [B, 3, H, W] in [0, 1], on any device; not changed
         ids,      # Number of each image in its table, whole [B]
-        view,     # Which view: one whole number, or one an image [B]
+        view,     # Which view: one whole number, or one per image [B]
     )->Tensor: # Of the type, shape, precision and device of `x`
         "One view of each image"
         pixels,ids,view = _check_batch(x, ids, view)
@@ -302,7 +302,7 @@ def stain_amounts(
 # %% ../../nbs/data/35_transforms.ipynb #a5526ab9
 @dataclass(frozen=True)
 class StainJitter(PhotometricTransform):
-    "Scale each dye's amount by a factor within 1±`strength`, and add up to ±`strength` of it, one draw an image"
+    "Scale each dye's amount by a factor within 1±`strength`, and add up to ±`strength` of it, one draw per image"
     strength:float=.05 # In [0, 1]
     limits = dict(strength=(0, 1))
     def apply(self, x, draw):
@@ -361,39 +361,39 @@ class GaussianBlur(PhotometricTransform):
 
 # %% ../../nbs/data/35_transforms.ipynb #39b387b6
 def deit_lung_augment(
-    seed:int=0, # Another seed, other views
+    seed:int=0, # A different seed gives different views
 )->Augment:
     "Augmentation of DeiT on lung pathology"
     return Augment((HorizontalFlip(.1), Rotation(10), ScaledCrop(.9, 1.1), Translation(.1), Shear(.1)), seed)
 
 def kd_convnext_augment(
-    seed:int=0, # Another seed, other views
+    seed:int=0, # A different seed gives different views
 )->Augment:
     "Augmentation of KD_ConvNeXt"
     return Augment((HorizontalFlip(.5), VerticalFlip(.5), ScaledCrop(.9, 1.), Translation(.1)), seed)
 
 def mskd_augment(
-    seed:int=0, # Another seed, other views
+    seed:int=0, # A different seed gives different views
 )->Augment:
     "Augmentation in the manner of multi-stage distillation with layer fusion"
     return Augment((HorizontalFlip(.5), VerticalFlip(.5), RightAngleTurn(.75), BrightnessContrast(.2, 0.)), seed)
 
 # %% ../../nbs/data/35_transforms.ipynb #c31fb0e9
 def tissue_augment(
-    seed:int=0, # Another seed, other views
+    seed:int=0, # A different seed gives different views
 )->Augment:
     "For stained sections: all eight orientations, and variation of the stain"
     return Augment((HorizontalFlip(.5), RightAngleTurn(.75), StainJitter(.05)), seed)
 
 def skin_augment(
-    seed:int=0, # Another seed, other views
+    seed:int=0, # A different seed gives different views
 )->Augment:
     "For dermatoscopy: any angle, mirrored or not, and variation of the light"
     turns = HorizontalFlip(.5),RightAngleTurn(.75),Rotation(45)
     return Augment((*turns, ScaledCrop(.8, 1.), BrightnessContrast(.2, .2)), seed)
 
 def chest_augment(
-    seed:int=0, # Another seed, other views
+    seed:int=0, # A different seed gives different views
 )->Augment:
     "For chest radiographs: variation of position and exposure; never mirrored"
     return Augment((Rotation(7), ScaledCrop(.9, 1.1), Translation(.05), BrightnessContrast(.15, .15)), seed)
@@ -419,7 +419,7 @@ def show_views(
 # %% ../../nbs/data/35_transforms.ipynb #1ad6470b
 def mix_partners(
     ids,        # Number of each image, whole [B]
-    view,       # One whole number, or one an image [B]
+    view,       # One whole number, or one per image [B]
     n:int,      # Partners to choose from are numbered 0 to n-1
     seed:int=0, # From 0 to 2⁶⁴-1
 )->Tensor: # int64 [B], in [0, n)
@@ -429,7 +429,7 @@ def mix_partners(
 
 def mix_weights(
     ids,            # Number of each image, whole [B]
-    view,           # One whole number, or one an image [B]
+    view,           # One whole number, or one per image [B]
     alpha:float=1., # Of the Beta(alpha, alpha) distribution, above 0: 1 is uniform, less is nearer to 0 or 1
     seed:int=0,     # From 0 to 2⁶⁴-1
 )->Tensor: # float32 [B], in [0, 1]
@@ -460,7 +460,7 @@ def cutmix(
     partner:Tensor, # Their partners, in the same order, [B, 3, H, W]
     weight:Tensor,  # Share of the area that `x` should keep, [B], in [0, 1]
     ids,            # Number of each image, whole [B]
-    view,           # One whole number, or one an image [B]
+    view,           # One whole number, or one per image [B]
     seed:int=0,     # From 0 to 2⁶⁴-1
 ): # Images [B, 3, H, W], and the share of its area that each one kept, float32 [B]
     "Paste a rectangle of each partner, of the image's proportions, about a point anywhere in the image"

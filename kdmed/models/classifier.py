@@ -1,4 +1,4 @@
-"""The last linear layer, the embedding it reads, and a student that ends in its teacher's classifier
+"""The last linear layer, the embedding that is its input, and a student that ends in its teacher's classifier
 
 Docs: https://kdmed.github.io/kdmed/models/classifier.html.md"""
 
@@ -20,7 +20,7 @@ from .create import WRAPPERS, thaw
 
 # %% ../../nbs/models/18_classifier.ipynb #clf00006
 def find_classifier(
-    model:nn.Module, # Turns images into logits [B, C]; perhaps wrapped. Not changed
+    model:nn.Module, # Turns images into logits [B, C]; perhaps wrapped; not changed
     size:int=None,   # Image side, in pixels; default: that of its `spec`, or the only one it takes
 # Names of the layer that returns the embedding [B, D], and of the linear layer that reads it; None where absent
 )->tuple:

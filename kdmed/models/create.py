@@ -1,4 +1,4 @@
-"""Teachers and students: any timm model with the right head, a shorter ViT, a distillation token, several backbones fused; and their intermediate features in one format
+"""Any timm model with the right head, a shorter ViT, a distillation token, or several fused backbones; and intermediate features in one format
 
 Docs: https://kdmed.github.io/kdmed/models/create.html.md"""
 
@@ -721,7 +721,7 @@ class DistillationTokenViT(nn.Module):
 def add_distillation_token(
     vit:VisionTransformer, # Any timm `VisionTransformer`, perhaps wrapped; not changed
 )->DistillationTokenViT: # A copy with the token; averages both heads unless distilled training is on
-    "Give a ViT student a token, and a head, that learn from the teacher"
+    "Give a ViT student a token and a head that learn from the teacher"
     spec,vit = model_spec(vit),unwrap(vit)
     if not isinstance(vit, VisionTransformer) or hasattr(vit, 'head_dist'):
         raise TypeError(f'vit must be a timm VisionTransformer without a distillation token, got {type(vit).__name__}')

@@ -1,4 +1,4 @@
-"""Classifiers at intermediate layers: they train the early layers directly, their features are fused into the final logits, and easy images may leave through them
+"""Classifiers at intermediate layers: they train the early layers directly, their features can be fused into the final logits, and easy images can skip the remaining layers
 
 Docs: https://kdmed.github.io/kdmed/models/exits.html.md"""
 
@@ -166,7 +166,7 @@ def exit_confidence(
     logits:Tensor,          # Of an exit, [B, C]; [B, 1] or [B] for one logit
     task:str='multiclass',  # `binary`, `multiclass` or `multilabel`
 )->Tensor: # [B]; from 1/C for exclusive classes, else from 1/2, to 1
-    "Probability of what an exit decides; of several findings, of the least confident decision"
+    "Probability of an exit's decision; with several findings, of the least confident one"
     check_in(task, TASKS, 'task')
     logits = logits.detach() if logits.dtype==torch.float64 else logits.detach().float()
     if task=='multiclass': return logits.softmax(1).amax(1)

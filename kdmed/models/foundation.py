@@ -1,4 +1,4 @@
-"""Backbones trained on millions of images: one recipe for each name, with its license, which is shown and accepted before anything is downloaded
+"""Backbones trained on millions of images: one recipe for each name, with its license, which is shown and must be accepted before anything is downloaded
 
 Docs: https://kdmed.github.io/kdmed/models/foundation.html.md"""
 
@@ -33,7 +33,7 @@ FEATURES = 'pooled', 'class', 'class+mean'
 
 @dataclass(frozen=True)
 class FoundationRecipe:
-    "How one foundation model is built, where its features are, what its images look like, and under which license"
+    "How one foundation model is built, where its features are, how its images are prepared, and its license"
     name:str         # As users write it
     hub:str          # Repository on the Hugging Face hub; empty for timm's own
     width:int        # Numbers in the features of an image
@@ -166,7 +166,7 @@ def _timm_recipe(name):
         license in _OPEN, 'see its card', architecture=name.split('.')[0], options=options)
 
 def foundation_recipe(
-    name:str, # In `foundation_models()`, with or without `hf-hub:` and owner; or any timm name
+    name:str, # One of `foundation_models()`, with or without `hf-hub:` and owner; or any timm name
 )->FoundationRecipe:
     "How a foundation model is built and read; an error with the nearest names if there is none"
     if not isinstance(name, str) or not name.strip():
@@ -189,7 +189,7 @@ def foundation_recipe(
 def license_note(
     recipe:FoundationRecipe, # From `foundation_recipe`
 )->dict: # `model`, `license`, `open`, `source`, `looked_up`, and perhaps `note`: plain values, for a spec
-    "What a teacher, and a student that learned from it, must keep of a license"
+    "The facts about a license that a teacher, and a student trained from it, must keep"
     note = dict(model=recipe.name, license=recipe.license, open=recipe.open, source=recipe.source,
                 looked_up=recipe.looked_up)
     return note | (dict(note=recipe.note) if recipe.note else {})
@@ -422,7 +422,7 @@ def _from_pip(recipe, options):
     return backbone
 
 def _weighted(recipe, options, weights, trusted):
-    "A backbone with weights from wherever the user wants them"
+    "A backbone with weights from the source that the user chose"
     if weights is True: return _from_hub(recipe, options)
     if weights is False or weights is None: return _build(recipe, options)
     if weights=='pip': return _from_pip(recipe, options)
@@ -434,11 +434,11 @@ def _weighted(recipe, options, weights, trusted):
 
 # %% ../../nbs/models/20_foundation.ipynb #fnd00030
 def create_encoder(
-    name:str,                  # In `foundation_models()`, or any timm name
+    name:str,                  # One of `foundation_models()`, or any timm name
     # True: its hub; `'pip'` (see `PIP_WEIGHTS`), a file, a folder or `hf-hub:OWNER/NAME`; False: random ones
     weights=True,
     accept_license:bool=False, # You have read its license and accept it
-    size:int=None,             # Side of the images it sees, in pixels; default: as it was trained
+    size:int=None,             # Side of its images, in pixels; default: as it was trained
     features:str=None,         # `pooled`, `class` or `class+mean`; default: as its authors do
     trusted:bool=False,        # Unpickle a file that contains more than tensors; see `load_weights`
     **options,                 # Of timm, or of the configuration of transformers, instead of those of the recipe
@@ -463,8 +463,8 @@ def create_encoder(
 # %% ../../nbs/models/20_foundation.ipynb #abe2a1b9
 def rebuild_encoder(
     spec:dict, # Of an encoder
-)->FoundationEncoder: # Frozen, with random weights, for those of a file
-    "An encoder as it was, without weights, hub and license: those were settled when it was made"
+)->FoundationEncoder: # Frozen, with random weights that those of a file will replace
+    "Build an encoder again, without weights, hub and license check: the license was accepted when it was first made"
     own,recipe = spec['encoder'],foundation_recipe(spec['encoder']['name'])
     encoder = FoundationEncoder(_build(recipe, own['options']), own['features'], recipe.first_patch, recipe.library)
     encoder.spec = spec

@@ -1,4 +1,4 @@
-"""Small classifiers on the features of a foundation model, low-rank adapters for its layers, and both as one model that is saved and loaded like any other
+"""Small classifiers on the features of a foundation model, low-rank adapters for its layers, and both combined in one model that is saved and loaded like any other
 
 Docs: https://kdmed.github.io/kdmed/models/heads.html.md"""
 
@@ -55,9 +55,9 @@ class NeighborsHead(nn.Module):
         features:Tensor,  # Of the training images, [N, D]; kept
         targets:Tensor,   # [N, C] in [0, 1], NaN where unknown: one-hot for classes
         k:int=20,         # Neighbors that vote
-        temperature:float=.07, # T: smaller, and the nearest count more
+        temperature:float=.07, # T: the smaller, the more the nearest count
         exclusive:bool=True, # Classes that exclude each other; else each column is a yes or no
-        prior:float=1.,   # Weight of the voter who votes as the training set does, in mean votes
+        prior:float=1.,   # Weight of the additional vote for the classes as in the training set, in mean votes
     ):
         super().__init__()
         self.register_buffer('features', F.normalize(features.float(), dim=1))
@@ -157,7 +157,7 @@ def classify(
     return model.eval()
 
 def _describe_head(head):
-    "What it takes to build a head again"
+    "What is needed to build a head again"
     if isinstance(head, AttentionHead):
         return dict(kind='attention', width=head.linear.in_features, hidden=head.value.out_features)
     if isinstance(head, NeighborsHead):
@@ -177,8 +177,8 @@ def _rebuild_head(about, n_out):
 # %% ../../nbs/models/25_heads.ipynb #ca6caa41
 def rebuild_classifier(
     spec:dict, # Of a `FoundationClassifier`
-)->FoundationClassifier: # Of the same shapes, for the weights of a file
-    "A foundation model with its head as it was, without weights"
+)->FoundationClassifier: # With the same shapes; the weights are then loaded from a file
+    "Build a foundation model with its head again, without weights"
     about = spec['foundation']
     own = about['encoder']
     if 'joint' in own: encoder = join_encoders([rebuild_encoder(e) for e in own['joint']], own['project'])
@@ -244,7 +244,7 @@ def unfreeze_last(
     model:nn.Module, # A backbone; changed in place
     blocks:int=1,    # How many of its last blocks
 )->list: # Names of the parameters that are trained
-    "Freeze a backbone, except its last blocks and what comes after them"
+    "Freeze a backbone, except its last blocks and everything after them"
     blocks,model = check_integer(blocks, 'blocks', least=1),model.requires_grad_(False)
     def size(m): return sum(p.numel() for p in m.parameters())
     lists = [m for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m)>1]
@@ -257,7 +257,7 @@ def unfreeze_last(
     return [name for name,_ in params[start:]]
 
 class OwnImages(nn.Module):
-    "A model that takes images of other normalization and size, converted to its own; gradients pass"
+    "A model that converts images of another normalization and size to its own; gradients pass through"
     def __init__(self,
         model:nn.Module, # With `size`, `mean` and `std` in its spec
         stats,           # Means and deviations of the images; None: they are not normalized

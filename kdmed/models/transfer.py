@@ -1,4 +1,4 @@
-"""What fits of any file goes into a timm model: names of other libraries, other sizes and channels, a new head; and a card says which tensors came from where
+"""Starts a timm model from any file: names of other libraries, other sizes and channels, and a new head are handled, and a card says which tensors came from where
 
 Docs: https://kdmed.github.io/kdmed/models/transfer.html.md"""
 
@@ -402,7 +402,7 @@ def start_new_head(
     model:nn.Module, # timm model; changed in place
     new,             # Names of tensors that are new
 )->None:
-    "Start the layers of a new head on a trained backbone with small weights: first logits near 0, a loss near log C"
+    "Initialize the new head of a trained backbone with small weights: the first logits are near 0, the loss near log C"
     for name in head_layers(model):
         if f'{name}.weight' not in new: continue
         layer = model.get_submodule(name)
@@ -417,7 +417,7 @@ def transfer_weights(
     # Unpickle a PyTorch file that contains more than tensors. This runs code from the file
     trusted:bool=False,
     key:str=None,       # Place in the file, such as `state_dict`, if several sets fit; default: averaged weights first
-    new_head:str='',    # Why the head is to be new although the file may have one that fits
+    new_head:str='',    # Why the head should be new although the file may have one that fits
     source:str='',      # What the card calls the file; default: its name
     config:str='',      # Architecture that the file is for, as far as known, for the error message
 )->WeightsCard: # Also as `model.weights_card`

@@ -1,4 +1,4 @@
-"""Reading weights from any file and writing them: averaged weights first, prefixes removed until the names match, shared tensors stored once, and weights from pip packages and hubs
+"""Reads weights from any file, and writes them: averaged weights are preferred, prefixes are removed until the names match, and shared tensors are stored once; also weights from pip packages and hubs
 
 Docs: https://kdmed.github.io/kdmed/models/weights.html.md"""
 
@@ -602,7 +602,7 @@ def _download(repo, revision):
     return Path(hf_hub_download(repo, found, revision=revision))
 
 def _repository(name, what='weights'):
-    "Repository and revision (None: the newest) that a hub name means"
+    "Repository and revision (None: the newest) that a hub name refers to"
     repo,_,revision = name.split(':', 1)[1].partition('@')
     if re.fullmatch(r'[\w.-]+/[\w.-]+', repo): return repo,revision or None
     raise ValueError(f'{what} must name a repository as hf-hub:OWNER/NAME, got {name!r}')

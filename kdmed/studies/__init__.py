@@ -1,4 +1,4 @@
-"""Teacher, plain and distilled students in one call; methods and recipes side by side; kept in a folder, resumed after a kill
+"""Teacher, plain and distilled students in one call, and comparisons of methods and recipes; kept in a folder, and resumed after an interruption
 
 Docs: https://kdmed.github.io/kdmed/studies/index.html.md"""
 

@@ -1,4 +1,4 @@
-"""Every row of a paper's table, over seeds and splits that keep patients together: what each part adds, with intervals, and whether the paper's order holds
+"""Trains every row of a paper's table, over seeds and over splits that keep patients together: what each part adds, with intervals, and whether the paper's order holds
 
 Docs: https://kdmed.github.io/kdmed/studies/ablation.html.md"""
 

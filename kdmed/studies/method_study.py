@@ -1,4 +1,4 @@
-"""One plain student, and one for every distillation method: the same data, the same budget, the same seeds, and the difference with its interval
+"""One plain student and one student for every distillation method, with the same data, budget and seeds, and each difference with its interval
 
 Docs: https://kdmed.github.io/kdmed/studies/method_study.html.md"""
 
@@ -59,7 +59,7 @@ def compare_methods(
     progress:bool=True, # Print which student is trained
     on:str='test',    # Images to predict: `valid` to choose a method, and `test` to report on it
 )->dict: # Name: probabilities [N, C] for these images, one for each seed; `teacher` and `plain` first
-    "Train students by many methods, with equal budget, and predict images that none was trained on"
+    "Train students by many methods with equal budget, and predict images that none of them was trained on"
     _check_on(dls, on)
     if isinstance(student, nn.Module):
         raise TypeError('student must be a timm name or a function that makes a model, so that each one starts afresh')
@@ -171,7 +171,7 @@ def methods_comparison(
     n_boot:int=1000,  # Bootstrap draws of groups and seeds
     on:str='test',    # As in `compare_methods`
 )->pd.DataFrame: # A row for each model: the metric with its 95 % interval, its difference to `plain` with its own
-    "The metric of each method, and its difference to the plain student"
+    "The metric of each method, and its difference from the plain student"
     _check_on(dls, on)
     table = getattr(dls, on).table
     given = dict(classes=table.attrs['classes'], groups=table.group.to_numpy(), task=table.attrs['task'], n_boot=n_boot)
@@ -202,7 +202,7 @@ def plot_methods(
     frame:pd.DataFrame, # From `methods_comparison`
     ax=None,            # Axes to draw on; default: new ones
 ): # Axes
-    "The difference of each method to the plain student, with its interval"
+    "The difference of each method from the plain student, with its interval"
     rows = frame[frame.difference.notna()][::-1]
     if ax is None: _,ax = figure(height=.9 + .24*len(rows))
     places = range(len(rows))

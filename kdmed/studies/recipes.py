@@ -1,4 +1,4 @@
-"""Four published systems as settings: each says what its paper states, what the authors' code does and what is ours, and runs at any scale
+"""Four published systems as settings at any scale: each setting says whether it is from the paper, from the authors' code, or ours
 
 Docs: https://kdmed.github.io/kdmed/studies/recipes.html.md"""
 
@@ -73,7 +73,7 @@ class Row(NamedTuple):
 # Long because: the settings, and all that a recipe of one's own can override, are one class
 @dataclass(frozen=True)
 class Recipe:
-    "A published system as settings; frozen, so that a report shows what was run. Change one with `dataclasses.replace`"
+    "A published system as settings; frozen, so that a report shows what was run. Change it with `dataclasses.replace`"
     teacher:str = ours('resnet50')           # timm name, or several that are fused
     student:str = ours('test_efficientnet')  # timm name
     pretrained:bool = ours(True, 'weights of timm, where widths are the published ones')
@@ -751,9 +751,9 @@ def _folder_or_temporary(folder):
 def deal(
     table,         # Image table; an existing split is kept
     shares,        # Of train, valid and test
-    seed:int=0,    # Another seed, another split
+    seed:int=0,    # A different seed gives a different split
 ):
-    "The table with its split filled, by group"
+    "The table with its split filled in, by group"
     check_table(table)
     if table.split.isna().all(): return split_groups(table, shares, seed)
     if missing := [s for s in ('train', 'valid', 'test') if not (table.split==s).any()]:

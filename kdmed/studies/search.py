@@ -1,4 +1,4 @@
-"""Method, temperature, weights, learning rate and length, chosen on validation groups within a budget of minutes or epochs; the test images are read once, to see whether it was worth it
+"""Method, temperature, weights, learning rate and length are chosen on validation groups within a budget of minutes or epochs; the test images are used once, to see whether the search was worth it
 
 Docs: https://kdmed.github.io/kdmed/studies/search.html.md"""
 
@@ -53,7 +53,7 @@ _UNITS = {word: seconds for seconds,words in _WORDS.items() for word in words.sp
 _BUDGETS = "a time, such as '90s', '30m', '2h' or '1h30m', or '300 epochs'"
 
 class Budget(NamedTuple):
-    "What a search may take"
+    "Limit on the cost of a search"
     amount:float
     unit:str # `seconds` or `epochs`
 
@@ -77,7 +77,7 @@ def parse_budget(
 
 # %% ../../nbs/studies/07_search.ipynb #8820b6d1
 class Candidate(NamedTuple):
-    "How a student may be trained"
+    "A method with its settings: one way to train a student"
     name:str
     method:str=None         # None: a plain student
     lr:float=3e-3
@@ -149,7 +149,7 @@ def default_space(
     epochs:int=10,   # Length of the default
     temperature:float=None, # A method's own; None where it has none
 )->dict: # {name: list}
-    "What is tried of one method"
+    "The values that are tried for one method"
     lengths = sorted({math.ceil(epochs/2), epochs, 2*epochs})
     rates = [float(f'{rate:.3g}') for rate in (lr/3, lr, 3*lr)]
     return dict(lr=rates, epochs=lengths, weight=[.25, 1., 4.], label_weight=[1.],
@@ -162,7 +162,7 @@ def make_candidates(
     epochs:int=10,  # The same
     seed:int=0,     # Of the order
 )->list: # Of `Candidate`, each once
-    "All candidates in a random order in which every method has its turn, so that any first part is a fair sample"
+    "All candidates in a random order that alternates between methods, so that any first part is a fair sample"
     rng,columns = np.random.default_rng(seed),[]
     for method in rng.permutation(list(methods)).tolist():
         own = methods[method]
@@ -177,7 +177,7 @@ def make_candidates(
 # %% ../../nbs/studies/07_search.ipynb #78e22770
 def count_rungs(
     epochs:int, # Of the default
-    keep:int=3, # One in so many goes on
+    keep:int=3, # One candidate in `keep` goes on
 )->int: # Before the last round
     "Rungs with different lengths, at most three"
     return max(1, min(3, int(math.log(epochs)/math.log(keep) + 1e-9)))
@@ -304,7 +304,7 @@ class Halving:
         plan:Plan,       # Where decisions are kept
         seeds=(0, 1, 2), # Of the last round; rungs have the first
         higher:bool=True, # Whether a higher value is better
-        keep:int=3,      # One candidate in so many goes on
+        keep:int=3,      # One candidate in `keep` goes on
         tell=noop,       # Called with a sentence
     ):
         self.candidates,self.references,self.trainer,self.costs = candidates,references,trainer,costs
@@ -361,7 +361,7 @@ class Halving:
     def _rung_name(self, rung): return 'Last round' if rung==self.rungs else f'Rung {rung+1} of {self.rungs}'
 
     def ranking(self):
-        "Candidates that were tried, the best first: those of the highest rung before the others"
+        "Candidates that were tried, the best first; those of the highest rung come before the others"
         tried = [c for c in self.candidates if self.values.get(c.name, (0, -math.inf))[1] > -math.inf]
         return sorted(tried, key=lambda c: self.values[c.name], reverse=True)
 
@@ -396,7 +396,7 @@ class Halving:
             if self.run_trial(rung, c, self.seeds[0], self.final_cost(best, 1)) is None: return
 
     def _affordable(self, some, seeds):
-        "As many candidates, the first ones, as can be trained on so many seeds with the references; one at least"
+        "The first candidates, as many as can be trained on so many seeds with the references; at least one"
         def cost(n): return seeds*sum(self.cost(c, self.rungs) for c in [*self.references, *some[:n]])
         return max([1, *(n for n in range(1, len(some)+1) if cost(n) <= self.costs.left()+self.costs.slack/2)])
 
@@ -409,7 +409,7 @@ class Halving:
         return [c for c in some if c.name in names]
 
     def last_round(self):
-        "Train finalists on one seed after the other; whoever cannot be afforded any more is left out, the worst first"
+        "Train finalists on one seed after the other; those beyond the budget are left out, the worst first"
         chosen,results = self._choose('finalists', self.ranking()[:self.most//2], len(self.seeds)),{}
         for i,seed in enumerate(self.seeds):
             if i and chosen:
@@ -587,7 +587,7 @@ def _check_data(dls):
 
 # %% ../../nbs/studies/07_search.ipynb #d404a822
 def _measure_of(dls, metric):
-    "Function from predictions for validation images to a number; an error if it is undefined for them"
+    "Function from predictions for validation images to a number; an error if it is undefined for these images"
     targets = np.concatenate([y.cpu().numpy() for _,y in dls.valid])
     resolve_metric(metric, list(dls.classes), dls.task)
     def measure(probs): return float(scores(probs, targets, dls.classes, dls.task, metrics=metric)[metric])
@@ -642,7 +642,7 @@ _PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#F0E442', '#
 def _signed(row): return f'{row.value:+.3f} [{row.low:.3f}, {row.high:.3f}]'
 
 def _verdict(row, higher):
-    "What an interval of a difference says"
+    "What an interval of a difference means, in words"
     if not (row.low > 0 or row.high < 0): return 'not beyond chance'
     return 'better' if (row.value > 0)==higher else 'worse'
 
@@ -650,7 +650,7 @@ def _verdict(row, higher):
 # Long because: one class, what a search reports
 @dataclass
 class SearchResult:
-    "What a search tried and found; made by `search_method`"
+    "Trials and results of a search; made by `search_method`"
     winner:dict    # Arguments for `distill`
     name:str       # Of the winner, among `finalists`
     # One row a trial: candidate, method and settings, rung, epochs, seed, value (of the metric), seconds, failed
@@ -662,7 +662,7 @@ class SearchResult:
 
     @property
     def optimism(self)->float:
-        "How much better the winner's figure is on validation images, by which it was chosen, than on test images"
+        "How much better the winner's figure is on validation images, which chose it, than on test images"
         return self._optimism(self.name)
 
     def _optimism(self, name):
@@ -964,7 +964,7 @@ def search_method(
     weight_decay:float=None, # fastai's .01 by default
     callbacks=None, # Function that makes further fastai callbacks, called for each trial
     n_boot:int=1000, # Bootstrap draws of groups, for the intervals on the test images
-    keep:int=3,     # One candidate in so many goes on to the next rung
+    keep:int=3,     # One candidate in `keep` goes on to the next rung
     seed:int=0,     # Of the order in which candidates are tried
     spent:float=0., # Seconds of the budget that are gone already, as for training the teacher
     settings=None,  # With `folder`: more that must be the same for it to resume, as a dict of plain values

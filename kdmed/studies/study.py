@@ -1,4 +1,4 @@
-"""Teacher, plain students and distilled students, trained alike, saved as soon as they exist, and compared; killed at any moment, it resumes
+"""Teacher, plain students and distilled students are trained alike, saved as soon as they are trained, and compared; a study that is killed at any moment resumes
 
 Docs: https://kdmed.github.io/kdmed/studies/study.html.md"""
 
@@ -263,7 +263,7 @@ def in_words(
 
 # %% ../../nbs/studies/00_study.ipynb #55d58cc6
 class TellEpochs(ProgressCallback):
-    "Report each epoch that is trained; being a kind of progress bar, it is ignored when `Resume` compares callbacks"
+    "Report each trained epoch; as a kind of progress bar, it is ignored when `Resume` compares callbacks"
     def __init__(self, tell): self.tell = tell # Function of epoch, epochs, seconds, and the log as a dict
     def before_fit(self): self.started = time.monotonic()
     def before_epoch(self): pass
@@ -303,7 +303,7 @@ class BarProgress(StudyProgress):
 _SHOWN_COLUMNS = 'train_loss','valid_loss','accuracy','balanced_accuracy_score' # of the training log
 
 class LineProgress(StudyProgress):
-    "One line an epoch"
+    "One line per epoch"
     def __init__(self, file=None): self.file,self.explained = file,False # Default: stderr
     def tell(self, text): print(text, file=self.file or sys.stderr, flush=True)
 
@@ -410,7 +410,7 @@ class Study:
         return dict(kind='distillation', **data_facts(self.dls), **models, settings=_settings_facts(self)) | options
 
     def bytes_needed(self, teacher, student)->int:
-        "About how much room a study takes on the disk, at most"
+        "About how much disk space a study takes, at most"
         sizes = [weights_size(m) for m in ([] if self.trained else _modules(teacher)) + [student]*2*len(self.seeds)]
         images = len(self.dls.valid.table) + len(self.dls.test.table)
         predictions = 4*images*len(self.dls.classes)*(len(sizes)+1)
@@ -421,7 +421,7 @@ class Study:
         teacher, # From `check_models`
         student, # The same
     )->None:
-        "Do once, small, what would otherwise fail after training: check the disk, save the models, write the report"
+        "Try on a small scale what could fail after training: check the disk, save the models, write the report"
         check_room(folder, self.bytes_needed(teacher, student), 'the study')
         makers = {f'teacher {i+1}' if i else 'teacher': maker for i,maker in enumerate(self.members)}
         makers['student'] = self.student
@@ -457,7 +457,7 @@ class Study:
 
     @property
     def several(self)->Teacher: # None for a single model that was trained here
-        "A teacher that is no model of one fit: it came trained, or is an ensemble of models trained here"
+        "A teacher that is not one model trained here: it was passed trained, or is an ensemble"
         return self.ensemble if len(self.members)>1 else Teacher(self.teacher) if self.trained else None
 
     def fit_one(self, fit, teacher, progress, home):

@@ -1,4 +1,4 @@
-"""Checkpoints, fits that resume after an interruption, losses that are not finite; several GPUs
+"""Checkpoints, fits that resume after an interruption, checks for losses that are not finite, and several GPUs
 
 Docs: https://kdmed.github.io/kdmed/train/index.html.md"""
 

@@ -1,4 +1,4 @@
-"""A description of a training run, compared before a checkpoint is resumed: data, model, optimizer, schedule, teachers
+"""A description of a training run (data, model, optimizer, schedule, teachers), which is compared before a checkpoint is resumed
 
 Docs: https://kdmed.github.io/kdmed/train/description.html.md"""
 

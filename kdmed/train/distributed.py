@@ -1,4 +1,4 @@
-"""One process for each GPU, on one machine or several: together they train what one process would with all their images in a batch
+"""One process for each GPU, on one machine or several: together they train as one process would with all their images in one batch
 
 Docs: https://kdmed.github.io/kdmed/train/distributed.html.md"""
 
@@ -31,7 +31,7 @@ def share_out(
     bs:int,         # Images in a batch of one process
     processes:int,  # How many share them
     drop_last:bool=False, # Leave out the images that do not fill the last step, if there is another one
-    even:bool=False, # Repeat some in the last step, so that each process has as many
+    even:bool=False, # Repeat some in the last step, so that all processes have equally many
 )->list: # For each step, an array of positions in the epoch for each process
     "Which images each process takes in each step"
     whole = bs*processes
@@ -45,7 +45,7 @@ def share_out(
 def step_weights(
     step,   # Positions for each process, from `share_out`
 )->list: # Of each process; their mean is 1
-    "By what a process multiplies the mean loss of its images, so that the mean over processes is that over images"
+    "Factor on the mean loss of each process, so that the mean over processes is the mean over images"
     images = len(set(np.concatenate(step).tolist()))
     sizes = [len(part) if i<images else 0 for i,part in enumerate(step)]
     return [len(step)*size/images for size in sizes]
@@ -56,8 +56,8 @@ class StepwiseDL(DistributedDL):
     "fastai's loader for one of several processes, which share the images of each step"
     def __init__(self,
         dl,         # Loader of all images
-        training:bool=True, # Each image once; else as many for each process
-        even:bool=False, # As many for each process also in training
+        training:bool=True, # Each image once; else equally many for each process
+        even:bool=False, # Equally many for each process in training as well
         device=None, # Where batches go
     ):
         super().__init__(dl, process_rank(), process_count(), device)
@@ -71,7 +71,7 @@ class StepwiseDL(DistributedDL):
     def __len__(self): return len(self.share(self.dl.n))
 
     def get_idxs(self):
-        "What this process takes in an epoch"
+        "Images that this process uses in an epoch"
         idxs = from_first(lambda: list(self.dl.get_idxs()))
         self.n,self.step = len(idxs),-1
         self.steps = self.share(self.n)
@@ -92,7 +92,7 @@ class StepwiseDL(DistributedDL):
 
     @property
     def weight(self)->float:
-        "By what to multiply the loss of this process in this step"
+        "Factor on the loss of this process in this step"
         return 1. if self.even else step_weights(self.steps[self.step])[self.rank]
 
     def gathered(self, t):
@@ -160,7 +160,7 @@ class DistributedFit(DistributedTrainer):
         self.learn.yb = tuple(apply(self.dl.gathered, y) for y in self.learn.yb)
 
     def before_backward(self):
-        "Weigh the loss by the images it is the mean of; let every parameter take part"
+        "Weight the loss by the share of the images it is the mean of; include unused parameters with weight 0"
         if self.own_norms: _note_batch_norm(self.dl)
         if self.dl.weight!=1: self.learn.loss_grad = self.learn.loss_grad*self.dl.weight
         known = parameters_of(self.learn.loss_grad)

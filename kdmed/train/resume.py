@@ -1,4 +1,4 @@
-"""Start the same script again after an interruption, and get the weights of a fit that was never interrupted
+"""Start the same script again after an interruption, and get the same weights as without the interruption
 
 Docs: https://kdmed.github.io/kdmed/train/resume.html.md"""
 
