@@ -772,8 +772,8 @@ BUGS = {
         ('MultiStageKD.watching', 'exits answer in validation', 'student.set_exit_training(False)', 'pass'),
     ],
     'cache': [
-        ('_teacher_facts', 'answers of other weights',
-            'dict(..., weights=_weights_digest(unwrap(v.model)))', 'dict(...)'),
+        ('_describe_member', 'answers of other weights',
+            'dict(..., weights=weights_digest(model))', 'dict(...)'),
         ('_Answers.read', 'a damaged answer is believed', 'self._check', 'lambda *a: None'),
         ('TeacherCache._meet_images', 'answers to other pixels', 'dict(..., pixels=self.dl.pixels_key())', 'dict(...)'),
     ],
