@@ -1,4 +1,4 @@
-"""A teacher's outputs for each view of an image are computed once, written to disk or to object storage, and read from then on
+"""Compute a teacher's outputs once for each view of an image, write them to disk or object storage, and read them from then on
 
 Docs: https://kdmed.github.io/kdmed/distill/cache.html.md"""
 
@@ -149,7 +149,7 @@ def _write_rows(path, offset, rows, values):
                       f'{_in_words(free)} free); make room, or use Teacher instead of TeacherCache') from e
 
 def _in_words(nbytes):
-    "A number of bytes for people"
+    "A number of bytes in readable form"
     if nbytes>=1e9: return f'{nbytes/1e9:.1f} GB'
     return f'{nbytes/1e6:.1f} MB' if nbytes>=1e5 else f'{nbytes/1e3:.1f} kB'
 
@@ -407,7 +407,7 @@ class TeacherCache(WrappedTeacher):
         self.row[ids] = np.arange(len(ids))
 
     def end(self):
-        "Write what waits, and release the cache for other processes"
+        "Write the waiting outputs, and release the cache for other processes"
         self.clear()
         try:
             if self.stored is not None: self.stored.flush()
@@ -583,8 +583,8 @@ class TeacherCache(WrappedTeacher):
 
     def fill(self,
         dls,        # `DataLoaders` of `image_dls`, as they will be trained with
-        cbs=(),     # The Learner's callbacks, of which those that mix images matter
-        progress:bool=True, # Show a progress bar, and how much room it takes
+        cbs=(),     # The Learner's callbacks; only those that mix images matter
+        progress:bool=True, # Show a progress bar, and the disk space needed
     ): # This cache
         "Compute the outputs for every view of every training image now, unless they are there"
         self.end()
@@ -638,7 +638,7 @@ _COLUMNS = 'cache', 'teacher', 'images', 'views', 'answers', 'filled', 'MB', 'no
 
 def list_caches(
     folder=None, # Where outputs are kept; default: `default_store_folder()`
-# One row a cache: `cache`, `teacher`, `images`, `views`, `answers` (logits and layers), `filled` (share), `MB` (when
+# One row per cache: `cache`, `teacher`, `images`, `views`, `answers` (logits and layers), `filled` (share), `MB` (when
 # full), `note` (what is wrong with it)
 )->pd.DataFrame:
     "Teacher caches on disk; delete the folder of one that is not needed any more"

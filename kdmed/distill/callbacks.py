@@ -1,4 +1,4 @@
-"""Terms on the logits, one callback each: softened logits and their relatives, the focal label loss, the distillation token
+"""A callback for each loss term on the logits: softened logits and their variants, the focal label loss, the distillation token
 
 Docs: https://kdmed.github.io/kdmed/distill/callbacks.html.md"""
 

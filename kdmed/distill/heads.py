@@ -1,4 +1,4 @@
-"""Features of images are computed once and cached; a head is fitted on them in minutes, and chosen on validation groups
+"""Compute and cache the features of images once, fit heads on them in minutes, and choose a head on validation groups
 
 Docs: https://kdmed.github.io/kdmed/distill/heads.html.md"""
 
@@ -67,8 +67,8 @@ def cached_features(
     folder=None,    # Where they are kept; default: `default_store_folder()`
     parts=('train', 'valid'), # Splits
     views:int=None, # Augmented views of each training image; default: the image as it is
-    tokens:bool=False, # Tokens, too, for attention: N·C numbers an image
-    progress:bool=True, # Show a progress bar, and how much room they take
+    tokens:bool=False, # Tokens, too, for attention: N·C numbers per image
+    progress:bool=True, # Show a progress bar, and the disk space needed
 )->dict: # From split to `FeatureSet`
     "Features of images, computed once"
     teacher = Teacher(encoder, outputs='logits')
@@ -257,7 +257,7 @@ def _image_weights(y, task):
     return torch.where(y>.5, .5/share, .5/(1-share))
 
 def _loss(logits, y, weights, task):
-    "Label loss of what is known"
+    "Label loss of the known labels"
     if task=='multiclass': return -(y*logits.log_softmax(1)*weights).sum(1).mean()
     known = ~y.isnan()
     losses = F.binary_cross_entropy_with_logits(logits, y.nan_to_num(), reduction='none')
@@ -270,7 +270,7 @@ def logits_of(
     s:FeatureSet,  # With tokens where the head takes them
     device=None,   # Where the head is
 )->Tensor: # [N, C], on the CPU
-    "What a head makes of cached features"
+    "Logits of a head for cached features"
     inputs = s.tokens if getattr(head, 'takes', 'features')=='tokens' else s.features
     return torch.cat([head(part.to(device).float()).cpu() for part in inputs.split(256)])
 

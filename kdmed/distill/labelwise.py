@@ -1,4 +1,4 @@
-"""For tasks with several findings: each finding's own embedding, compared among images, and among the findings of one image
+"""For multi-label tasks: an embedding for each finding, compared among images and among the findings of one image
 
 Docs: https://kdmed.github.io/kdmed/distill/labelwise.html.md"""
 

@@ -1,4 +1,4 @@
-"""A method is registered where it is defined, with its tasks and its source; from then on it is known by its name
+"""Register a distillation method under a name, with its tasks and its source
 
 Docs: https://kdmed.github.io/kdmed/distill/registry.html.md"""
 
@@ -17,7 +17,7 @@ from ..core.checks import check_in
 # %% ../../nbs/distill/12_registry.ipynb #f307af5f
 @dataclass(frozen=True)
 class Method:
-    "A published way to distil: what creates its callbacks, and what is known about it"
+    "A published way to distill: a function that creates its callbacks, and a description"
     make:Callable # From (student, teacher) to a list of callbacks
     what:str      # What it does, in a few words
     tasks:str     # What it is right for, such as `ALL`

@@ -1,4 +1,4 @@
-"""A frozen model, several, or an average of the student's own past: what a student learns from
+"""What a student learns from: a frozen model, several models, or an average of its own past weights
 
 Docs: https://kdmed.github.io/kdmed/distill/teacher.html.md"""
 
@@ -114,7 +114,7 @@ class Teacher:
         self._reset()
 
     def _reset(self):
-        "What is known before the student's data are"
+        "The state before the student's data are known"
         self.taps,self.capture,self._batch = [],None,None
         self.evaluated_on = None # loader of validation images
         self.stats,self.order,self.exclusive = None,None,None # of the student's data
