@@ -1,4 +1,4 @@
-"""All numbers of a comparison of several models on the same images, from their predictions
+"""Compute all numbers of a comparison of several models on the same images, from their predictions
 
 Docs: https://kdmed.github.io/kdmed/evaluate/collect.html.md"""
 

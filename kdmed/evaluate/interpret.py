@@ -1,4 +1,4 @@
-"""Does a student look where its teacher looks, do maps point at what the model uses, and do they depend on the model at all?
+"""Does a student use the same places as its teacher, do maps show what the model uses, and do they depend on the model at all?
 
 Docs: https://kdmed.github.io/kdmed/evaluate/interpret.html.md"""
 

@@ -1,4 +1,4 @@
-"""A comparison as a page to read, to send and to print
+"""A comparison as a report in Markdown and HTML, to read, send and print
 
 Docs: https://kdmed.github.io/kdmed/evaluate/report.html.md"""
 
