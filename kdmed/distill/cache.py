@@ -35,14 +35,14 @@ from .teacher import WrappedTeacher, as_teacher
 
 # %% ../../nbs/distill/20_cache.ipynb #10bf0b5e
 def _describe_member(member, share):
-    "What decides one model's outputs"
+    "Everything that determines one model's outputs"
     model,stats = unwrap(member.model),member.stats
     return dict(model=type(model).__name__, weights=weights_digest(model), structure=structure_digest(model),
                 classes=member.classes, size=member.size, outputs=member.outputs,
                 stats=None if stats is None else np.asarray(stats, float).tolist(), share=share)
 
 def _describe_teacher(teacher):
-    "What decides a teacher's output for an image"
+    "Everything that determines a teacher's output for an image"
     models = [_describe_member(m, share) for m,share in zip(teacher.members, teacher.shares())]
     return dict(models=models, classes=teacher.order or teacher.classes, student_stats=teacher.stats)
 

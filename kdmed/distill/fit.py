@@ -563,7 +563,7 @@ class DistillFit(Callback):
 
     # Resuming
     def state_dict(self)->dict: # Tensors and numbers
-        "What it takes to resume after an interruption: means of the epoch so far, teachers, projectors"
+        "The state needed to resume after an interruption: means of the epoch so far, teachers, projectors"
         if self.pending is not None: return self.pending | dict(in_optimizer=_has_further(self.learn)) # no batch since
         if not self.callbacks: return {}
         return dict(**self.learn.loss_terms.state_dict(), teachers=[t.state_dict() for t in self.teachers],

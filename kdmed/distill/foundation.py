@@ -78,12 +78,12 @@ def foundation_teacher(
     weights=True,
     accept_license:bool=False, # You have read its license, or licenses, and accept them
     size:int=None,     # Side of the images it sees, in pixels; default: as it was trained
-    features:str=None, # `pooled`, `class` or `class+mean`; default: as its authors do
+    features:str=None, # `pooled`, `class` or `class+mean`; default: as its authors use it
     options:dict=None, # Of timm or transformers, instead of those of its recipe
     # Several: average the `logits` of a head each, weighted by validation; or one head on all `features`
     joint:str='logits',
     project:int=None,  # With `joint='features'`: principal components of all features
-    balanced:bool=False, # Weigh classes equally, however many images they have
+    balanced:bool=False, # Weight classes equally, however many images they have
     views:int=None,    # Augmented views of each training image that a head is fitted on; default: the image as it is
     folder=None,       # Where features are cached; default: `default_store_folder()`
     epochs:int=5,      # Of `tune`

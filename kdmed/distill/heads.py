@@ -153,8 +153,8 @@ def fit_linear(
     valid:FeatureSet, # Chooses the strength
     classes,          # Class names, or their number
     task:str,         # `binary`, `multiclass` or `multilabel`
-    strengths=STRENGTHS, # Values of λ to choose from, falling
-    balanced:bool=False, # Weigh classes equally, however many images they have
+    strengths=STRENGTHS, # Values of λ to choose from, in decreasing order
+    balanced:bool=False, # Weight classes equally, however many images they have
 )->tuple: # `nn.Linear` on features [B, D], and a table: validation loss at each `strength`
     "A linear head, with the L2 strength that suits validation groups best"
     train,n_out = train.labeled(),n_outputs(classes, task)
@@ -211,9 +211,9 @@ def fit_attention(
     valid:FeatureSet, # Decides which epoch is kept
     classes,          # Class names, or their number
     task:str,         # `binary`, `multiclass` or `multilabel`
-    balanced:bool=False, # Weigh classes equally, however many images they have
+    balanced:bool=False, # Weight classes equally, however many images they have
     epochs:int=60,    # At most
-    patience:int=8,   # Epochs without a better one, after which training ends
+    patience:int=8,   # Epochs without improvement after which training ends
     lr:float=1e-3,    # Of AdamW, with a weight decay of .01
     bs:int=64,        # Images in a batch
     seed:int=0,       # Decides initial weights and batches
@@ -282,7 +282,7 @@ def fit_head(
     classes,        # Class names, or their number
     task:str,       # `binary`, `multiclass` or `multilabel`
     head:str='linear', # `linear`, `attention` (which needs tokens) or `knn`
-    balanced:bool=False, # Weigh classes equally; not for `knn`
+    balanced:bool=False, # Weight classes equally; not for `knn`
     seed:int=0,     # Of `attention`
     device=None,    # Where `attention` trains
 )->tuple: # Head, and the table its settings were chosen from

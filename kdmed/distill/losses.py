@@ -28,14 +28,14 @@ def is_known(
 def has_no_label(
     targets:Tensor, # As for `is_known`
 )->Tensor: # Bool, [B]
-    "True for images of which nothing is known"
+    "True for images without any known label"
     return ~is_known(targets).reshape(len(targets), -1).any(1)
 
 # %% ../../nbs/distill/10_losses.ipynb #600b71e5
 def distillation_mask(
     targets:Tensor, # Numbers, [B] or [B, L], with NaN where nothing is known
 )->Tensor: # Bool, shape of `targets`
-    "True where a distillation term counts: what is known of an image, and all of an unlabeled one"
+    "True where a distillation term counts: the known labels of an image, and all entries of an unlabeled one"
     unlabeled = has_no_label(targets).reshape(-1, *[1]*(targets.ndim-1))
     return is_known(targets) | unlabeled
 

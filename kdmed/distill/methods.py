@@ -1,4 +1,4 @@
-"""Distill a teacher into a student in one call, by any method, which is selected by name and has its own tasks and weights
+"""Distill a teacher into a student in one call; methods are selected by name, with their sources, tasks and weights
 
 Docs: https://kdmed.github.io/kdmed/distill/methods.html.md"""
 
@@ -47,7 +47,7 @@ def create_model(
     dls,      # From `image_dls`, or any `DataLoaders`
     seed:int, # Of its initial weights
 )->nn.Module:
-    "A model from a timm name or a function that creates one, on a seed; a Module is taken as it is"
+    "A model from a timm name or a function that creates one, with a seed; a Module is used as it is"
     seed_everything(seed)
     if isinstance(model, str):
         if hasattr(dls, 'task'): return create_student(model, dls.classes, dls.size, dls.task)
@@ -407,7 +407,7 @@ class _StopAtFirstBatch(Callback):
 
 def check_fit(
     dls,    # As for `fit_classifier`
-    model,  # One to throw away
+    model,  # A model that can be discarded
     cbs=(), # Callbacks that would train it
 )->None:
     "Raise the error that a fit would raise at its start, before anything is trained"

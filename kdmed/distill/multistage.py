@@ -68,7 +68,7 @@ class MultiStageKD(SeveralTerms, DistillCallback):
     "Train the exits and final logits of a student with labels and a teacher; without one, with its own final logits"
     name,needs_teacher = 'mskd',False
     def __init__(self,
-        # `Teacher`, or what it can be created from, of the student's classes; None: the student's own final logits
+        # `Teacher`, or what it can be created from, with the student's classes; None: the student's own final logits
         # are the target of its exits
         teacher=None,
         temperature=10.,     # Softens all logits; a number or a function of progress

@@ -79,14 +79,14 @@ class SubclassKD(EmbeddingKD):
     uses_logits = True
     not_settings = *EmbeddingKD.not_settings,'directions'
     def __init__(self,
-        teacher,          # `Teacher`, or what it can be created from, of the student's classes
+        teacher,          # `Teacher`, or what it can be created from, with the student's classes
         pairs,            # `[(student layer, teacher layer)]`, such as those of `pair_embeddings`
         weight=FEATURE_WEIGHTS['subclass'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss
         subclasses:int=4, # Parts of each class, at least 2; one more than there are directions
         sharpness:float=1., # Factor on the coordinates, which have variance 1: how clearly subclasses are separated
         temperature=1.,   # Softens the distribution over all subclasses; a number or a function of progress
-        images:int=4096,  # At most so many training images are used to find the directions
+        images:int=4096,  # Largest number of training images that are used to find the directions
     ):
         self.subclasses = check_integer(subclasses, 'subclasses', least=2)
         self.sharpness = check_number(sharpness, 'sharpness', above=0)

@@ -92,7 +92,7 @@ class Teacher:
         # Means and deviations of its normalization; default: those it was trained with, where the model or Learner
         # says so, else the student's
         stats=None,
-        weights='mean', # Of several models: `mean`, `valid_loss` (exp(-validation loss), normalized), or a number each
+        weights='mean', # Of several models: `mean`, `valid_loss` (exp(-validation loss), normalized), or numbers
         checkpoint=None, # File of weights, for a timm name
         task:str='multiclass', # `binary`, `multiclass` or `multilabel`, for a timm name
         # Unpickle an exported Learner, or a checkpoint with more than tensors, which can run any code that is in it
@@ -492,7 +492,7 @@ def _find_problem(teacher, theirs, ours):
 class WrappedTeacher(Teacher):
     "A teacher that wraps another one, `teacher`, and behaves like it except where a method is overridden"
     def __init__(self,
-        teacher:Teacher, # What the rest is passed on to
+        teacher:Teacher, # The teacher to which everything else is passed on
     ): self.teacher = teacher
 
     def __getattr__(self, name):
@@ -537,7 +537,7 @@ class MeanTeacher(WrappedTeacher):
     def same_as(self, other): return self is other
 
     def begin(self, learn):
-        "Copy the student, unless that was done; for a learning rate test, whose steps do not count, once more"
+        "Copy the student, unless this was done; copy it again for a learning rate test, whose steps do not count"
         self.clear()
         student = unwrap(learn.model)
         if self.student is None or self.student() is not student:

@@ -644,7 +644,7 @@ _BUILT_IN.update(BY_CLASS, OVERALL)
 def metrics_table(
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->pd.DataFrame: # A row for each metric: what it is, forms of its name, whether higher is better, and its range
-    "The metrics of a task, each once; those of your own included"
+    "The metrics of a task, each once, including your own"
     by_class = {key: m for key,m in BY_CLASS.items() if task in m.tasks}
     overall = {'quadratic_kappa': OVERALL['quadratic_kappa']} if task == 'multilabel' else {}
     overall |= {key: m for key,m in OVERALL.items() if task in m.tasks}

@@ -111,7 +111,7 @@ _WORDS = {
 def figure_label(
     name:str, # Of a row of `site_figures`
 )->str:
-    "What a figure is, in words"
+    "The name of a figure in words"
     kind,_,c = name.partition('/')
     return _WORDS.get(kind, kind).format(c=c)
 
@@ -121,7 +121,7 @@ def compare_sites(
 # A row for each figure of both: before and after, difference, each with low and high; `shifted`: the interval of the
 # difference excludes 0
 )->pd.DataFrame:
-    "What is different at another site"
+    "Differences between two sites"
     names = [n for n in after.index if n in before.index]
     ends = ['value', 'low', 'high']
     a,b = (f.loc[names, ends].astype(float) for f in (after, before))
