@@ -1,4 +1,4 @@
-"""A teacher, the terms of the loss, and one call: the front door of distillation
+"""Teachers, loss terms, and one call that distills a teacher into a student
 
 Docs: https://kdmed.github.io/kdmed/distill/index.html.md"""
 

@@ -1,4 +1,4 @@
-"""A teacher's outputs for each view of an image are computed once, written to disk or to object storage, and read from then on
+"""Compute a teacher's outputs once for each view of an image, write them to disk or object storage, and read them from then on
 
 Docs: https://kdmed.github.io/kdmed/distill/cache.html.md"""
 
@@ -35,14 +35,14 @@ from .teacher import WrappedTeacher, as_teacher
 
 # %% ../../nbs/distill/20_cache.ipynb #10bf0b5e
 def _describe_member(member, share):
-    "What decides one model's outputs"
+    "Everything that determines one model's outputs"
     model,stats = unwrap(member.model),member.stats
     return dict(model=type(model).__name__, weights=weights_digest(model), structure=structure_digest(model),
                 classes=member.classes, size=member.size, outputs=member.outputs,
                 stats=None if stats is None else np.asarray(stats, float).tolist(), share=share)
 
 def _describe_teacher(teacher):
-    "What decides a teacher's output for an image"
+    "Everything that determines a teacher's output for an image"
     models = [_describe_member(m, share) for m,share in zip(teacher.members, teacher.shares())]
     return dict(models=models, classes=teacher.order or teacher.classes, student_stats=teacher.stats)
 
@@ -149,7 +149,7 @@ def _write_rows(path, offset, rows, values):
                       f'{_in_words(free)} free); make room, or use Teacher instead of TeacherCache') from e
 
 def _in_words(nbytes):
-    "A number of bytes for people"
+    "A number of bytes in readable form"
     if nbytes>=1e9: return f'{nbytes/1e9:.1f} GB'
     return f'{nbytes/1e6:.1f} MB' if nbytes>=1e5 else f'{nbytes/1e3:.1f} kB'
 
@@ -407,7 +407,7 @@ class TeacherCache(WrappedTeacher):
         self.row[ids] = np.arange(len(ids))
 
     def end(self):
-        "Write what waits, and release the cache for other processes"
+        "Write the waiting outputs, and release the cache for other processes"
         self.clear()
         try:
             if self.stored is not None: self.stored.flush()
@@ -583,8 +583,8 @@ class TeacherCache(WrappedTeacher):
 
     def fill(self,
         dls,        # `DataLoaders` of `image_dls`, as they will be trained with
-        cbs=(),     # The Learner's callbacks, of which those that mix images matter
-        progress:bool=True, # Show a progress bar, and how much room it takes
+        cbs=(),     # The Learner's callbacks; only those that mix images matter
+        progress:bool=True, # Show a progress bar, and the disk space needed
     ): # This cache
         "Compute the outputs for every view of every training image now, unless they are there"
         self.end()
@@ -638,7 +638,7 @@ _COLUMNS = 'cache', 'teacher', 'images', 'views', 'answers', 'filled', 'MB', 'no
 
 def list_caches(
     folder=None, # Where outputs are kept; default: `default_store_folder()`
-# One row a cache: `cache`, `teacher`, `images`, `views`, `answers` (logits and layers), `filled` (share), `MB` (when
+# One row per cache: `cache`, `teacher`, `images`, `views`, `answers` (logits and layers), `filled` (share), `MB` (when
 # full), `note` (what is wrong with it)
 )->pd.DataFrame:
     "Teacher caches on disk; delete the folder of one that is not needed any more"

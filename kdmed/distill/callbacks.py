@@ -1,4 +1,4 @@
-"""Terms on the logits, one callback each: softened logits and their relatives, the focal label loss, the distillation token
+"""A callback for each loss term on the logits: softened logits and their variants, the focal label loss, the distillation token
 
 Docs: https://kdmed.github.io/kdmed/distill/callbacks.html.md"""
 
@@ -191,7 +191,7 @@ class FocalKD(DistillCallback):
     "Replace the training label loss by the focal loss, with a weight for each class"
     order,adds_term,needs_teacher = DistillCallback.order-1,False,False
     def __init__(self,
-        gamma:float=2.,     # How much easy images are weighted down; 0 is cross entropy
+        gamma:float=2.,     # How strongly easy images are down-weighted; 0 is cross entropy
         # Factor for each class, [C], such as `inverse_frequency_weights(counts)`; default: those of the Learner's loss
         class_weights=None,
         weight=1.,          # Factor on the label loss; a number or a function of progress
@@ -232,7 +232,7 @@ def check_token(student):
 class DistillTokenKD(DistillCallback):
     "Match a student's distillation token with the teacher's decision (hard) or softened logits (soft)"
     def __init__(self,
-        teacher,            # `Teacher`, or what it can be created from; of the student's classes
+        teacher,            # `Teacher`, or what it can be created from; with the student's classes
         kind:str='hard',    # `hard`: the teacher's decision is a label; `soft`: its softened logits are a target
         temperature=3.,     # For `soft`
         weight=.5,    # Factor on this term; DeiT: .5 for hard, .1 for soft

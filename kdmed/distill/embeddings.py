@@ -1,4 +1,4 @@
-"""What the classifiers of student and teacher read: normalized and projected, orthogonally projected, or read by the teacher's own classifier
+"""Match the embeddings that the classifiers read: through a normalized linear projector, an orthogonal projector, or the teacher's own classifier
 
 Docs: https://kdmed.github.io/kdmed/distill/embeddings.html.md"""
 
@@ -27,7 +27,7 @@ def pair_embeddings(
     student:nn.Module, # Turns images into logits [B, C]
     teacher, # A `Teacher` of one model
 )->list: # One pair, for `FeatureKD` and its relatives
-    "The layers that return what the classifiers read; of a model without such a layer, the last stage"
+    "The layers that return the embeddings; for a model without such a layer, the last stage"
     layers = [_embedding_of(student), _embedding_of(teacher.model)]
     if None in layers: layers = [a or b for a,b in zip(layers, pair_last_stages(student, teacher)[0])]
     return [tuple(layers)]
@@ -53,7 +53,7 @@ def srd_loss(
 
 # %% ../../nbs/distill/32_embeddings.ipynb #emb00012
 class EmbeddingKD(FeatureKD):
-    "Base of terms that compare one vector an image, of one pair of layers"
+    "Base of terms that compare one vector per image, of one pair of layers"
     def __init__(self, teacher, pairs, weight=1., label_weight=1.):
         super().__init__(teacher, pairs, weight, label_weight, pool=True)
         if len(self.pairs)!=1:
@@ -61,7 +61,7 @@ class EmbeddingKD(FeatureKD):
                              f'got {self.pairs}')
 
     def maps(self, xb=None): # One pair (student, teacher): [B, D], [B, D']
-        "Embeddings of both sides"
+        "Embeddings of both models"
         return [(ours.flatten(1), theirs.flatten(1)) for ours,theirs in super().maps(xb)]
 
 # %% ../../nbs/distill/32_embeddings.ipynb #9cff32ac
@@ -113,8 +113,8 @@ class OrthogonalKD(EmbeddingKD):
         pairs,            # `[(student layer, teacher layer)]`, such as those of `pair_embeddings`
         weight=FEATURE_WEIGHTS['vkd'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss
-        loss:str='l2',    # `l2`: half the squared differences; `l1`: absolute ones; over the root of the channels
-        # The teacher's features: `standardize` each channel over the batch, or `whiten` them
+        loss:str='l2',    # `l2`: half the squared differences; `l1`: absolute ones; over √channels
+        # For the teacher's features: `standardize` each channel over the batch, or `whiten` them
         normalize:str='standardize',
     ):
         super().__init__(teacher, pairs, weight, label_weight)
@@ -177,7 +177,7 @@ class ReusedClassifierKD(EmbeddingKD):
         super().prepare()
 
     def check(self, outputs, xb):
-        "Raise an error unless the student's classifier makes the teacher's logits of its embeddings"
+        "Raise an error unless the student's classifier computes the teacher's logits from its embeddings"
         super().check(outputs, xb)
         theirs,logits = self.maps(xb)[0][1],match_outputs(outputs, self.teacher.forward(xb)[0], self.exclusive)
         gap = (unwrap(self.learn.model).classifier(theirs.to(outputs)) - logits).abs().max()
@@ -192,7 +192,7 @@ class ReusedClassifierKD(EmbeddingKD):
 def reuse_teacher_classifier(
     student:nn.Module, # Ends in a linear layer
     teacher, # A `Teacher` of one model, perhaps cached
-)->nn.Module: # A student that ends in the teacher's classifier; one that does already is returned as it is
+)->nn.Module: # A student that ends in the teacher's classifier; one that already does is returned as it is
     "The student that SimKD trains, its outputs in the student's order of classes"
     if isinstance(unwrap(student), ReusedClassifier): return student
     if len(teacher.models)!=1: raise ValueError('the classifier of one teacher can be reused, not of several')

@@ -112,7 +112,7 @@ def channel_loss(
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #b0e6cb2d
 def _embeddings(student_features, teacher_features):
-    "Both checked to be vectors of the same images, in float32 or better"
+    "Both features in float32 or better, if they are vectors of the same images"
     if student_features.ndim!=2 or teacher_features.ndim!=2:
         raise ValueError(f'expected pooled features [B, D], got {_shapes(student_features, teacher_features)}: '
                          'average maps over their places, features.flatten(2).mean(2), or use similarity_loss')
@@ -189,7 +189,7 @@ def similarity_loss(
 
 # %% ../../nbs/distill/05_feature_losses.ipynb #f065b635
 def cosine_loss(
-    student_tokens:Tensor, # One vector an image, [B, D], after the projector where widths differ
+    student_tokens:Tensor, # One vector per image, [B, D], after the projector where widths differ
     teacher_tokens:Tensor, # Same shape, computed without gradient
     image_weights:Tensor|None=None, # Factor on each image's loss, [B]
 )->Tensor: # Scalar, without unit: mean over the batch, from 0 (same directions) to 2 (opposite ones); 1 for zeros

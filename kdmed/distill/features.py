@@ -66,7 +66,7 @@ class FeatureKD(DistillCallback):
         self.add_taps() # the teacher may be another callback's by now
 
     def check(self, outputs, xb):
-        "Create projectors for the features in the rehearsal; see that every pair can be compared"
+        "Create projectors for the features in the rehearsal; check that every pair can be compared"
         super().check(outputs, xb)
         maps = self.maps(xb)
         if self.projects!='never' and self.projectors is None:

@@ -108,7 +108,7 @@ def check_setting(
 # %% ../../nbs/distill/22_fit.ipynb #2fa111ba
 # Long because: this is the base class of every method, read when writing one
 class DistillCallback(Callback):
-    "Adds a weighted term to the training loss; a subclass says which in `term`"
+    "Adds a weighted term to the training loss; a subclass defines it in `term`"
     order,run_valid = GradientAccumulation.order-1,False
     needs_teacher = True
     adds_term = True            # or replaces the label loss
@@ -563,7 +563,7 @@ class DistillFit(Callback):
 
     # Resuming
     def state_dict(self)->dict: # Tensors and numbers
-        "What it takes to resume after an interruption: means of the epoch so far, teachers, projectors"
+        "The state needed to resume after an interruption: means of the epoch so far, teachers, projectors"
         if self.pending is not None: return self.pending | dict(in_optimizer=_has_further(self.learn)) # no batch since
         if not self.callbacks: return {}
         return dict(**self.learn.loss_terms.state_dict(), teachers=[t.state_dict() for t in self.teachers],
@@ -582,7 +582,7 @@ class DistillFit(Callback):
         if self.ready: self.resume()
 
     def resume(self):
-        "Take over the rest of what `load_state_dict` was given, once the fit is set up"
+        "Load the rest of the state that `load_state_dict` received, once the fit is set up"
         state,self.pending = self.pending,None
         if state is None: return
         self.learn.loss_terms.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""One call from a foundation model to a teacher for your images, and one from there to a small student: first its features, with any number of unlabeled images, then the labels
+"""Turn a foundation model into a teacher for your images in one call, and distill it into a small student in another: first its features, with any number of unlabeled images, then the labels
 
 Docs: https://kdmed.github.io/kdmed/distill/foundation.html.md"""
 
@@ -37,7 +37,7 @@ from .teacher import Teacher, as_teacher
 TUNES = 'none', 'last', 'lora'
 
 def _check_arguments(name, dls, head, tune, joint, project):
-    "Raise an error for what cannot be, before anything is loaded"
+    "Raise an error for arguments that are impossible, before anything is loaded"
     if not hasattr(dls, 'classes') or not isinstance(own_loader(getattr(dls, 'train', None)), ImageDL):
         raise TypeError(f'dls must be DataLoaders of image_dls, got {type(dls).__name__}')
     check_in(head, HEADS, 'head')
@@ -55,12 +55,12 @@ def _check_arguments(name, dls, head, tune, joint, project):
         raise ValueError("project= concerns several encoders with joint='features'")
 
 def _encoder(name, weights, accept_license, size, features, options, trusted):
-    "An encoder by name; one that was made is taken as it is"
+    "An encoder by name; an existing one is used as it is"
     if isinstance(name, (FoundationEncoder, JointEncoder)): return name
     return create_encoder(name, weights, accept_license, size, features, trusted, **(options or {}))
 
 def _report(rows):
-    "The figures of a teacher, one row a stage, and a line for each"
+    "The scores of a teacher, one row per stage, and a line for each"
     table = pd.DataFrame(rows)[['teacher', 'images', 'loss', 'metric', 'score', 'chance']]
     for row in table.itertuples():
         print(f'{row.teacher}: {row.metric} {row.score:.3f} (chance {row.chance:.3f}), loss {row.loss:.3f} on '
@@ -78,12 +78,12 @@ def foundation_teacher(
     weights=True,
     accept_license:bool=False, # You have read its license, or licenses, and accept them
     size:int=None,     # Side of the images it sees, in pixels; default: as it was trained
-    features:str=None, # `pooled`, `class` or `class+mean`; default: as its authors do
+    features:str=None, # `pooled`, `class` or `class+mean`; default: as its authors use it
     options:dict=None, # Of timm or transformers, instead of those of its recipe
     # Several: average the `logits` of a head each, weighted by validation; or one head on all `features`
     joint:str='logits',
     project:int=None,  # With `joint='features'`: principal components of all features
-    balanced:bool=False, # Weigh classes equally, however many images they have
+    balanced:bool=False, # Weight classes equally, however many images they have
     views:int=None,    # Augmented views of each training image that a head is fitted on; default: the image as it is
     folder=None,       # Where features are cached; default: `default_store_folder()`
     epochs:int=5,      # Of `tune`
@@ -95,7 +95,7 @@ def foundation_teacher(
     cbs=(),            # Further fastai callbacks for `tune`, such as `Resume(folder)`
     progress:bool=True, # Show progress bars
     trusted:bool=False, # Unpickle a file of weights that contains more than tensors; see `load_weights`
-)->Teacher: # With `report`, a row a stage, and `settings`, the table that its head was chosen from
+)->Teacher: # With `report`, a row per stage, and `settings`, the table that its head was chosen from
     "A foundation model with a head fitted on your images, as a teacher"
     _check_arguments(name, dls, head, tune, joint, project)
     common = dict(accept_license=accept_license, size=size, features=features, options=options, trusted=trusted)

@@ -1,4 +1,4 @@
-"""Features of images are computed once and cached; a head is fitted on them in minutes, and chosen on validation groups
+"""Compute and cache the features of images once, fit heads on them in minutes, and choose a head on validation groups
 
 Docs: https://kdmed.github.io/kdmed/distill/heads.html.md"""
 
@@ -67,8 +67,8 @@ def cached_features(
     folder=None,    # Where they are kept; default: `default_store_folder()`
     parts=('train', 'valid'), # Splits
     views:int=None, # Augmented views of each training image; default: the image as it is
-    tokens:bool=False, # Tokens, too, for attention: N·C numbers an image
-    progress:bool=True, # Show a progress bar, and how much room they take
+    tokens:bool=False, # Tokens, too, for attention: N·C numbers per image
+    progress:bool=True, # Show a progress bar, and the disk space needed
 )->dict: # From split to `FeatureSet`
     "Features of images, computed once"
     teacher = Teacher(encoder, outputs='logits')
@@ -153,8 +153,8 @@ def fit_linear(
     valid:FeatureSet, # Chooses the strength
     classes,          # Class names, or their number
     task:str,         # `binary`, `multiclass` or `multilabel`
-    strengths=STRENGTHS, # Values of λ to choose from, falling
-    balanced:bool=False, # Weigh classes equally, however many images they have
+    strengths=STRENGTHS, # Values of λ to choose from, in decreasing order
+    balanced:bool=False, # Weight classes equally, however many images they have
 )->tuple: # `nn.Linear` on features [B, D], and a table: validation loss at each `strength`
     "A linear head, with the L2 strength that suits validation groups best"
     train,n_out = train.labeled(),n_outputs(classes, task)
@@ -211,9 +211,9 @@ def fit_attention(
     valid:FeatureSet, # Decides which epoch is kept
     classes,          # Class names, or their number
     task:str,         # `binary`, `multiclass` or `multilabel`
-    balanced:bool=False, # Weigh classes equally, however many images they have
+    balanced:bool=False, # Weight classes equally, however many images they have
     epochs:int=60,    # At most
-    patience:int=8,   # Epochs without a better one, after which training ends
+    patience:int=8,   # Epochs without improvement after which training ends
     lr:float=1e-3,    # Of AdamW, with a weight decay of .01
     bs:int=64,        # Images in a batch
     seed:int=0,       # Decides initial weights and batches
@@ -257,7 +257,7 @@ def _image_weights(y, task):
     return torch.where(y>.5, .5/share, .5/(1-share))
 
 def _loss(logits, y, weights, task):
-    "Label loss of what is known"
+    "Label loss of the known labels"
     if task=='multiclass': return -(y*logits.log_softmax(1)*weights).sum(1).mean()
     known = ~y.isnan()
     losses = F.binary_cross_entropy_with_logits(logits, y.nan_to_num(), reduction='none')
@@ -270,7 +270,7 @@ def logits_of(
     s:FeatureSet,  # With tokens where the head takes them
     device=None,   # Where the head is
 )->Tensor: # [N, C], on the CPU
-    "What a head makes of cached features"
+    "Logits of a head for cached features"
     inputs = s.tokens if getattr(head, 'takes', 'features')=='tokens' else s.features
     return torch.cat([head(part.to(device).float()).cpu() for part in inputs.split(256)])
 
@@ -282,7 +282,7 @@ def fit_head(
     classes,        # Class names, or their number
     task:str,       # `binary`, `multiclass` or `multilabel`
     head:str='linear', # `linear`, `attention` (which needs tokens) or `knn`
-    balanced:bool=False, # Weigh classes equally; not for `knn`
+    balanced:bool=False, # Weight classes equally; not for `knn`
     seed:int=0,     # Of `attention`
     device=None,    # Where `attention` trains
 )->tuple: # Head, and the table its settings were chosen from

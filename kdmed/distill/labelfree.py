@@ -1,4 +1,4 @@
-"""Mixed images and softened logits alone, for a long time; or features alone, of any images there are
+"""Two methods that need no labels: long training on mixed images and softened logits, or matching features of any images
 
 Docs: https://kdmed.github.io/kdmed/distill/labelfree.html.md"""
 
@@ -37,7 +37,7 @@ def function_matching(
     temperature=1., # Softens both distributions
     mix=None, # Callback that mixes images, such as `ReplayCutMix(1.)` or fastai's `MixUp`; default: `ReplayMixUp(1.)`
 )->list: # Callbacks: the mixing, and the term
-    "Mixed images for teacher and student alike, and the divergence of their probabilities as the only loss"
+    "The same mixed images for teacher and student, and the divergence of their probabilities as the only loss"
     return [ReplayMixUp(alpha=1.) if mix is None else mix, FunctionMatchingKD(teacher, temperature)]
 
 @register_method('function_matching', 'mixed images, softened logits, no labels; for hundreds of epochs', ALL,

@@ -1,4 +1,4 @@
-"""For tasks with several findings: each finding's own embedding, compared among images, and among the findings of one image
+"""For multi-label tasks: an embedding for each finding, compared among images and among the findings of one image
 
 Docs: https://kdmed.github.io/kdmed/distill/labelwise.html.md"""
 
@@ -61,7 +61,7 @@ class LabelwiseKD(SeveralTerms, EmbeddingKD):
     "Match findings one by one: their logits, and the structure of their embeddings (L2D); for multilabel tasks"
     name,uses_logits,projects = 'l2d',True,'never'
     def __init__(self,
-        teacher,         # `Teacher`, or what it can be created from, of the student's classes
+        teacher,         # `Teacher`, or what it can be created from, with the student's classes
         pairs,           # `[(student layer, teacher layer)]` of what the classifiers read: those of `pair_embeddings`
         # Factor on the term of logits; a number or a function of progress
         logits_weight=FEATURE_WEIGHTS['label_logits'],

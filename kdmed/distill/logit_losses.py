@@ -1,4 +1,4 @@
-"""Distances between the logits of a student and those of its teacher, as one number to minimize
+"""Losses that measure how far the logits of a student are from those of its teacher
 
 Docs: https://kdmed.github.io/kdmed/distill/logit_losses.html.md"""
 
@@ -51,7 +51,7 @@ def check_softmax_classes(
     logits:Tensor, # [B, C]
     instead:str,   # The loss for one logit or many labels
 )->None:
-    "Raise `ValueError` unless a softmax over the classes of `logits` can say anything"
+    "Raise `ValueError` unless a softmax over the classes of `logits` makes sense"
     if logits.ndim!=2 or logits.shape[1]<2:
         raise ValueError(f'{name} must be [B, C] with at least 2 classes, got {tuple(logits.shape)}: '
                          f'a softmax over a single logit is always 1. For one logit or many labels use {instead}')
@@ -232,8 +232,8 @@ def decoupled_loss(
     teacher_logits:Tensor, # Unnormalized scores, [B, C], computed without gradient
     targets:Tensor,        # Class indices, [B]; `UNLABELED` (-100) takes the teacher's most likely class
     temperature:float=4.,  # Softens all distributions
-    target_weight:float=1., # α: how sure of the true class
-    other_weight:float=8.,  # β: what the other classes look like
+    target_weight:float=1., # α: weight of the true class's part
+    other_weight:float=8.,  # β: weight of the other classes' part
     image_weights:Tensor|None=None, # Factor on the loss of each image, [B]
 )->Tensor: # Scalar, in nats: weighted sum divided by the batch size
     "KL(teacher‖student) of the true class against all others, and among those others, weighted, times `temperature`²"
@@ -253,10 +253,10 @@ def normalized_loss(
     teacher_logits:Tensor, # Unnormalized scores, [B, C], computed without gradient
     targets:Tensor,        # Class indices, [B]; `UNLABELED` (-100) takes the teacher's most likely class
     temperature:float=1.,  # λ, softens the other classes only
-    other_weight:float=1.5, # γ: what the other classes look like
+    other_weight:float=1.5, # γ: weight of the other classes' part
     image_weights:Tensor|None=None, # Factor on the loss of each image, [B]
 )->Tensor: # Scalar, in nats: weighted sum divided by the batch size
-    "Cross entropy of the true class by the teacher's probability, and among all others with weight × `temperature`²"
+    "Teacher-weighted cross entropy of the true class, plus that of the others × `other_weight` × `temperature`²"
     check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     _check_several_classes('student_logits', student_logits, 'with a single other class there is nothing to normalize')
     check_temperature(temperature)
@@ -317,7 +317,7 @@ def dist_loss(
 def hard_token_loss(
     token_logits:Tensor,   # Scores of the student's distillation token, [B, C], C ≥ 2
     teacher_logits:Tensor, # Scores of the teacher, [B, C]
-    class_weights:Tensor|None=None, # Factor for the images of each class the teacher decides on, [C]
+    class_weights:Tensor|None=None, # Factor for the images of each class the teacher predicts, [C]
     image_weights:Tensor|None=None, # Factor on the loss of each image, [B]
 )->Tensor: # Scalar, in nats: weighted sum divided by the batch size
     "Cross entropy of the distillation token against the teacher's most likely class"

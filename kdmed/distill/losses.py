@@ -28,14 +28,14 @@ def is_known(
 def has_no_label(
     targets:Tensor, # As for `is_known`
 )->Tensor: # Bool, [B]
-    "True for images of which nothing is known"
+    "True for images without any known label"
     return ~is_known(targets).reshape(len(targets), -1).any(1)
 
 # %% ../../nbs/distill/10_losses.ipynb #600b71e5
 def distillation_mask(
     targets:Tensor, # Numbers, [B] or [B, L], with NaN where nothing is known
 )->Tensor: # Bool, shape of `targets`
-    "True where a distillation term counts: what is known of an image, and all of an unlabeled one"
+    "True where a distillation term counts: the known labels of an image, and all entries of an unlabeled one"
     unlabeled = has_no_label(targets).reshape(-1, *[1]*(targets.ndim-1))
     return is_known(targets) | unlabeled
 
@@ -49,11 +49,11 @@ def _focus(log_p, log_rest, gamma):
 def focal_loss(
     logits:Tensor,  # Unnormalized scores, [B, C], C ≥ 2
     targets:Tensor, # Class indices, [B], from 0 to C-1; images with `UNLABELED` (-100) are left out
-    gamma:float=2., # How strongly easy images are turned down, ≥ 0; 0 is cross entropy
+    gamma:float=2., # How strongly easy images are down-weighted, ≥ 0; 0 is cross entropy
     class_weights:Tensor|None=None, # Factor for the images of each class, [C], such as `inverse_frequency_weights`
     image_weights:Tensor|None=None, # Factor on the loss of each image, [B]
 )->Tensor: # Scalar, in nats: weighted sum divided by the number of labeled images
-    "Cross entropy, each image turned down by its easiness and scaled by the weight of its class"
+    "Cross entropy, each image down-weighted by how easy it is, and scaled by the weight of its class"
     check_softmax_classes('logits', logits, 'bernoulli_focal_loss')
     check_class_targets(targets, logits, 'bernoulli_focal_loss')
     known = is_known(targets)

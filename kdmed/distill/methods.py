@@ -1,4 +1,4 @@
-"""One call from a teacher to a student; every method by its name, with its source, its tasks and its weights
+"""Distill a teacher into a student in one call; methods are selected by name, with their sources, tasks and weights
 
 Docs: https://kdmed.github.io/kdmed/distill/methods.html.md"""
 
@@ -47,7 +47,7 @@ def create_model(
     dls,      # From `image_dls`, or any `DataLoaders`
     seed:int, # Of its initial weights
 )->nn.Module:
-    "A model from a timm name or a function that creates one, on a seed; a Module is taken as it is"
+    "A model from a timm name or a function that creates one, with a seed; a Module is used as it is"
     seed_everything(seed)
     if isinstance(model, str):
         if hasattr(dls, 'task'): return create_student(model, dls.classes, dls.size, dls.task)
@@ -99,7 +99,7 @@ def _check_channels(dls, model):
 
 # %% ../../nbs/distill/45_methods.ipynb #d2171de9
 def _smallest_batch(dls):
-    "Images in the smallest batch of an epoch; None where the loader does not tell"
+    "Images in the smallest batch of an epoch; None if it is unknown"
     train = own_loader(dls.train)
     bs,n = getattr(train, 'bs', None) or getattr(train, 'batch_size', None),len(getattr(train, 'dataset', ()))
     if not bs or not n: return None
@@ -202,7 +202,7 @@ def _create_learner(dls, model, seed, metrics, optimizer, weight_decay):
 
 # %% ../../nbs/distill/45_methods.ipynb #909a8f15
 def _share_fit(learn, cbs):
-    "Callbacks of a fit, with the one that several processes need; what each draws at random is its own from here on"
+    "Callbacks of a fit, with the one that several processes need; each process now draws its own random numbers"
     if process_count()==1: return L(cbs)
     from kdmed.train.distributed import with_processes
     if process_rank(): seed_everything((learn.seed + 1_000_003*process_rank()) % 2**32)
@@ -363,7 +363,7 @@ def methods_table(
     student=None, # A model: its callbacks' weights are shown
     teacher=None, # And its teacher
 )->pd.DataFrame:
-    "What each method does, what it is right for, where it comes from"
+    "What each method does, for which tasks, and where it comes from"
     rows = {name: dict(what=m.what, tasks=m.tasks, source=m.source) for name,m in METHODS.items()}
     for name in rows if student is not None and teacher is not None else ():
         try: cbs = distill_callbacks(name, adapt_student(name, student, teacher), teacher)
@@ -407,7 +407,7 @@ class _StopAtFirstBatch(Callback):
 
 def check_fit(
     dls,    # As for `fit_classifier`
-    model,  # One to throw away
+    model,  # A model that can be discarded
     cbs=(), # Callbacks that would train it
 )->None:
     "Raise the error that a fit would raise at its start, before anything is trained"

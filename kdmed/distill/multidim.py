@@ -1,4 +1,4 @@
-"""Spatial attention, channels, class token and logits of a vision transformer: several terms at once, from a long ViT to a short one
+"""Distill a deep vision transformer into a shallow one: spatial attention, channels, class token and logits, in several terms at once
 
 Docs: https://kdmed.github.io/kdmed/distill/multidim.html.md"""
 
@@ -35,7 +35,7 @@ def _blocks(model, owner):
 def pair_blocks(
     student:nn.Module, # A timm ViT, or what wraps one
     teacher:nn.Module, # Another
-)->list: # [(student layer, teacher layer), …], as `FeatureKD` and its relatives want them
+)->list: # [(student layer, teacher layer), …], as for `FeatureKD` and related callbacks
     "Blocks of two ViTs, paired evenly, the last with the last"
     ours,theirs = _blocks(student, 'student'),_blocks(teacher, 'teacher')
     n = min(len(ours), len(theirs))
@@ -100,7 +100,7 @@ class MultiDimKD(SeveralTerms, FeatureKD):
         for _,layer in self.pairs if self.pairs!=_LATER else (): self.teacher.add_tap(layer, 'raw')
 
     def prepare(self):
-        "Find the pairs; see that the heads of both models read their class tokens"
+        "Find the pairs; check that the heads of both models read their class tokens"
         if self.given is None: self.pairs = pair_blocks(self.learn.model, self.teacher.model)
         models = dict(student=self.learn.model, teacher=self.teacher.model) if self.tokens else {}
         for owner,model in models.items(): _check_token_read(model, owner)
@@ -117,7 +117,7 @@ class MultiDimKD(SeveralTerms, FeatureKD):
         return places,token
 
     def maps(self, xb=None): # (student, teacher) for each pair: [B, D, N, 1], the class token in front of N patches
-        "Tokens of both sides, of the same places"
+        "Tokens of both models, of the same places"
         return [_columns(*pair, self.tokens) for pair in super().maps(xb)]
 
     def values(self, names):

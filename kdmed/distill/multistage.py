@@ -1,4 +1,4 @@
-"""Distil one thing after another, or the parts of a network one by one: weights that follow a schedule, and early exits with terms of their own
+"""Distill in stages: weights that follow a schedule, and early exits with loss terms of their own
 
 Docs: https://kdmed.github.io/kdmed/distill/multistage.html.md"""
 
@@ -65,10 +65,10 @@ def during(
 # %% ../../nbs/distill/40_multistage.ipynb #a77497e6
 # Long because: one class with a term for each exit
 class MultiStageKD(SeveralTerms, DistillCallback):
-    "Train the exits of a student and its final logits by labels and a teacher; without one, by its own final logits"
+    "Train the exits and final logits of a student with labels and a teacher; without one, with its own final logits"
     name,needs_teacher = 'mskd',False
     def __init__(self,
-        # `Teacher`, or what it can be created from, of the student's classes; None: the student's own final logits
+        # `Teacher`, or what it can be created from, with the student's classes; None: the student's own final logits
         # are the target of its exits
         teacher=None,
         temperature=10.,     # Softens all logits; a number or a function of progress

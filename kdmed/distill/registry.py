@@ -1,4 +1,4 @@
-"""A method is registered where it is defined, with its tasks and its source; from then on it is known by its name
+"""Register a distillation method under a name, with its tasks and its source
 
 Docs: https://kdmed.github.io/kdmed/distill/registry.html.md"""
 
@@ -17,10 +17,10 @@ from ..core.checks import check_in
 # %% ../../nbs/distill/12_registry.ipynb #f307af5f
 @dataclass(frozen=True)
 class Method:
-    "A published way to distil: what creates its callbacks, and what is known about it"
+    "A published way to distill: a function that creates its callbacks, and a description"
     make:Callable # From (student, teacher) to a list of callbacks
     what:str      # What it does, in a few words
-    tasks:str     # What it is right for, such as `ALL`
+    tasks:str     # Tasks that it suits, such as `ALL`
     source:str    # Where it comes from
     needs:str=''  # What the student must have: `token`, `exits`, or be a `vit`, as its teacher
     teacher:bool=True # Whether it needs a teacher besides the student itself
@@ -39,13 +39,13 @@ def _is_same(new, old):
 def register_method(
     name:str,    # As users will write it
     what:str,    # What it does, in a few words
-    tasks:str,   # What it is right for: `ALL`, `SEVERAL`, or in your words
+    tasks:str,   # Tasks that it suits: `ALL`, `SEVERAL`, or in your own words
     source:str,  # Author and year
     needs:str='', # What the student must have: `token`, `exits`, or be a `vit`, as its teacher
     teacher:bool=True, # Whether it needs a teacher besides the student itself
     adapt=None,  # Function from (student, teacher) to the student it trains, where that is another model
 ): # Decorator for a function from (student, teacher) to a list of callbacks; returns the function
-    "Make a method known by its name: in `distill`, `methods_table`, `compare_methods` and the `kdmed` command"
+    "Register a method under a name, for `distill`, `methods_table`, `compare_methods` and the `kdmed` command"
     check_in(needs, NEEDS, 'needs')
     texts = dict(name=name, what=what, tasks=tasks, source=source)
     for argument,text in texts.items():

@@ -1,4 +1,4 @@
-"""With few classes there is little to learn from logits: each class is split by the directions in which the teacher's embeddings vary within it, and the student learns the parts
+"""For tasks with few classes: split each class along the directions in which the teacher's embeddings vary within it, and distill the subclasses
 
 Docs: https://kdmed.github.io/kdmed/distill/subclasses.html.md"""
 
@@ -79,14 +79,14 @@ class SubclassKD(EmbeddingKD):
     uses_logits = True
     not_settings = *EmbeddingKD.not_settings,'directions'
     def __init__(self,
-        teacher,          # `Teacher`, or what it can be created from, of the student's classes
+        teacher,          # `Teacher`, or what it can be created from, with the student's classes
         pairs,            # `[(student layer, teacher layer)]`, such as those of `pair_embeddings`
         weight=FEATURE_WEIGHTS['subclass'], # Factor on this term; a number or a function of progress
         label_weight=1.,  # Factor on the label loss
         subclasses:int=4, # Parts of each class, at least 2; one more than there are directions
-        sharpness:float=1., # Factor on the coordinates, which have variance 1: how clearly subclasses are told apart
+        sharpness:float=1., # Factor on the coordinates, which have variance 1: how clearly subclasses are separated
         temperature=1.,   # Softens the distribution over all subclasses; a number or a function of progress
-        images:int=4096,  # At most so many training images are used to find the directions
+        images:int=4096,  # Largest number of training images that are used to find the directions
     ):
         self.subclasses = check_integer(subclasses, 'subclasses', least=2)
         self.sharpness = check_number(sharpness, 'sharpness', above=0)
@@ -160,7 +160,7 @@ class SubclassKD(EmbeddingKD):
         return means.cpu(),directions.cpu()
 
     def free_directions(self):
-        "Projection onto what the teacher's classifier does not read; None where this is unknown, or nothing is left"
+        "Projection onto what the teacher's classifier does not read; None if it is unknown or nothing is left"
         layer,name = find_classifier(self.teacher.model)
         if layer!=self.pairs[0][1]: return None
         weight = get_layer(self.teacher.model, name).weight

@@ -1,4 +1,4 @@
-"""A frozen model, several, or an average of the student's own past: what a student learns from
+"""What a student learns from: a frozen model, several models, or an average of its own past weights
 
 Docs: https://kdmed.github.io/kdmed/distill/teacher.html.md"""
 
@@ -92,7 +92,7 @@ class Teacher:
         # Means and deviations of its normalization; default: those it was trained with, where the model or Learner
         # says so, else the student's
         stats=None,
-        weights='mean', # Of several models: `mean`, `valid_loss` (exp(-validation loss), normalized), or a number each
+        weights='mean', # Of several models: `mean`, `valid_loss` (exp(-validation loss), normalized), or numbers
         checkpoint=None, # File of weights, for a timm name
         task:str='multiclass', # `binary`, `multiclass` or `multilabel`, for a timm name
         # Unpickle an exported Learner, or a checkpoint with more than tensors, which can run any code that is in it
@@ -114,7 +114,7 @@ class Teacher:
         self._reset()
 
     def _reset(self):
-        "What is known before the student's data are"
+        "The state before the student's data are known"
         self.taps,self.capture,self._batch = [],None,None
         self.evaluated_on = None # loader of validation images
         self.stats,self.order,self.exclusive = None,None,None # of the student's data
@@ -492,7 +492,7 @@ def _find_problem(teacher, theirs, ours):
 class WrappedTeacher(Teacher):
     "A teacher that wraps another one, `teacher`, and behaves like it except where a method is overridden"
     def __init__(self,
-        teacher:Teacher, # What the rest is passed on to
+        teacher:Teacher, # The teacher to which everything else is passed on
     ): self.teacher = teacher
 
     def __getattr__(self, name):
@@ -537,7 +537,7 @@ class MeanTeacher(WrappedTeacher):
     def same_as(self, other): return self is other
 
     def begin(self, learn):
-        "Copy the student, unless that was done; for a learning rate test, whose steps do not count, once more"
+        "Copy the student, unless this was done; copy it again for a learning rate test, whose steps do not count"
         self.clear()
         student = unwrap(learn.model)
         if self.student is None or self.student() is not student:

@@ -1,4 +1,4 @@
-"""What did the student keep, what did it lose, for which class, and how sure is that?
+"""What did the student keep, what did it lose, for which class, and how certain is that?
 
 Docs: https://kdmed.github.io/kdmed/evaluate/index.html.md"""
 

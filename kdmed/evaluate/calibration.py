@@ -1,4 +1,4 @@
-"""Whether a predicted 80 % is right in eight of ten cases, how to achieve that, and how to choose thresholds
+"""Check whether predictions of 80 % are right in eight of ten cases, correct them if not, and choose thresholds
 
 Docs: https://kdmed.github.io/kdmed/evaluate/calibration.html.md"""
 
@@ -78,7 +78,7 @@ FEWEST_IN_BIN = 10 # images; the share of a smaller bin says little, and is not 
 
 def plot_reliability(
     table:pd.DataFrame,  # From `reliability`
-    ax=None,             # Axes to draw on, perhaps over other models; default: a new figure
+    ax=None,             # Axes to draw on, perhaps with other models on them; default: a new figure
     name:str='model',    # In the legend; teacher, plain and distilled have their own colors
     error:float=None,    # Calibration error for the legend, such as a mean over training seeds; default: the table's
     seeds:int=1,         # Training seeds whose predictions of the same images the table counts
@@ -306,7 +306,7 @@ def _best_cut(p, actual, criterion, at_least):
 
 # %% ../../nbs/evaluate/05_calibration.ipynb #ec330517
 def _by_class(probs, targets, classes, task):
-    "By class that gets a threshold: its probabilities and labels, of the images where the label is known"
+    "For each class that gets a threshold: probabilities and labels of the images where the label is known"
     classes = check_classes(classes, task)
     probs = check_probs(probs, classes, task).clip(0, 1)
     actual,known = check_targets(targets, len(probs), classes, task)

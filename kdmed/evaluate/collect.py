@@ -1,4 +1,4 @@
-"""All numbers of a comparison of several models on the same images, from their predictions
+"""Compute all numbers of a comparison of several models on the same images, from their predictions
 
 Docs: https://kdmed.github.io/kdmed/evaluate/collect.html.md"""
 
@@ -136,7 +136,7 @@ def check_model_names(
     argument:str, # What errors call it
     holds:str,    # What it must contain: `models` or `predictions`
 )->None:
-    "Raise an error unless models have usable names, none of which is nearly, but not quite, one with a meaning"
+    "Raise an error unless models have usable names; also for a name that almost equals one with a meaning"
     if not isinstance(models, dict):
         raise TypeError(f"{argument} must be a dict from names to {holds}, such as "
                         f"{{'plain': …, 'distilled': …}}, got {type(models).__name__}")
@@ -202,9 +202,8 @@ def check_serious(
 def serious_of(
     table, # Image table, perhaps with `table.attrs['serious']`
 )->list:
-    "The serious classes that an image table names, those of them that its images can have"
+    "The serious classes named by an image table, as far as its images can have them"
     return [c for c in table.attrs.get('serious', ()) if c in table.attrs['classes']]
-
 
 # %% ../../nbs/evaluate/41_collect.ipynb #bd7388bc
 # Long because: 14 documented arguments; the steps themselves are 25 lines

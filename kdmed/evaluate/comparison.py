@@ -216,9 +216,9 @@ def rehearse_report(
     models=('teacher', 'plain', 'distilled'),
     seeds=1,      # Training seeds, or their number
     subgroups=(), # Columns of the image table
-    folder=None,  # Where the report will be saved: tried, and left as it was; default: a temporary folder
+    folder=None,  # Where the report will be saved: tested, and left unchanged; default: a temporary folder
 )->list: # Sentences about parts that the report will lack; empty if there are none
-    "Make the whole report from random predictions before anything is trained; raises what would fail"
+    "Make the whole report from random predictions before anything is trained; raises the errors that would occur"
     table,valid = dls.test.table.reset_index(drop=True),getattr(getattr(dls, 'valid', None), 'table', None)
     table.attrs = dls.test.table.attrs
     columns = check_subgroups(subgroups, table)

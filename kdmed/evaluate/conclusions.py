@@ -1,4 +1,4 @@
-"""What a comparison shows, as data first and in words second: harm before anything else
+"""What a comparison shows, as data and in words, beginning with harm
 
 Docs: https://kdmed.github.io/kdmed/evaluate/conclusions.html.md"""
 
@@ -64,7 +64,7 @@ def p_text(
 
 # %% ../../nbs/evaluate/42_conclusions.ipynb #aaa9da0a
 def _called(name, start=False):
-    "A model within a sentence, or at its start"
+    "The name of a model within a sentence, or at its start"
     if name not in ('teacher', 'plain', 'distilled'): return name
     return ('The ' if start else 'the ') + (name if name == 'teacher' else f'{name} student')
 
@@ -517,7 +517,7 @@ class Missing(Conclusion):
 
 @dataclass(frozen=True, repr=False)
 class Note(Conclusion):
-    "What whoever made the run has noted about it"
+    "A note from whoever made the run"
     text:str
     def __str__(self): return self.text
 

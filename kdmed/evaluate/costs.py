@@ -28,8 +28,8 @@ def measure_costs(
     """Cost of each model on the device it is on.
 
     Name: parameters, macs, file_mb, batch; for one image and (`_batch`) for a batch: latency_ms, throughput (images/s),
-    memory_mb (peak, weights included). A model with a method `own_costs(size, batch)` is asked: one that is no network
-    has other work on an image than on noise, and no operations to count.
+    memory_mb (peak, weights included). A model with a method `own_costs(size, batch)` reports its own costs: if it is
+    not a network, images take other work than noise, and there are no operations to count.
     """
     batch = check_integer(batch, 'batch', 1)
     def tried(part, make): return make() if missing is None else attempt(part, make, missing)

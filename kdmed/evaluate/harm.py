@@ -19,7 +19,7 @@ FEWEST_GROUPS = 5 # of a class; with images of fewer groups it is not judged
 
 def harm_check(
     probs:dict,  # Name: list of probabilities [N, C], one for each seed
-    pairs,       # Names (a, b): whether a has lost sensitivity compared with b
+    pairs,       # Names (a, b), to test whether a has lost sensitivity compared with b
     given:dict,  # targets, classes, groups, task, n_boot, seed and level, as for `compare_predictions`
 )->pd.DataFrame: # A row for each pair and class
     "Classes for which one model has a lower or higher sensitivity than another, with Holm's correction over classes"

@@ -1,4 +1,4 @@
-"""Tables and charts of a report's page: one file, complete without a script; with it, a reader can sort, hide and hover
+"""Tables and charts for a report in one HTML file, which is complete without its script; with it, readers can sort, hide and hover
 
 Docs: https://kdmed.github.io/kdmed/evaluate/html.html.md"""
 

@@ -1,4 +1,4 @@
-"""Does a student look where its teacher looks, do maps point at what the model uses, and do they depend on the model at all?
+"""Does a student use the same places as its teacher, do maps show what the model uses, and do they depend on the model at all?
 
 Docs: https://kdmed.github.io/kdmed/evaluate/interpret.html.md"""
 
@@ -111,7 +111,7 @@ def explanation_agreement(
     top:float=.2,      # Share of pixels whose overlap is measured
     seed:int=0,        # Of the draws
 )->pd.DataFrame: # Rows `pearson`, `spearman`, `overlap`; columns as below
-    """How far two models look at the same places, and by how much more than at those of other images.
+    """How far the maps of two models agree, and by how much more than those of different images.
 
     Columns: `value`, `low`, `high`; `chance`; `excess` with its interval; the `images` for which it is defined; `note`.
     """
@@ -210,7 +210,7 @@ def _check_by_name(given, argument, kind):
             raise TypeError(f'{argument}[{name!r}] must be a {expected}, got {type(one).__name__}')
 
 def plot_pixel_curves(
-    curves:dict, # Name: what `deletion_insertion` gave, for the same images
+    curves:dict, # Name: its result from `deletion_insertion`, for the same images
 ): # Figure
     "Mean curves of deletion and insertion, with the mean area under each"
     _check_by_name(curves, 'curves', PixelCurves)
@@ -279,7 +279,7 @@ def _similarity_row(intact, now, w, ssim):
 # %% ../../nbs/evaluate/35_interpret.ipynb #66bf9be6
 @delegates(saliency_maps)
 def randomization_check(
-    model,               # Module or Learner; a copy is destroyed
+    model,               # Module or Learner; a copy is randomized
     images,              # Normalized batch [B, C, H, W]
     targets=None,        # Class to explain, as for `saliency_maps`; default: the class that the intact model predicts
     method='grad-cam',   # One of `SALIENCY_METHODS`, or a function of model, images and class indices to maps [B, H, W]
@@ -290,7 +290,7 @@ def randomization_check(
     stats=None,          # Means and deviations of the images' normalization; default: the model's
     **kwargs,            # Passed on to `saliency_maps`
 )->pd.DataFrame: # A row for each stage, from the head down; columns as below
-    """How similar maps stay while the model is destroyed, stage after stage from the head down.
+    """How similar maps stay while the model is randomized, stage after stage from the head down.
 
     Columns: `spearman` with its interval, the `images` for which it is defined, `note`, and `ssim`.
     """
@@ -311,7 +311,7 @@ def randomization_check(
 
 # %% ../../nbs/evaluate/35_interpret.ipynb #c4de5eaf
 def plot_randomization(
-    results:dict, # Name of a method: what `randomization_check` gave
+    results:dict, # Name of a method: its result from `randomization_check`
     ax=None,      # Axes to draw on; default: new ones
 ): # Axes
     "Similarity to the intact model's maps, from the head down"

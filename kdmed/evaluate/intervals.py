@@ -141,7 +141,7 @@ def interval_of(
     value:float, # On all images
     draws,       # The value in each replicate [n_boot]
     left_out,    # The value without each block of groups, for BCa; None for percentiles
-    note:str,    # What is known of the interval so far
+    note:str,    # Note on the interval so far
     level:float, # Coverage, in (0, 1)
 )->tuple:
     "Lower and upper end of an interval, and the note"
@@ -155,7 +155,7 @@ def interval_of(
 
 # %% ../../nbs/evaluate/10_intervals.ipynb #3ac6ae3e
 def check_groups(
-    groups,  # Patient, lesion or tile of each image, `[N]`; None where every image is its own group
+    groups,  # Patient, lesion or tile of each image, `[N]`; None if every image is its own group
     targets, # True labels, one for each image
 ): # Groups, as many as images
     "Groups, one for each image"

@@ -112,7 +112,7 @@ class MetricByName(Metric):
     "Any metric of `scores`, your own included, for fastai's `Learner(metrics=...)`; NaN where it is undefined"
     def __init__(self,
         name:str,        # As for `scores`, such as `macro_auroc` or `sensitivity/mel`
-        classes=None,    # Default: those of `dls`; with data that are not of `image_dls`, give classes and task
+        classes=None,    # Default: those of `dls`; for data that are not from `image_dls`, give classes and task
         task:str=None,   # Default: that of `dls`
         pool:str=None,   # `mean`, `max` or `vote`: of patients instead of images, as in `pool_by_group`
     ):
@@ -257,7 +257,7 @@ def agreement(
     level:float=.95,     # Of the intervals
     seed:int=0,          # Of the draws
 )->pd.DataFrame: # A row for each measure: value, low, high, `of` (the number of decisions it is based on), note
-    "How far a student's predictions follow its teacher's, with intervals over groups"
+    "How closely a student's predictions follow its teacher's, with intervals over groups"
     if not 0 < level < 1: raise ValueError(f'level must be between 0 and 1, got {level}')
     student,teacher = _check_pair(student, teacher, targets, classes, task)
     groups = range(len(targets)) if groups is None else groups

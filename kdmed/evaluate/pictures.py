@@ -1,4 +1,4 @@
-"""Metrics, harm, subgroups, reliability, confusion, ROC curves and costs of all models in one style
+"""Figures of metrics, harm, subgroups, reliability, confusion, ROC curves and costs of all models, in one style
 
 Docs: https://kdmed.github.io/kdmed/evaluate/pictures.html.md"""
 
@@ -226,7 +226,7 @@ def _undefined_rocs(comparison):
 def draw_costs(
     comparison, # A `Comparison` with costs
 ): # Figure
-    "Quality against cost of each model: its operations, or, where there is a model without, the time for an image"
+    "Quality against cost of each model: its operations, or the time for an image, if a model has no operations"
     cost = 'macs' if all('macs' in cost for cost in comparison.costs.values()) else 'latency_ms'
     ax = plot_tradeoff(tradeoff_table(comparison.scores, comparison.costs), cost)
     ax.set_title(fold_text(caption(comparison.about), 84), fontsize=10)

@@ -81,7 +81,7 @@ def training_history(
 
 # %% ../../nbs/evaluate/25_plots.ipynb #bfc497eb
 def _history_groups(history):
-    "Columns of a training log by what they are"
+    "Columns of a training log by kind"
     columns = [c for c in history if c not in ('model', 'run', 'epoch', 'time')]
     losses = [c for c in columns if c in ('train_loss', 'valid_loss')]
     terms = columns[columns.index('label_loss'):] if 'label_loss' in columns else []
@@ -525,7 +525,7 @@ def plot_roc(
     n_boot:int=1000,       # Bootstrap replicates; 0 for no bands
     level:float=.95,       # Share of the replicates within the bands
     seed:int=0,            # Of the draws
-): # Figure; the axes, if there is but one curve
+): # Figure; the axes, if there is only one curve
     "ROC curves of several models, a panel for each class, with AUROC and its interval"
     points,areas = roc_curves(probs, targets, classes, groups, task, n_boot, level, seed, VERTICES)
     return _plot_curves('roc', points, areas, curves, ax)
@@ -541,14 +541,14 @@ def plot_pr(
     n_boot:int=1000,       # Bootstrap replicates; 0 for no bands
     level:float=.95,       # Share of the replicates within the bands
     seed:int=0,            # Of the draws
-): # Figure; the axes, if there is but one curve
+): # Figure; the axes, if there is only one curve
     "Precision against recall of several models, a panel for each class, with average precision and its interval"
     points,areas = pr_curves(probs, targets, classes, groups, task, n_boot, level, seed, VERTICES)
     return _plot_curves('pr', points, areas, curves, ax)
 
 # %% ../../nbs/evaluate/25_plots.ipynb #ffbf3294
 def _checked_predictions(model, dl):
-    "Probabilities, what is true and what is known, each `[N, C]`, classes and task of the images of a loader"
+    "Probabilities, true labels and known labels, each `[N, C]`, classes and task of the images of a loader"
     check_loader(dl)
     task = dl.table.attrs['task']
     classes = check_classes(dl.table.attrs['classes'], task)
@@ -951,7 +951,7 @@ def _draw_map(ax, places, targets, classes):
     ax.spines[:].set_visible(True)
 
 class _MapQuality(NamedTuple):
-    "How much of a map is in the features"
+    "How well a map represents the features"
     trustworthiness:float
     agreement:float # Of neighbors in the features
     in_map:float    # Of neighbors in the map

@@ -1,4 +1,4 @@
-"""A report is shared: it must not reveal where the data are stored, nor what the files of patients are called
+"""Keep paths and names of files out of reports that will be shared
 
 Docs: https://kdmed.github.io/kdmed/evaluate/privacy.html.md"""
 

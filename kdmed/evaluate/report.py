@@ -1,4 +1,4 @@
-"""A comparison as a page to read, to send and to print
+"""A comparison as a report in Markdown and HTML, to read, send and print
 
 Docs: https://kdmed.github.io/kdmed/evaluate/report.html.md"""
 
@@ -351,7 +351,7 @@ def report_facts(
 
 # %% ../../nbs/evaluate/45_report.ipynb #13893295
 class Verdict(NamedTuple):
-    "What a report says first"
+    "The first part of a report"
     sentences:list # A `Conclusion` each: harm, then other losses, then what was kept or gained
     title:str      # Of the sentences about classes
     classes:list   # A `ClassSensitivity` each

@@ -1,4 +1,4 @@
-"""A report in a folder: written completely or not at all, and read again
+"""Save a report to a folder, completely or not at all, and load it again
 
 Docs: https://kdmed.github.io/kdmed/evaluate/report_files.html.md"""
 

@@ -1,4 +1,4 @@
-"""Which places of an image determine a model's prediction: Grad-CAM, Score-CAM, LIME and attention rollout, for teachers and students of any kind
+"""Maps of the places in an image that determine a prediction: Grad-CAM, Score-CAM, LIME and attention rollout, for teachers and students of any kind
 
 Docs: https://kdmed.github.io/kdmed/evaluate/saliency.html.md"""
 
@@ -75,7 +75,7 @@ def explained_model(
     model,    # Module or Learner
     task:str, # The task, or None to take that of the model
 )->tuple:
-    "What is to be explained: the Module without its wrappers, names of its classes, its task"
+    "The Module to explain, without its wrappers, the names of its classes, and its task"
     dls,module = (model.dls,model.model) if isinstance(model, Learner) else (None,model)
     if not isinstance(module, nn.Module):
         raise TypeError(f'model must be a Module or a Learner, got {type(model).__name__}')
@@ -210,7 +210,7 @@ def saliency_maps(
     return maps[0] if len(maps)==1 else _unit(np.mean(maps, 0))
 
 def _unit(maps):
-    "Each map stretched to [0, 1]; a constant one becomes 0"
+    "Each map rescaled to [0, 1]; a constant one becomes 0"
     low,high = (f(maps, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
     return np.divide(maps-low, high-low, out=np.zeros(maps.shape, np.float32), where=high>low)
 
@@ -305,7 +305,7 @@ def _places(t, owner, name):
                      'pass larger images, or make a CNN with output_stride=8')
 
 def _earlier(owner, name):
-    "What to look at instead of a stage that ends in one place"
+    "A layer to use instead of a stage that ends in one place"
     try: stages = stage_names(owner)
     except ValueError: return 'an earlier layer'
     last,before = stages[-1],stages[-2:-1]
@@ -351,7 +351,7 @@ _MAPPERS['grad-cam'] = _grad_cam
 
 # %% ../../nbs/evaluate/30_saliency.ipynb #309565d9
 def _masks_from(channels, size):
-    "Channels [N, 1, h, w], enlarged to the image and stretched to [0, 1]"
+    "Channels [N, 1, h, w], enlarged to the image and rescaled to [0, 1]"
     masks = F.interpolate(channels, size, mode='bilinear', align_corners=True)
     low,high = masks.amin((2, 3), keepdim=True),masks.amax((2, 3), keepdim=True)
     return (masks-low) / (high-low+1e-8)

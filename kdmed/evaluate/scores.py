@@ -644,7 +644,7 @@ _BUILT_IN.update(BY_CLASS, OVERALL)
 def metrics_table(
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
 )->pd.DataFrame: # A row for each metric: what it is, forms of its name, whether higher is better, and its range
-    "The metrics of a task, each once; those of your own included"
+    "The metrics of a task, each once, including your own"
     by_class = {key: m for key,m in BY_CLASS.items() if task in m.tasks}
     overall = {'quadratic_kappa': OVERALL['quadratic_kappa']} if task == 'multilabel' else {}
     overall |= {key: m for key,m in OVERALL.items() if task in m.tasks}
@@ -753,7 +753,7 @@ def scores(
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
     weights=None,        # How often each image counts, `[n_boot, N]`, as from `group_weights`; default: once
     metrics=None,        # Names out of `metric_names`, in the order wanted; default: `default_metrics`
-    # Group of each image `[N]`, from 0, where `weights` are of groups, `[n_boot, G]`, as from `group_draws`
+    # Group of each image `[N]`, from 0, if `weights` are those of groups, `[n_boot, G]`, as from `group_draws`
     codes=None,
 )->Scores: # Floats, or arrays `[n_boot]` where `weights` are given; NaN where undefined
     "Metrics of predictions, once or in many weighted replicates; a macro mean is NaN in a replicate that lacks a class"

@@ -1,4 +1,4 @@
-"""DeLong for two AUROCs, McNemar for two accuracies, Holm for many classes, and what several splits and seeds add up to
+"""DeLong for two AUROCs, McNemar for two accuracies, Holm for many classes, and intervals over several splits and seeds
 
 Docs: https://kdmed.github.io/kdmed/evaluate/significance.html.md"""
 

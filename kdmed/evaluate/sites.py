@@ -1,4 +1,4 @@
-"""What a student's errors are at its own thresholds, on two sites: prevalence, sensitivity, specificity and calibration, and which differences are beyond chance
+"""Compare a student at two sites, at its own thresholds: prevalence, sensitivity, specificity and calibration, and which differences are beyond chance
 
 Docs: https://kdmed.github.io/kdmed/evaluate/sites.html.md"""
 
@@ -24,7 +24,7 @@ def decide(
     probs,      # Calibrated probabilities [N, C]
     classes:list, # Names
     task:str,   # `binary`, `multiclass` or `multilabel`
-    thresholds=None, # By class; None: that finding is not decided
+    thresholds=None, # By class; None: no decision for that finding
 )->tuple: # Decided, bool [N, C]; and which classes are decided, bool [C]
     "The decisions of a student: the likeliest class, or what is above its threshold (default: one half)"
     probs,classes = check_probs(probs, classes, task),check_classes(classes, task)
@@ -71,7 +71,7 @@ def site_figures(
 # A row for each of `prevalence/CLASS`, `excess/CLASS` (mean probability − prevalence), `sensitivity/CLASS`,
 # `specificity/CLASS`, and metrics of all classes: value, low, high; cases and of, where it is a share
 )->pd.DataFrame:
-    "What a student does on the images of a site, at its thresholds"
+    "Performance of a student on the images of a site, at its thresholds"
     level,classes = check_number(level, 'level', above=0, below=1),check_classes(classes, task)
     probs,groups = check_probs(probs, classes, task),np.asarray(check_groups(groups, targets))
     actual,known = check_targets(targets, len(probs), classes, task)
@@ -111,7 +111,7 @@ _WORDS = {
 def figure_label(
     name:str, # Of a row of `site_figures`
 )->str:
-    "What a figure is, in words"
+    "The name of a figure in words"
     kind,_,c = name.partition('/')
     return _WORDS.get(kind, kind).format(c=c)
 
@@ -121,7 +121,7 @@ def compare_sites(
 # A row for each figure of both: before and after, difference, each with low and high; `shifted`: the interval of the
 # difference excludes 0
 )->pd.DataFrame:
-    "What is different at another site"
+    "Differences between two sites"
     names = [n for n in after.index if n in before.index]
     ends = ['value', 'low', 'high']
     a,b = (f.loc[names, ends].astype(float) for f in (after, before))

@@ -1,4 +1,4 @@
-"""Browse the mistakes of one model or several, and see a teacher's outputs soften, with controls in the notebook and pictures where no kernel runs
+"""Browse the mistakes of one or several models, and explore a teacher's outputs at different temperatures: with controls in a notebook, as pictures where no kernel runs
 
 Docs: https://kdmed.github.io/kdmed/evaluate/widgets.html.md"""
 
@@ -612,7 +612,7 @@ def explore_temperature(
     targets=None,          # As for `browse_mistakes`; marks the true labels
     task:str='multiclass', # `binary`, `multiclass` or `multilabel`
     groups=None,           # Patient, lesion or tile of each image, `[N]`; default: those of a loader
-    temperature:float=4.,  # At the beginning, from 1/4 to 16
+    temperature:float=4.,  # Initial temperature, from 1/4 to 16
 )->TemperatureExplorer: # `widget`, `select`, `value`, `probs`, `numbers`, `picture`
     "See soft outputs, their entropy and the distance between models as the temperature changes"
     checked = {model: _check_logits(z, classes, task) for model,z in _by_model(logits, 'logits', 'teacher').items()}
