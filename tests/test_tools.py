@@ -79,7 +79,7 @@ def test_site_lets_good_links_pass(link, tmp_path):
     '01_core.ipynb', '../01_core.ipynb#second', '../other.html', '#there', '../none.png', f'{SITE}/other.html',
     f'{Config.git_url}/blob/main/none.py',
     'attachment:a.png', '../../setup.py'])
-@pytest.mark.parametrize('form', ['[a]({})', '![a]({})', '<img src="{}">', '[a]: {}'])
+@pytest.mark.parametrize('form', ['[a]({})', '![a]({})', '<img src="{}" alt="a">', '[a]: {}'])
 def test_site_finds_dead_links(link, form, tmp_path):
     found = site_problems(tmp_path, '## Here\n\n' + form.format(link))
     assert len(found) == 1 and link in found[0]
