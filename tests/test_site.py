@@ -256,7 +256,8 @@ def test_no_page_is_wider_than_a_telephone(style, tmp_path):
     cells = ''.join(f'<td>column{i}</td>' for i in range(30))
     css = (ROOT/'nbs'/'styles.css').read_text(encoding='utf-8') if style else ''
     (tmp_path/'a.html').write_text(f'''<!DOCTYPE html><meta name="viewport" content="width=device-width">
-<style>{css}</style><main><h1>{long}</h1><p><code>{long}</code></p><pre><code>{'x = 1; '*40}</code></pre><table><tr>{cells}</tr></table>
+<style>{css}</style><main><h1>{long}</h1><p><code>{long}</code></p><pre><code>{'x = 1; '*40}</code></pre>
+<table><tr>{cells}</tr></table>
 <div class="cell-output"><pre><code>{'1'*300}</code></pre></div>
 <img alt="" width="900" height="20" src="data:,"></main>''')
     with open_browser(tmp_path/'profile') as driver:

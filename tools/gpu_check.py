@@ -132,7 +132,7 @@ def a_fit(dls, teacher, *cbs, student=None, epochs=3):
     from fastai.learner import Learner
     from kdmed.models.create import create_student
     seed_everything(0)
-    student = student or create_student('test_resnet', 3, 32)
+    if student is None: student = create_student('test_resnet', 3, 32)
     learn = Learner(dls, student, loss_func=dls.loss_func, cbs=[LogitKD(teacher), *cbs])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2)
     with learn.no_bar(): return float(learn.validate()[0]),learn.get_preds()[0].float()
