@@ -68,7 +68,8 @@ def test_methods_stand_below_their_class_each_under_an_anchor(monkeypatch):
     monkeypatch.setattr(page_processors, 'linked_methods', lambda cls: ['told', 'moved'])
     found = page_processors.methods_text(Kind)
     assert '#### Kind.told\n' in found and '*What it says*' in found and '#### Kind.size\n\n*How many*' in found
-    assert found.endswith('[]{#kind.bare} []{#kind.after_epoch} []{#kind.moved}')
+    anchors = [f'<span id="kind.{name}"></span>' for name in ('bare', 'after_epoch', 'moved')]
+    assert found.endswith('\n\n' + ''.join(anchors))
     assert '_own' not in found and '---' not in found
 
 def test_every_heading_has_an_anchor_of_its_own(monkeypatch):

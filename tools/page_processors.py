@@ -95,7 +95,7 @@ def public_methods(cls):
 
 def method_text(qualified, method):
     "Markdown that documents a method under an anchor; without a docstring, and of a callback's hooks, the anchor alone"
-    if not inspect.getdoc(method) or HOOK.search(qualified): return f'[]{{#{qualified.lower()}}}'
+    if not inspect.getdoc(method) or HOOK.search(qualified): return f'<span id="{qualified.lower()}"></span>'
     if isinstance(method, property): return f'#### {qualified}\n\n*{inspect.getdoc(method)}*'
     text = BasicMarkdownRenderer(method, name=qualified, title_level=4)._repr_markdown_()
     text = text.replace('#LNone)', f'#L{inspect.getsourcelines(method)[1]})') # nbdev finds lines of functions only
@@ -111,9 +111,10 @@ def methods_text(cls):
     "Markdown for all methods of a class: those that are documented, then anchors of the others"
     methods = dict(public_methods(cls))
     texts = [method_text(f'{cls.__name__}.{name}', m) for name,m in methods.items()]
-    texts += [f'[]{{#{cls.__name__.lower()}.{name.lower()}}}' for name in linked_methods(cls) if name not in methods]
-    bare = ' '.join(t for t in texts if t.startswith('[]'))
-    return '\n\n'.join([*(t for t in texts if not t.startswith('[]')), *([bare] if bare else [])])
+    texts += [f'<span id="{cls.__name__.lower()}.{name.lower()}"></span>'
+              for name in linked_methods(cls) if name not in methods]
+    bare = ''.join(t for t in texts if t.startswith('<span'))
+    return '\n\n'.join([*(t for t in texts if not t.startswith('<span')), *([bare] if bare else [])])
 
 class AddMethods(Processor):
     "Below the documentation of a class that of its methods, each under its anchor"
