@@ -49,7 +49,7 @@ def jobs():
     yield Job('tests', 'tests that skip without a GPU', tests, ('pytest', *LEARNING), 1, 60)
     told = 'a compiled student is distilled, and has the logits of the plain one'
     yield Job('compile', told, part('compile'), LEARNING, 1, 90)
-    yield Job('two_gpus', 'two processes on two GPUs train as one', part('two_gpus'), LEARNING, 2, 90)
+    yield Job('two_gpus', '`kdmed distill` as two processes on two GPUs', part('two_gpus'), LEARNING, 2, 90)
     for name in bench_names():
         command = tool(ROOT/'tests'/'bench.py', '--only', name, '--out', os.devnull)
         yield Job('bench', f'benchmark {name}', command, LEARNING, 1, 60)
