@@ -5,7 +5,7 @@ BIN     := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all ci wheel-test cases bench coverage prepare readme docs clean
+.PHONY: help install demo test test-all ci wheel-test cases bench gpu coverage prepare readme docs clean
 
 # Notebooks run side by side, so one thread each; and what they print must be the same everywhere, without a dependency's own warnings
 test test-all ci coverage prepare: export OMP_NUM_THREADS ?= 1
@@ -43,6 +43,9 @@ cases: install ## Print the table of cases that are tested, kind by kind
 bench: install ## Measure, and write bench.json
 	$(BIN)/python tests/bench.py
 
+gpu: install ## Run within ten minutes what waits for a GPU, and write gpu_report.md; without one, say what it would run
+	$(BIN)/python tools/gpu_check.py
+
 coverage: install ## Run the lessons against the installed package, and report the lines they miss
 	$(BIN)/python -m coverage run -m pytest --lessons
 	$(BIN)/python -m coverage report --show-missing
@@ -56,10 +59,11 @@ prepare: install ## Before a commit: export modules, run all lessons and keep th
 readme: install ## Render README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
-docs: install ## Build the site in _docs (needs quarto)
+docs: install ## Build the site in _docs (needs quarto); RELEASE=1 for the site of a release
 	@command -v quarto >/dev/null || { echo 'Building the site needs quarto: https://quarto.org' >&2; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-docs --n-workers $(WORKERS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/tools" $(BIN)/nbdev-docs --n-workers $(WORKERS)
+	$(BIN)/python tools/finish_site.py finish _docs $(if $(RELEASE),--release)
 
 clean: ## Remove what the other targets made, except .venv and runs
-	rm -rf _proc _docs build dist *.egg-info .pytest_cache .coverage htmlcov nbs/sidebar.yml bench.json
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .coverage htmlcov nbs/sidebar.yml bench.json gpu_report.md
 	find kdmed nbs tests tools -name __pycache__ -prune -exec rm -rf {} +

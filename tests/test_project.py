@@ -84,7 +84,9 @@ def test_quarto_config_is_a_link():
     link = NBS/'_quarto.yml'
     assert link.is_symlink() and os.readlink(link) == '../_quarto.yml', 'make it one: ln -sfn ../_quarto.yml nbs/_quarto.yml'
 
-def sidebar(): return yaml.safe_load(read('_quarto.yml'))['website']['sidebar']['contents']
+def sidebar():
+    "Contents of all sidebars, in order"
+    return [item for bar in yaml.safe_load(read('_quarto.yml'))['website']['sidebar'] for item in bar['contents']]
 
 def sidebar_pages(contents):
     "Notebooks named in a Quarto sidebar, in order"

@@ -4,7 +4,7 @@ import base64, json, sys
 import pytest
 from fastcore.nbio import mk_cell, new_nb, write_nb
 
-import check, install, pages, readme, stages
+import check, finish_site, gpu_check, install, pages, readme, release, stages
 
 PNG = base64.b64encode(b'not really a picture').decode()
 SITE = 'https://kdmed.github.io/kdmed'
@@ -79,7 +79,7 @@ def test_site_lets_good_links_pass(link, tmp_path):
     '01_core.ipynb', '../01_core.ipynb#second', '../other.html', '#there', '../none.png', f'{SITE}/other.html',
     f'{Config.git_url}/blob/main/none.py',
     'attachment:a.png', '../../setup.py'])
-@pytest.mark.parametrize('form', ['[a]({})', '![a]({})', '<img src="{}">', '[a]: {}'])
+@pytest.mark.parametrize('form', ['[a]({})', '![a]({})', '<img src="{}" alt="a">', '[a]: {}'])
 def test_site_finds_dead_links(link, form, tmp_path):
     found = site_problems(tmp_path, '## Here\n\n' + form.format(link))
     assert len(found) == 1 and link in found[0]
@@ -127,7 +127,7 @@ def test_the_table_of_the_house_counts_what_it_says(tmp_path, monkeypatch):
     (tmp_path/'kdmed/data/b.py').write_text("__all__ = ['g']\nfrom .a import _h, f\nfrom os import _exit\ndef g(): pass\n")
     why = '# Long because: one table, read at once\n'
     cells = [dict(cell_type='code', id=str(i), source=lines) for i,lines in enumerate([
-        ['#| export\n', *['x = 1\n']*40], ['#| export\n', why, *['x = 1\n']*40], ['y' + ' '*120]])]
+        ['#| export\n', *['x = 1\n']*40], ['#| export\n', why, *['x = 1\n']*40], ['#| fig-alt: ' + 'a'*120 + '\n', 'y' + ' '*120]])]
     (tmp_path/'nbs/data/00_a.ipynb').write_text(json.dumps(dict(cells=cells)))
     (tmp_path/'tests/test_a.py').write_text('z'*121 + '\n' + 'z'*120)
     found = {k: number for k,(number,_) in house.measure().items()}
@@ -186,3 +186,87 @@ def test_a_failing_check_does_not_hide_the_others(monkeypatch, capfd):
     monkeypatch.setenv('KDMED_STARTED', '0')
     assert stages.run('test', '2')==['bad'] and 'bad (FAILED)' in capfd.readouterr().out
     assert stages.run('ci', '2')==['bad'] and 'Not run, for want of time: late' in capfd.readouterr().out
+
+# -- a release
+
+CHANGES = '# Changelog\n\n## [0.2.0] - {date}\n\n### Added\n\n- more\n\n## [0.1.0] - 2026-01-31\n\n- first\n'
+
+@pytest.fixture
+def releasable(tmp_path):
+    (tmp_path/'kdmed').mkdir()
+    (tmp_path/'kdmed'/'__init__.py').write_text('"""kdmed"""\n__version__ = "0.2.0"\n')
+    (tmp_path/'CITATION.cff').write_text('cff-version: 1.2.0\nversion: 0.2.0\ndate-released: 2026-02-01\n')
+    (tmp_path/'_quarto.yml').write_text('website:\n  navbar:\n    title: kdmed 0.2.0 # the version\n')
+    (tmp_path/'CHANGELOG.md').write_text(CHANGES.format(date='2026-02-01'))
+    return tmp_path
+
+def test_a_tag_is_released_if_all_files_agree(releasable):
+    assert list(release.problems('v0.2.0', releasable))==[]
+    found = release.sections(CHANGES)
+    assert found['0.2.0'][1]=='### Added\n\n- more' and found['0.1.0']==('2026-01-31', '- first')
+
+@pytest.mark.parametrize('file, text, told', [
+    ('kdmed/__init__.py', '__version__ = "0.1.0"\n', 'states 0.1.0, the tag 0.2.0'),
+    ('CITATION.cff', 'version: 0.1.0\ndate-released: 2026-02-01\n', 'CITATION.cff states 0.1.0'),
+    ('CITATION.cff', 'version: 0.2.0\n', 'must state `date-released: 2026-02-01`'),
+    ('_quarto.yml', '    title: kdmed 0.1.0\n', '_quarto.yml states 0.1.0'),
+    ('CHANGELOG.md', CHANGES.format(date='Unreleased'), "'Unreleased' as the date"),
+    ('CHANGELOG.md', '## [0.1.0] - 2026-01-31\n\n- first\n', 'has no section'),
+    ('CHANGELOG.md', '## [0.2.0] - 2026-02-01\n', 'says nothing of 0.2.0')])
+def test_what_keeps_a_tag_from_being_released_is_named(file, text, told, releasable):
+    (releasable/file).write_text(text)
+    found = list(release.problems('v0.2.0', releasable))
+    assert len(found)==1 and told in found[0]
+
+def test_a_tag_has_the_form_of_a_version(releasable): assert 'like v0.1.0' in next(release.problems('0.2', releasable))
+
+def test_the_citation_is_of_this_version():
+    import yaml
+    cited = yaml.safe_load((check.ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    assert cited['version']==finish_site.package_version() and cited['license']=='Apache-2.0'
+    assert {'cff-version', 'message', 'title', 'authors'} <= cited.keys()
+
+def test_every_workflow_and_form_is_readable():
+    import yaml
+    folder = check.ROOT/'.github'
+    flows = {p.name: yaml.safe_load(p.read_text(encoding='utf-8')) for p in (folder/'workflows').glob('*.yml')}
+    steps = flows['release.yml']['jobs']
+    assert steps['test']['needs']=='check' and steps['wheel']['needs']=='test' and steps['index']['needs']=='wheel'
+    assert steps['index']['permissions']=={'id-token': 'write'} and steps['site']['with']=={'release': True}
+    for called in ('test-all.yml', 'docs.yml'): assert 'workflow_call' in flows[called][True] # YAML reads `on` as true
+    for path in (folder/'ISSUE_TEMPLATE').glob('*.yml'):
+        form = yaml.safe_load(path.read_text(encoding='utf-8'))
+        if path.name in ('bug.yml', 'question.yml'):
+            asked = {f.get('id'): f for f in form['body']}['check']
+            assert 'kdmed check' in asked['attributes']['label'] and asked['validations']['required']
+
+# -- a GPU
+
+def job(name, code, needs=(), n=1, seconds=20):
+    return gpu_check.Job(name, 'for a test', [sys.executable, '-c', code], needs, n, seconds)
+
+def test_jobs_for_a_gpu_are_run_and_reported(tmp_path):
+    some = [job('good', 'print("fine")'), job('bad', 'raise SystemExit("broken")'),
+            job('poor', '', ('no_such_package',)), job('pair', '', n=2), job('slow', 'import time; time.sleep(60)', seconds=.5), job('late', '', seconds=1000)]
+    said = []
+    found = gpu_check.run_all(some, 1, budget=30, tell=said.append)
+    assert [r.state.split(':')[0] for r in found]==[
+        'passed', 'failed', 'needs no_such_package', 'needs 2 GPUs, there is 1', 'failed', 'not run']
+    assert 'not done after 2 s' in found[4].state and len(said)==6
+    text = gpu_check.report(found, ['- 1 × a GPU'])
+    assert '1 passed, 2 failed, 3 not run' in text and '## bad: for a test\n\n~~~\nbroken\n~~~' in text
+
+def test_without_a_gpu_it_is_said_what_would_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, 'gpus', lambda: (0, 'torch sees no GPU'))
+    monkeypatch.setattr(sys, 'argv', ['gpu_check.py', '--out', str(tmp_path/'report.md')])
+    gpu_check.main()
+    told = capsys.readouterr().out
+    assert 'nothing is run' in told and not (tmp_path/'report.md').exists()
+    assert {j.name for j in gpu_check.jobs()}=={'amp', 'rates', 'lessons', 'tests', 'compile', 'two_gpus', 'bench'}
+    assert all(f'{j.name} ' in told and j.about in told for j in gpu_check.jobs())
+    assert sum(j.seconds for j in gpu_check.jobs()) <= gpu_check.BUDGET + 90
+
+def test_every_lesson_that_needs_a_gpu_is_among_the_jobs():
+    marked = {p.relative_to(check.ROOT).as_posix() for p in (check.ROOT/'nbs').rglob('[!_.]*.ipynb')
+              if '"#| cuda' in p.read_text(encoding='utf-8')}
+    assert marked==set(gpu_check.cuda_pages()) and marked <= {a for j in gpu_check.jobs() for a in j.command}

@@ -787,6 +787,12 @@ def _deal_out_or_note(table, o):
         if table.split.isna().any(): raise
         return table,[f'kdmed distill refuses this split: {e}']
 
+def _versions_note():
+    "What someone who looks into a fault needs to know"
+    facts = environment()
+    versions = ', '.join(f'{name} {facts[name]}' for name in ('kdmed', 'python', 'torch', 'timm', 'fastai'))
+    return f'Versions: {versions}; on {facts["device"]}'
+
 def check_command(
     o:dict, # Options by name
 )->int: # Exit status
@@ -795,7 +801,7 @@ def check_command(
     table,notes = _deal_out_or_note(read_table(o), o) # reading prints the card
     print(f'\nImages of each split and class:\n{_counts_table(table)}')
     notes += [*_split_notes(table), _readable_note(table, o, loading)]
-    notes += [*_copies_notes(table, o), *_resource_notes(table, o)]
+    notes += [*_copies_notes(table, o), *_resource_notes(table, o), _versions_note()]
     print('\n' + '\n'.join(f'- {n}' if n.endswith('.') else f'- {n}.' for n in notes))
     return 0
 

@@ -403,7 +403,11 @@ class PushOptions:
 OPTION_KINDS += ServeOptions,PushOptions
 
 # %% ../../nbs/cli/00_options.ipynb #be7295b0
-def option(name): return '--' + name.replace('_', '-')
+def option(
+    name:str, # An argument
+)->str: # Such as `--group-pattern`
+    "What an argument is called on the command line"
+    return '--' + name.replace('_', '-')
 
 @contextmanager
 def naming(
