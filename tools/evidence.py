@@ -338,11 +338,12 @@ def main():
     warnings.filterwarnings('ignore')
     job = Job(args.data, args.work)
     if args.what=='collect': return collect(job)
-    core = set(core_runs())
+    factors = {*factor_runs()} - {*core_runs()} # their rows are enough
     for run in plan():
-        done = is_finished(job.folder(run)) or is_landed(run) or (run in factor_runs() and run not in core and has_row(run))
+        done = is_finished(job.folder(run)) or is_landed(run) or (run in factors and has_row(run))
         if args.what=='list': print('done' if done else 'open', run.name)
-        if args.what=='valid' and is_finished(job.folder(run)): print({k: round(v, 3) for k,v in job.figures(run, 'valid').items()}, run.name)
+        if args.what=='valid' and is_finished(job.folder(run)):
+            print({k: round(v, 3) for k,v in job.figures(run, 'valid').items()}, run.name)
         if args.what!='run' or done: continue
         print(time.strftime('%H:%M:%S'), run.name, flush=True)
         job.do(run)
