@@ -75,9 +75,10 @@ def _join(command, o):
 # %% ../../nbs/cli/10_app.ipynb #4c83dfb7
 _RECIPE_OUT = Parameter(name='--out', group=RUNNING,
                         help='folder of the run; without it, the card is printed and nothing is run')
-_STUDENT = Parameter(help='folder of a kdmed distill run, or a bundle', show_default=False)
+_STUDENT = Parameter(help='folder of a kdmed distill run, a bundle, or hf-hub:OWNER/NAME', show_default=False)
 _RUN = Parameter(help='folder of a finished kdmed distill run', show_default=False)
-_EITHER = Parameter(help='folder of a kdmed distill run, a bundle, or an ONNX file', show_default=False)
+_EITHER = Parameter(help='folder of a kdmed distill run, a bundle, an ONNX file, or hf-hub:OWNER/NAME',
+                    show_default=False)
 _IMAGES = Parameter(help='image files, folders, CSV lists with a column image', show_default=False)
 _FILE_OUT = Parameter(name='--out', help='CSV file to write', group=RUNNING)
 _FOLDER_OUT = Parameter(name='--out', help='folder to make', group=RUNNING)
@@ -129,12 +130,11 @@ def _check(path:Annotated[Optional[str], _PATH]=None, /, *, data:DataOptions=Dat
     return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
 
 # %% ../../nbs/cli/10_app.ipynb #4c74c3a8
-_SOURCE = Parameter(help='folder of a bundle, file of export_onnx, or hf-hub:OWNER/NAME', show_default=False)
-_BUNDLE = Parameter(help='folder of a bundle', show_default=False)
+_BUNDLE = Parameter(help='folder of a kdmed distill run, or a bundle', show_default=False)
 _TARGET = Parameter(help='OWNER/NAME on the hub, or local-dir:FOLDER for the same files in a folder',
                     show_default=False)
 
-def _serve(source:Annotated[str, _SOURCE], /, *, serve:ServeOptions=ServeOptions()):
+def _serve(source:Annotated[str, _EITHER], /, *, serve:ServeOptions=ServeOptions()):
     """Answer images with probabilities and decisions, over HTTP
 
     Only this machine can ask, unless --host says otherwise. Ctrl-C ends it."""
