@@ -474,6 +474,14 @@ def test_a_request_that_has_begun_is_answered_when_the_service_ends(served, pict
 
 
 @pytest.mark.slow(20)
+def test_the_command_serves_with_the_filters_of_the_training(folder, monkeypatch):
+    from kdmed.cli import main
+    module,given = sys.modules['kdmed.ship.serve'],[] # the package has a function of this name
+    monkeypatch.setattr(module, 'serve', lambda source, **options: given.append(options['preprocess']))
+    for more in ((), ('--preprocess', 'clahe')): assert main(['serve', str(folder), *more])==0
+    assert [list(map(str, filters)) for filters in given]==[[], ['CLAHE(clip_limit=0.01, tiles=8)']]
+
+
 def test_what_the_command_says(folder, tmp_path):
     def said(*args):
         done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'kdmed.cli', 'serve', *map(str, args)],

@@ -108,6 +108,7 @@ def _batches(rows, preprocess, bs):
         batch,pixels = [],0
     if batch: yield batch
 
+# %% ../../nbs/ship/20_predict.ipynb #shq00121
 def _as_it_is(pixels): return pixels
 
 def _numbers(p):
