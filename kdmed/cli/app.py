@@ -150,7 +150,8 @@ def _push(bundle:Annotated[str, _BUNDLE], repo_id:Annotated[str, _TARGET], /, *,
 def _export(path:Annotated[str, _STUDENT], /, *, export:ExportOptions=ExportOptions(), force:_REPLACE=False):
     """Make a file or folder to hand on of a student that kdmed distill has trained
 
-    Several at once are possible. Nothing that exists is replaced without --force."""
+    Several at once are possible. Nothing that exists is replaced without --force. Files for phones are made in Python,
+    with export_executorch and export_coreml of kdmed.ship."""
     return _use('export', path=path, **asdict(export), force=force)
 
 def _quantize(run:Annotated[str, _RUN], /, *, out:Annotated[str, _FOLDER_OUT],
@@ -166,7 +167,6 @@ def _predict(student:Annotated[str, _EITHER], /, *images:Annotated[str, _IMAGES]
 
     What cannot be read is listed with the reason. Stopped, the same command resumes."""
     return _use('predict', student=student, images=list(images), out=out, **asdict(use), force=force)
-
 
 # %% ../../nbs/cli/10_app.ipynb #760e5fdf
 def _report(*, report:ReportOptions, out:Annotated[str, _FOLDER_OUT], force:_REPLACE=False):
