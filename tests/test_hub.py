@@ -2,16 +2,21 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from kdmed.models import add_distillation_token, add_exits, create_student, load_student, set_model_stats, truncate_vit
 from kdmed.models.weights import hub_student
@@ -123,8 +128,11 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch):
 
 # -- a server that plays the hub
 
+def commit_of(files): return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+
+
 class Hub(BaseHTTPRequestHandler):
-    "As much of the hub as its client asks for; repositories are dicts, commits numbers"
+    "As much of the hub as its client asks for; repositories are dicts, and so are their commits"
     protocol_version = 'HTTP/1.1'
     def log_message(self, *args): pass
 
@@ -146,13 +154,16 @@ class Hub(BaseHTTPRequestHandler):
         if not match: return self.send(200)
         files = state['repositories'].get(match[1])
         if files is None: return self.send(404, dict(error='Repository not found'), X_Error_Code='RepoNotFound')
-        sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        sha = state['tags'].get(match[2], match[2])
+        files = state['history'].get(sha, files) # an older commit
+        sha = commit_of(files)
+        if match[2] not in (None, 'main', sha, *state['tags']):
+            return self.send(404, dict(error='Invalid rev id'), X_Error_Code='RevisionNotFound')
         if api and '/tree/' in path:
             return self.send(200, [dict(type='file', path=n, size=len(d), oid='0'*40) for n,d in files.items()])
         if api:
             return self.send(200, dict(id=match[1], modelId=match[1], sha=sha, private=True,
                                        siblings=[dict(rfilename=n) for n in files]))
-        if match[2] not in ('main', sha): return self.send(404, X_Error_Code='RevisionNotFound')
         if match[3] not in files: return self.send(404, X_Error_Code='EntryNotFound', X_Repo_Commit=sha)
         data = files[match[3]]
         self.send(200, data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=sha)
@@ -162,6 +173,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         state,path = self.server.state,urlsplit(self.path).path.strip('/')
         body = self.rfile.read(int(self.headers['Content-Length']))
+        state['tokens'].add(self.headers['Authorization'])
         state['asked'].append(f'POST {path}')
         if state.get('refuses') and state['refuses'] in path: return self.send(state['status'], dict(error='no'))
         if path=='api/validate-yaml': return self.send(200, dict(errors=[], warnings=[]))
@@ -173,16 +185,29 @@ class Hub(BaseHTTPRequestHandler):
             state['repositories'][name] = {}
             state['private'] = asked.get('private') or asked.get('visibility')=='private' # older and newer clients
             return self.send(200, dict(url=f"{state['url']}/{name}"))
+        if path.endswith('.git/info/lfs/objects/batch'):
+            def place(o): return dict(upload=dict(href=f"{state['url']}/large/{o['oid']}"))
+            return self.send(200, dict(objects=[o | dict(actions=place(o)) for o in json.loads(body)['objects']]))
         name = re.match(r'api/models/([^/]+/[^/]+)/', path)[1]
         if '/preupload/' in path:
-            return self.send(200, dict(files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False)
+            def how(f): return 'lfs' if f['path'] in state['large'] else 'regular'
+            return self.send(200, dict(files=[dict(path=f['path'], uploadMode=how(f), shouldIgnore=False)
                                               for f in json.loads(body)['files']]))
         for line in map(json.loads, body.splitlines()):
             value = line['value']
+            if line['key']=='lfsFile': state['repositories'][name][value['path']] = state['objects'][value['oid']]
             if line['key']=='file': state['repositories'][name][value['path']] = base64.b64decode(value['content'])
             if line['key']=='deletedFile': del state['repositories'][name][value['path']]
         state['commits'] = state.get('commits', 0)+1
+        files = dict(state['repositories'][name])
+        state['history'][commit_of(files)] = files
         self.send(200, dict(commitUrl=f"{state['url']}/{name}/commit/1", commitOid='1'*40))
+
+    def do_PUT(self):
+        "A large file, to where the batch said"
+        data = self.rfile.read(int(self.headers['Content-Length']))
+        self.server.state['objects'][hashlib.sha256(data).hexdigest()] = data
+        self.send(200)
 
 
 @pytest.fixture
@@ -190,7 +215,7 @@ def hub(monkeypatch, tmp_path):
     from huggingface_hub import constants
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     url = f'http://127.0.0.1:{server.server_address[1]}'
-    server.state = dict(repositories={}, asked=[], url=url)
+    server.state = dict(repositories={}, asked=[], url=url, history={}, tags={}, large=(), objects={}, tokens=set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in ('NO_PROXY', 'no_proxy'): monkeypatch.setenv(name, '127.0.0.1')
     monkeypatch.setattr(constants, 'ENDPOINT', url)
@@ -245,6 +270,43 @@ def test_a_newer_student_is_found(hub, tmp_path):
     commit = hub_student('hf-hub:me/mine').name
     assert load_bundle(f'hf-hub:me/mine@{commit}').student.spec['model']=='test_efficientnet'
     assert load_bundle(old).student.spec['model']=='test_resnet'
+    first = next(iter(hub['history']))
+    hub['tags']['v1.0'] = first
+    for revision in (first, 'v1.0'): # the newest commit is another student
+        assert load_bundle(f'hf-hub:me/mine@{revision}').student.spec['model']=='test_resnet'
+    with pytest.raises(OSError, match='me/mine@v2 could not be loaded: RevisionNotFoundError'):
+        load_bundle('hf-hub:me/mine@v2')
+
+
+COMMANDS = """
+import sys
+from kdmed.cli import main
+folder = sys.argv[1]
+for line in (['push', f'{folder}/b', 'me/mine'],
+             ['predict', 'hf-hub:me/mine', f'{folder}/a.png', '--out', f'{folder}/p.csv'],
+             ['export', 'hf-hub:me/mine', '--bundle', f'{folder}/copy'],
+             ['predict', 'hf-hub:me/pickle', f'{folder}/a.png', '--out', f'{folder}/q.csv']):
+    print(main(line))
+"""
+
+
+@pytest.mark.slow(30)
+def test_commands_in_another_process_use_the_hub(hub, tmp_path, pictures):
+    "As a user sets it: HF_ENDPOINT and a token; the weights go the way of large files"
+    bundle = bundle_of(student(), tmp_path/'b')
+    Image.fromarray(pictures[0]).save(tmp_path/'a.png')
+    hub['large'],hub['repositories']['me/pickle'] = ('model.safetensors',),{'pytorch_model.bin': b'cos\nsystem\n'}
+    env = os.environ | dict(HF_ENDPOINT=hub['url'], HF_HOME=str(tmp_path/'home'), HF_TOKEN='hf_of_mine',
+                            HF_HUB_DISABLE_XET='1', NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', COMMANDS, str(tmp_path)], capture_output=True,
+                          text=True, env=env)
+    statuses = [line for line in done.stdout.splitlines() if line.isdigit()]
+    assert statuses==['0', '0', '0', '2'] and 'as a pickle only' in done.stderr, done.stdout+done.stderr
+    assert hub['objects'] and hub['tokens']=={'Bearer hf_of_mine'}
+    assert not any('pytorch_model.bin' in a for a in hub['asked']) and not (tmp_path/'q.csv').exists()
+    found = pd.read_csv(tmp_path/'p.csv')[['probability_a', 'probability_b', 'probability_c']]
+    assert np.allclose(found, bundle.predict(pictures[0]), atol=1e-5)
+    assert load_bundle(tmp_path/'copy').predict(pictures).equals(bundle.predict(pictures))
 
 
 @pytest.mark.parametrize('files,text', [
@@ -277,7 +339,7 @@ def test_a_repository_that_does_not_exist(hub):
     with pytest.raises(OSError,
                        match='hf-hub:a/none could not be loaded: RepositoryNotFoundError.*Alternatives: local-dir'):
         load_bundle('hf-hub:a/none')
-    for name in ('hf-hub:none', 'hf-hub:', 'hf-hub:a/b/c'):
+    for name in ('hf-hub:none', 'hf-hub:', 'hf-hub:a/b/c', 'hf-hub:@v1', 'hf-hub:a/../b'):
         with pytest.raises(ValueError, match='must name a repository as hf-hub:OWNER/NAME'): load_student(name)
 
 
@@ -307,10 +369,13 @@ def test_no_network_is_told_within_ten_seconds(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow(10)
-def test_the_command_pushes(tmp_path):
+def test_the_command_pushes(tmp_path, capsys):
     from kdmed.cli import main
     save_bundle(student(), tmp_path/'b', calibrate=False)
     assert main(['push', str(tmp_path/'b'), f"local-dir:{tmp_path/'hub'}"])==0
     assert load_bundle(tmp_path/'hub').classes==['a', 'b', 'c']
     assert main(['push', str(tmp_path/'b'), f"local-dir:{tmp_path/'hub'}"])==2
     assert main(['push', str(tmp_path/'b'), 'mine'])==2
+    for line in ([str(tmp_path/'b'), 'local-dir:'], [str(tmp_path/'b'/'student.json'), 'me/mine']):
+        assert main(['push', *line])==2
+    assert 'must name a folder' in (said := capsys.readouterr().err) and 'student.json is a file' in said

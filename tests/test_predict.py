@@ -21,7 +21,7 @@ from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
 from kdmed.models import create_student, save_student, set_model_stats
 from kdmed.ship import (
-    compare_prediction_files, evaluate_bundle, load_bundle, predict_files, save_bundle)
+    OnnxModel, compare_prediction_files, evaluate_bundle, load_bundle, predict_files, save_bundle)
 
 onnx = pytest.importorskip('onnx')
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -119,6 +119,11 @@ def damage(place, kind):
     if kind=='newer': by_hand(file, kdmed_format=99)
     if kind=='classes': by_hand(file, classes=['a', 'b'], thresholds=dict(c=.5))
     if kind=='json': by_hand(file, mean='[[[[')
+    if kind=='size': by_hand(file, size=0)
+    if kind=='exits': by_hand(file, exits=10**9) # as many names would fill the memory
+    if kind=='negative': by_hand(file, exits=-1)
+    if kind=='stats': by_hand(file, mean=[1, 2, 3, 4, 5])
+    if kind=='infinite': by_hand(file, std='[1, 1, Infinity]')
     if kind=='external':
         proto = onnx.ModelProto.FromString(data)
         proto.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
@@ -134,6 +139,9 @@ def damage(place, kind):
 @pytest.mark.parametrize('kind,said', [
     ('truncated', 'is no ONNX file'), ('foreign', 'is no ONNX file'), ('empty', 'it has 0 bytes'),
     ('newer', 'of a newer kdmed'), ('classes', 'thresholds of a binary task'), ('json', 'property mean'),
+    ('size', 'property size cannot be 0'), ('exits', 'property exits cannot be 1000000000'),
+    ('negative', 'property exits cannot be -1'), ('stats', 'property mean cannot be'),
+    ('infinite', 'property std cannot be'),
     ('external', 'refers to other files'),
     ('operation', 'cannot be run by onnxruntime')])
 def test_a_damaged_onnx_file_predicts_nothing(place, capsys, kind, said):
@@ -242,6 +250,41 @@ def test_dicom_files_named_by_a_uid(place):
     (place/'dicom'/'README').write_text('no image')
     done = predict_files(place/'student.onnx', place/'dicom', place/'p.csv')
     assert (done.images, done.unreadable)==(1, 0) and abs(read(place/'p.csv').probability_malignant[0]-.5) < 1e-6
+
+
+def without_numbers(place):
+    "The ONNX file with a weight that is NaN"
+    from onnx import numpy_helper
+    proto = onnx.ModelProto.FromString((place/'student.onnx').read_bytes())
+    weights, = [t for t in proto.graph.initializer if t.name=='weights']
+    weights.CopyFrom(numpy_helper.from_array(np.float32([[np.nan], [0], [0]]), 'weights'))
+    (place/'nan.onnx').write_bytes(proto.SerializeToString())
+    return place/'nan.onnx'
+
+
+def test_no_decision_without_numbers(place, capsys):
+    "A student that computes NaN has not said benign"
+    status,out,err = kdmed(capsys, 'predict', without_numbers(place), place/'images', '--out', place/'p.csv')
+    table = read(place/'p.csv')
+    assert status==0 and '12 could not be' in out and (table.decision=='').all() and (table.probability_benign=='').all()
+    assert table.error.str.contains('no finite numbers').all()
+    with pytest.raises(ValueError, match='those of image 0 are not'):
+        OnnxModel(place/'nan.onnx').predict(np.zeros((8, 8, 3), np.uint8), 'decisions')
+
+
+def test_images_of_kinds_that_are_not_read_are_listed(place):
+    for name in ('phone.heic', 'slide.mrxs', 'head.nii.gz', 'notes.md', 'scan.mhd'): (place/'images'/name).write_text('?')
+    shutil.copy(next((place/'images').rglob('*.png')), place/'images'/'a.jfif')
+    table = read(predict_files(place/'student.onnx', place/'images', place/'p.csv').file)
+    failed = table[table.error!=''].image.map(lambda i: Path(i).name)
+    assert len(table)==17 and sorted(failed)==['head.nii.gz', 'phone.heic', 'scan.mhd', 'slide.mrxs']
+
+
+def test_filters_that_are_not_those_of_the_training_are_noted(place, capsys):
+    line = 'predict',place/'student.onnx',place/'images','--out',place/'p.csv','--force','--preprocess','median'
+    assert 'go through MedianFilter' in kdmed(capsys, *line)[2]
+    by_hand(place/'student.onnx', preprocess=['CLAHE()'])
+    assert 'the student was trained on went through CLAHE()' in kdmed(capsys, *line)[2]
 
 
 def test_large_images_make_small_batches(place, monkeypatch):
@@ -419,6 +462,14 @@ def test_a_site_is_evaluated(place, bundle, capsys):
     assert status==2 and '--out' in err and 'pass --force' in err
     made = compare_prediction_files(place/'site'/'predictions.csv', n_boot=20)
     assert made.about['images']==12
+
+
+def test_a_site_where_nothing_shifted_says_so(bundle):
+    "The same images again"
+    table = split_groups(tissue(160, 32, 2), sizes=(.2, .4, .4))
+    site = evaluate_bundle(bundle, table[table.split=='test'].reset_index(drop=True), n_boot=50)
+    assert not site.shift.shifted.any() and len(site.sentences())==1
+    assert site.sentences()[0].startswith(f'None of {site.shift.difference.notna().sum()} figures differ')
 
 
 def test_a_site_of_one_class(bundle):

@@ -214,6 +214,7 @@ def test_a_bad_image_among_good_ones_is_counted(client):
     (lambda c: post(c, b'a=b', 'application/x-www-form-urlencoded'), 415, 'paths and addresses are not opened'),
     (lambda c: post(c, good, 'multipart/form-data'), 400, 'no boundary'),
     (lambda c: post(c, b'--x\r\n', 'multipart/form-data; boundary=x'), 400, 'cut off'),
+    (lambda c: post(c, b'--x\r\n', f"multipart/form-data; boundary={'x'*5000}"), 400, 'the form cannot be read'),
     (lambda c: post(c, b'??', 'multipart/form-data; boundary=x'), 400, 'cannot be read'),
     (lambda c: c.post('/predict', files=dict(path=(None, '/etc/passwd'))), 400, "field 'path' of the form is no file"),
     (lambda c: c.post('/predict', json=dict(url='http://127.0.0.1/x.png')), 415, 'paths and addresses are not opened'),
@@ -256,6 +257,15 @@ def test_an_inner_jpeg_that_is_larger_than_its_dicom_file_says_is_refused(client
     pydicom.dcmwrite(file, ds, enforce_file_format=True)
     response = post(client, file.getvalue(), 'application/dicom')
     assert response.status_code==400 and '160,000 pixels, and may have 20,000' in response.json()['error']
+
+
+def test_no_decision_without_numbers(tmp_path):
+    "A student that computes NaN has not said a class"
+    model = student()
+    bundle = load_bundle(save_bundle(model, tmp_path/'b', calibrate=False))
+    bundle.student.fc.bias.data[0] = float('nan')
+    response = post(TestClient(create_app(bundle)), good)
+    assert response.status_code==500 and 'no finite numbers for image 0' in response.json()['error']
 
 
 def test_more_than_the_queue_holds_is_told_to_come_again(folder):
@@ -464,6 +474,14 @@ def test_a_request_that_has_begun_is_answered_when_the_service_ends(served, pict
 
 
 @pytest.mark.slow(20)
+def test_the_command_serves_with_the_filters_of_the_training(folder, monkeypatch):
+    from kdmed.cli import main
+    module,given = sys.modules['kdmed.ship.serve'],[] # the package has a function of this name
+    monkeypatch.setattr(module, 'serve', lambda source, **options: given.append(options['preprocess']))
+    for more in ((), ('--preprocess', 'clahe')): assert main(['serve', str(folder), *more])==0
+    assert [list(map(str, filters)) for filters in given]==[[], ['CLAHE(clip_limit=0.01, tiles=8)']]
+
+
 def test_what_the_command_says(folder, tmp_path):
     def said(*args):
         done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'kdmed.cli', 'serve', *map(str, args)],

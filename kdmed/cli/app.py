@@ -75,9 +75,10 @@ def _join(command, o):
 # %% ../../nbs/cli/10_app.ipynb #4c83dfb7
 _RECIPE_OUT = Parameter(name='--out', group=RUNNING,
                         help='folder of the run; without it, the card is printed and nothing is run')
-_STUDENT = Parameter(help='folder of a kdmed distill run, or a bundle', show_default=False)
+_STUDENT = Parameter(help='folder of a kdmed distill run, a bundle, or hf-hub:OWNER/NAME', show_default=False)
 _RUN = Parameter(help='folder of a finished kdmed distill run', show_default=False)
-_EITHER = Parameter(help='folder of a kdmed distill run, a bundle, or an ONNX file', show_default=False)
+_EITHER = Parameter(help='folder of a kdmed distill run, a bundle, an ONNX file, or hf-hub:OWNER/NAME',
+                    show_default=False)
 _IMAGES = Parameter(help='image files, folders, CSV lists with a column image', show_default=False)
 _FILE_OUT = Parameter(name='--out', help='CSV file to write', group=RUNNING)
 _FOLDER_OUT = Parameter(name='--out', help='folder to make', group=RUNNING)
@@ -129,12 +130,11 @@ def _check(path:Annotated[Optional[str], _PATH]=None, /, *, data:DataOptions=Dat
     return _run('check', replace(data, data=path or data.data), loading, pixels, models, training, run)
 
 # %% ../../nbs/cli/10_app.ipynb #4c74c3a8
-_SOURCE = Parameter(help='folder of a bundle, file of export_onnx, or hf-hub:OWNER/NAME', show_default=False)
-_BUNDLE = Parameter(help='folder of a bundle', show_default=False)
+_BUNDLE = Parameter(help='folder of a kdmed distill run, or a bundle', show_default=False)
 _TARGET = Parameter(help='OWNER/NAME on the hub, or local-dir:FOLDER for the same files in a folder',
                     show_default=False)
 
-def _serve(source:Annotated[str, _SOURCE], /, *, serve:ServeOptions=ServeOptions()):
+def _serve(source:Annotated[str, _EITHER], /, *, serve:ServeOptions=ServeOptions()):
     """Answer images with probabilities and decisions, over HTTP
 
     Only this machine can ask, unless --host says otherwise. Ctrl-C ends it."""
@@ -150,7 +150,8 @@ def _push(bundle:Annotated[str, _BUNDLE], repo_id:Annotated[str, _TARGET], /, *,
 def _export(path:Annotated[str, _STUDENT], /, *, export:ExportOptions=ExportOptions(), force:_REPLACE=False):
     """Make a file or folder to hand on of a student that kdmed distill has trained
 
-    Several at once are possible. Nothing that exists is replaced without --force."""
+    Several at once are possible. Nothing that exists is replaced without --force. Files for phones are made in Python,
+    with export_executorch and export_coreml of kdmed.ship."""
     return _use('export', path=path, **asdict(export), force=force)
 
 def _quantize(run:Annotated[str, _RUN], /, *, out:Annotated[str, _FOLDER_OUT],
@@ -166,7 +167,6 @@ def _predict(student:Annotated[str, _EITHER], /, *images:Annotated[str, _IMAGES]
 
     What cannot be read is listed with the reason. Stopped, the same command resumes."""
     return _use('predict', student=student, images=list(images), out=out, **asdict(use), force=force)
-
 
 # %% ../../nbs/cli/10_app.ipynb #760e5fdf
 def _report(*, report:ReportOptions, out:Annotated[str, _FOLDER_OUT], force:_REPLACE=False):

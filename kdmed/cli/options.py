@@ -390,6 +390,8 @@ class ServeOptions:
     max_pixels:_whole(SERVICE, 'pixels that an image may have, counted before it is decoded') = 50_000_000
     queue:_whole(SERVICE, 'requests that may wait or be in work; others are told to come again') = 8
     patience:_number(SERVICE, 'seconds for a request to arrive') = 30.
+    preprocess:_several(SERVICE, 'filters for every image, in this order: those it was trained with',
+                        Literal[FILTER_NAMES]) = None
 
 @Parameter(name='*')
 @dataclass(kw_only=True)

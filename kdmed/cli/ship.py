@@ -142,13 +142,18 @@ class Counted:
         if self.bar is not None: self.bar.stop()
 
 # %% ../../nbs/cli/07_ship.ipynb #a4d7ac29
+def _filters(o):
+    "The filters that --preprocess names"
+    if not o['preprocess']: return ()
+    from kdmed.cli.images import FILTERS
+    return [FILTERS[name]() for name in o['preprocess']]
+
 def _how(o):
     "Further arguments of a prediction"
-    made = dict(bs=o['bs'], device=None)
-    if o['preprocess'] or o['device']:
-        from kdmed.cli.images import FILTERS, choose_device
-        made['preprocess'] = [FILTERS[name]() for name in o['preprocess'] or ()]
-        if o['device']: made['device'] = choose_device(o['device'])
+    made = dict(bs=o['bs'], device=None, preprocess=_filters(o))
+    if o['device']:
+        from kdmed.cli.images import choose_device
+        made['device'] = choose_device(o['device'])
     return made
 
 def predict_command(
@@ -189,6 +194,8 @@ def report_command(
     out = check_new_folder(o['out'], REPORT_FILES, o['force'], 'out')
     with naming('--predictions'): files = _named(o['predictions'])
     from kdmed.ship.prediction_files import compare_prediction_files
+    if o['reference'] not in (None, *files):
+        raise ValueError(f"--reference must be one of {', '.join(files)}, got {o['reference']!r}")
     with naming('--predictions'):
         made = compare_prediction_files(files, o['classes'], o['task'], o['reference'], seed=o['seed'])
     with new_folder(out, REPORT_FILES, o['force'], 'out') as new: made.save(new)
@@ -223,7 +230,7 @@ def serve_command(
     "kdmed serve"
     from kdmed.ship.serve import serve
     STATE['kept'] = lambda: Kept('the service has ended', False)
-    serve(**o)
+    serve(**o | dict(preprocess=_filters(o)))
     STATE.pop('armed', None) # the signal has done its work
     print('The service has ended.', flush=True)
     return 0
@@ -234,6 +241,7 @@ def push_command(
     "kdmed push"
     from kdmed.ship.hub import push_to_hub, save_for_hub
     bundle,place = o['bundle'],o['repo_id']
+    if place=='local-dir:': raise ValueError('local-dir:FOLDER must name a folder; for the current one, local-dir:.')
     settings = {k: o[k] for k in ('report', 'license', 'force')}
     if place.startswith('local-dir:'): print(save_for_hub(bundle, place.removeprefix('local-dir:'), **settings))
     else: print(push_to_hub(bundle, place, private=not o['public'], **settings))

@@ -140,7 +140,7 @@ def site_sentences(
     order = ['sensitivity', 'specificity', 'ece', 'excess', 'prevalence']
     kinds = shift.index.str.partition('/').get_level_values(0)
     ranks = pd.Series([order.index(k) if k in order else len(order) for k in kinds], shift.index)
-    shown = shift[shift.shifted].assign(rank=ranks).sort_values(['rank', 'difference'])
+    shown = shift.assign(rank=ranks)[shift.shifted].sort_values(['rank', 'difference'])
     def text(r, ends): return interval_text(pd.Series([r[e] for e in ends], ['value', 'low', 'high']))
     sentences = []
     for name,r in shown.iterrows():
@@ -149,8 +149,8 @@ def site_sentences(
         label = figure_label(name)
         sentences.append(f'{label[0].upper()}{label[1:]} was {before}, is {after} here: {change}.')
     n,known = len(shown),int(shift.difference.notna().sum())
-    rest = f'{n} of {known} figures differ from those of the first site beyond chance, each taken alone: of {known} '
-    return [*sentences, f'{rest}that do not differ at all, {.05*known:.1f} would be expected to.']
+    rest = f'{n or "None"} of {known} figures differ from those of the first site beyond chance, each taken alone: of '
+    return [*sentences, f'{rest}{known} that do not differ at all, {.05*known:.1f} would be expected to.']
 
 # %% ../../nbs/evaluate/48_sites.ipynb #evs00040
 def plot_sites(

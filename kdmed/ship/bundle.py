@@ -23,7 +23,7 @@ from fastai.learner import Learner
 from ..core.basics import count_parameters, input_channels, model_spec, unwrap, weights_size
 from ..core.checks import written
 from ..core.files import check_format, check_new_folder, check_room, moved_aside, new_folder, restore_folder
-from ..core.outputs import check_same_classes, output_names
+from ..core.outputs import check_same_classes, output_names, preprocess_texts
 from ..data.loaders import own_loader
 from ..models.create import (
     BUILDERS, WRAPPERS, check_stats, find_normalization, load_student, normalization_of, predict_images,
@@ -128,15 +128,9 @@ def _data_facts(data, valid, report):
     facts = without_private({**known, **(data or {})})
     return {k: v if isinstance(v, (int, float)) else str(v) for k,v in facts.items() if v is not None}
 
-def _function_text(f):
-    "A preprocessing function as text: its call if it says so, else its name"
-    text = repr(f)
-    return getattr(f, '__qualname__', type(f).__name__) if text.startswith('<') else text
-
 def _preprocess_texts(valid):
     "Functions that images go through before they are resized"
-    functions = getattr(own_loader(valid), 'preprocess', ()) if valid is not None else ()
-    return [_function_text(f) for f in (functions if isinstance(functions, (list, tuple)) else [functions])]
+    return preprocess_texts(getattr(own_loader(valid), 'preprocess', ()) if valid is not None else ())
 
 # %% ../../nbs/ship/00_bundle.ipynb #shb00031
 RESIZE = ('The whole image is resized to size × size pixels, squeezed if it is not square; bilinear, antialiased, as '
@@ -437,8 +431,10 @@ def _other_versions(settings):
     pins = ' '.join(f'{k}=={str(v).partition("+")[0]}' for k,v in other.items())
     return f'. The bundle was made with {made}: pip install {pins}'
 
+# %% ../../nbs/ship/00_bundle.ipynb #shb00151
 def _bundle_settings(folder):
     "Settings of a bundle whose files are all as they were saved"
+    if folder.is_file(): raise NotADirectoryError(f'{folder} is a file; expected the folder of a run or a bundle')
     if not folder.is_dir():
         old = moved_aside(folder)
         left = f'; {old} is what an interrupted save has moved aside: rename it' if old.is_dir() else ''

@@ -77,10 +77,17 @@ def _read_proto(path):
                          'which may be any file of this machine: only files that contain all weights are read')
     return data,proto
 
-# %% ../../nbs/ship/03_onnx_model.ipynb #sho00032
+# %% ../../nbs/ship/03_onnx_model.ipynb #sho00131
 _KINDS = dict(kdmed_format=int, classes=list, size=int, temperature=(int, float), thresholds=dict, mean=list, std=list,
               preprocess=list, exits=int)
 
+def _is_statistic(v):
+    "Whether a value is a number for each channel"
+    return len(v) in (1, 3) and all(isinstance(x, (int, float)) and abs(x) < np.inf for x in v)
+
+_FITS = dict(size=lambda v: 0 < v <= 100_000, exits=lambda v: 0 <= v <= 1000, mean=_is_statistic, std=_is_statistic)
+
+# %% ../../nbs/ship/03_onnx_model.ipynb #sho00032
 def _read_properties(proto, path):
     "What a file says about itself, checked"
     texts = {p.key: p.value for p in proto.metadata_props}
@@ -95,6 +102,8 @@ def _read_properties(proto, path):
         return value
     check_format(read('kdmed_format'), ONNX_FORMAT, 'model', path, way_out='export it again')
     facts = texts | {name: read(name) for name in _KINDS}
+    for name,ok in _FITS.items():
+        if not ok(facts[name]): raise ValueError(f'{path}: property {name} cannot be {facts[name]!r:.100}')
     check_in(facts.get('task'), TASKS, f'task in {path}')
     try: facts['classes'],_ = output_names(facts['classes']),n_outputs(facts['classes'], facts['task'])
     except (ValueError, TypeError) as e: raise ValueError(f'{path}: {e}') from e

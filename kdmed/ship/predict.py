@@ -9,7 +9,7 @@ __all__ = ['BATCH_PIXELS', 'Listed', 'list_images', 'predicted_batches', 'facts_
            'PredictedFiles', 'predict_files']
 
 # %% ../../nbs/ship/20_predict.ipynb #shq00003
-import csv, os
+import csv, os, warnings
 from collections import Counter
 from contextlib import contextmanager
 from glob import escape
@@ -17,11 +17,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from ..core.checks import check_integer
 from ..core.files import check_new_file, flush_to_disk
-from ..core.outputs import check_preprocess, decide_labels
+from ..core.outputs import check_preprocess, decide_labels, preprocess_note
 from ..data.folders import check_file, existing_path, find_files, some_names
 from ..data.images import RASTER_ENDINGS, is_dicom, open_rgb
 from ..data.lists import read_list
@@ -37,11 +38,13 @@ class Listed(NamedTuple):
 
 _LISTS = '.csv','.tsv','.txt'
 _DICOM = '.dcm','.dicom'
+_OTHERS = ('.jfif', '.jpe', '.jp2', '.j2k', '.jxl', '.heic', '.heif', '.avif', '.psd', '.dng', '.svs', '.ndpi',
+           '.mrxs', '.scn', '.nii', '.nrrd', '.mha', '.mhd') # images too, most of which are not read
 
 def _looks_like_image(path):
     "Whether a file is an image by its ending, or a DICOM file named by a UID"
     ending = path.suffix.lower()
-    if ending in (*RASTER_ENDINGS, *_DICOM): return True
+    if path.name.lower().endswith((*RASTER_ENDINGS, *_DICOM, *_OTHERS, '.nii.gz')): return True
     if ending[1:].isalpha(): return False
     try: return is_dicom(path)
     except OSError: return False
@@ -105,7 +108,13 @@ def _batches(rows, preprocess, bs):
         batch,pixels = [],0
     if batch: yield batch
 
+# %% ../../nbs/ship/20_predict.ipynb #shq00121
 def _as_it_is(pixels): return pixels
+
+def _numbers(p):
+    "Probabilities of an image and no error, or none and why not"
+    if np.isfinite(p).all(): return p,''
+    return None,'the student computes no finite numbers for this image (NaN), so there is no decision'
 
 def predicted_batches(
     model,         # `Bundle` or `OnnxModel`
@@ -115,11 +124,12 @@ def predicted_batches(
 ): # Lists of (row, calibrated probabilities [C] or None, why there are none)
     "Yield predictions, a batch at a time"
     check_preprocess(facts_of(model), preprocess)
+    if note := preprocess_note(facts_of(model), preprocess): warnings.warn(note)
     done = [_as_it_is] if preprocess else () # when they are opened
     for batch in _batches(rows, preprocess, bs):
         images = [image for _,image,_ in batch if image is not None]
         found = iter(model.predict(images, preprocess=done, bs=bs).to_numpy() if images else ())
-        yield [(row, None if image is None else next(found), error) for row,image,error in batch]
+        yield [(row, *(_numbers(next(found)) if image is not None else (None, error))) for row,image,error in batch]
 
 # %% ../../nbs/ship/20_predict.ipynb #shq00022
 def facts_of(
@@ -128,18 +138,22 @@ def facts_of(
     "What a student says about itself: `classes`, `task`, `thresholds`, perhaps `preprocess`"
     return model.properties if isinstance(model, OnnxModel) else model.student.spec
 
+def _opened_model(place):
+    "The student in a file, a folder or a repository"
+    if not str(place).startswith(('hf-hub:', 'local-dir:')):
+        place = existing_path(place, 'student')
+        if place.is_file(): return OnnxModel(place)
+        if not place.is_dir(): raise ValueError(f'student must be a folder or a file, {place} is neither')
+    from kdmed.ship.bundle import load_bundle
+    return load_bundle(place)
+
 def open_model(
-    student,     # Folder of a bundle or of a `kdmed distill` run, ONNX file; or a `Bundle` or `OnnxModel`
+    # Folder of a bundle or of a `kdmed distill` run, ONNX file, `hf-hub:OWNER/NAME`; or a `Bundle` or `OnnxModel`
+    student,
     device=None, # Where PyTorch computes; default: the CPU. An ONNX file runs on the CPU
 ): # `Bundle` or `OnnxModel`
     "A student that is ready to predict; PyTorch is imported for a bundle only"
-    if isinstance(student, (str, os.PathLike)):
-        path = existing_path(student, 'student')
-        if path.is_file(): student = OnnxModel(path)
-        elif path.is_dir():
-            from kdmed.ship.bundle import load_bundle
-            student = load_bundle(path)
-        else: raise ValueError(f'student must be a folder or a file, {path} is neither')
+    if isinstance(student, (str, os.PathLike)): student = _opened_model(student)
     if isinstance(student, OnnxModel):
         if device is not None: raise ValueError(f'device is for bundles, which PyTorch runs; {student.path} is an ONNX '
                                                 'file')

@@ -57,7 +57,7 @@ def _numbers(table, columns, path):
         values = pd.to_numeric(frame[c], errors='coerce')
         bad = values.isna() & frame[c].notna() | ~np.isfinite(values.fillna(0))
         if bad.any(): raise ValueError(f'{path}: {columns[c]} of {frame.index[bad.to_numpy()][0]} must be a finite '
-                                       f'number, got {frame[c][bad].iloc[0]!r}')
+                                       f'number, got {str(frame[c][bad].iloc[0])!r}')
         frame[c] = values
     return frame.astype(float)
 

@@ -20,6 +20,7 @@ from fastcore.meta import delegates
 from PIL import Image
 
 from ..core.checks import check_integer, check_number, written
+from ..core.outputs import finite_rows, preprocess_note
 from ..data.images import open_image, read_dicom
 from ..models.create import check_preprocess, class_probabilities, decide_labels
 from ..evaluate.report import DISCLAIMER
@@ -30,7 +31,7 @@ from .onnx_model import OnnxModel
 class Refused(Exception):
     "A request that is not served"
     def __init__(self,
-        status:int, # Of HTTP: 400, 408, 413, 415 or 503
+        status:int, # Of HTTP: 400, 408, 413, 415, 500 or 503
         text:str,   # Why, for the client
     ):
         super().__init__(text)
@@ -102,13 +103,13 @@ class _Form:
 # %% ../../nbs/ship/25_serve.ipynb #2a429186
 def _form_files(body, boundary, most):
     "The files in a form"
-    from python_multipart.exceptions import MultipartParseError
+    from python_multipart.exceptions import FormParserError
     from python_multipart.multipart import MultipartParser
     logging.getLogger('python_multipart').setLevel(logging.CRITICAL) # the client is told, the log need not be
     form = _Form(most)
     calls = {name: getattr(form, name) for name in dir(form) if name.startswith('on_')}
     try: MultipartParser(boundary, calls).write(bytes(body))
-    except MultipartParseError as e: raise Refused(400, f'the form cannot be read: {e}') from None
+    except FormParserError as e: raise Refused(400, f'the form cannot be read: {e}') from None
     if not form.ended: raise Refused(400, 'the form is cut off: its last line is missing')
     if not form.files: raise Refused(400, 'the form contains no file')
     return form.files
@@ -221,6 +222,7 @@ class ServedModel:
         is_bundle = isinstance(self.model, Bundle)
         self.spec = self.model.settings if is_bundle else self.model.properties
         check_preprocess(self.spec, preprocess)
+        if note := preprocess_note(self.spec, preprocess): warnings.warn(note)
         self.size = self.model.size if is_bundle and not preprocess else None
 
     @staticmethod
@@ -266,6 +268,8 @@ class ServedModel:
     )->dict:
         "Probabilities and decisions as JSON has them"
         m,names = self.model,self.model.classes
+        bad = ~finite_rows(logits)
+        if bad.any(): raise Refused(500, f'the student computes no finite numbers for image {bad.argmax()}')
         probs = class_probabilities(torch.tensor(logits)/m.temperature, m.task).numpy()
         labels = decide_labels(probs, names, m.task, m.thresholds)
         rows = [dict(image=i, probabilities=dict(zip(names, map(float, p))), decision=label)
