@@ -148,10 +148,9 @@ def _push(bundle:Annotated[str, _BUNDLE], repo_id:Annotated[str, _TARGET], /, *,
 
 # %% ../../nbs/cli/10_app.ipynb #413525f3
 def _export(path:Annotated[str, _STUDENT], /, *, export:ExportOptions=ExportOptions(), force:_REPLACE=False):
-    """Make a file or folder to hand on of a student that kdmed distill has trained
+    """Write a student that kdmed distill has trained as a file or folder for distribution
 
-    Several at once are possible. Nothing that exists is replaced without --force. Files for phones are made in Python,
-    with export_executorch and export_coreml of kdmed.ship."""
+    Several at once are possible. Nothing that exists is replaced without --force."""
     return _use('export', path=path, **asdict(export), force=force)
 
 def _quantize(run:Annotated[str, _RUN], /, *, out:Annotated[str, _FOLDER_OUT],

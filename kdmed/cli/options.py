@@ -301,6 +301,9 @@ class ExportOptions:
     bundle:_text(RUNNING, 'folder to copy the bundle to') = None
     page:_text(RUNNING, 'HTML file to write: drop images on it in any browser, without installation and network; needs '
                'the extra onnx') = None
+    executorch:_text(RUNNING, 'program to write for Android and iOS, .pte; needs the extra executorch') = None
+    coreml:_text(RUNNING, 'package to write for Apple devices, .mlpackage, converted and not run; needs the extra '
+                 'coreml') = None
     runtime:_text(RUNNING, 'for --page: folder of the npm package onnxruntime-web, or the file of npm pack; default: '
                   'fetched with npm') = None
 

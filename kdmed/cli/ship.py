@@ -41,10 +41,24 @@ def _write_page(student, path, o):
     from kdmed.ship.page import export_page
     return export_page(student, path, o['runtime'], force=o['force'])
 
+def _write_executorch(student, path, o):
+    from kdmed.ship.phones import export_executorch
+    return export_executorch(student, path, force=o['force'])
+
+def _check_coreml(path, force, name):
+    from kdmed.ship.phones import check_package_path
+    check_package_path(path, force, name)
+
+def _write_coreml(student, path, o):
+    from kdmed.ship.phones import export_coreml
+    return export_coreml(student, path, force=o['force'])
+
 EXPORTS = { # by option
     'onnx': Export(lambda path, force, name: check_new_file(path, '.onnx', force, name), _write_onnx),
     'bundle': Export(_check_bundle, _write_bundle),
-    'page': Export(lambda path, force, name: check_new_file(path, '.html', force, name), _write_page)}
+    'page': Export(lambda path, force, name: check_new_file(path, '.html', force, name), _write_page),
+    'executorch': Export(lambda path, force, name: check_new_file(path, '.pte', force, name), _write_executorch),
+    'coreml': Export(_check_coreml, _write_coreml)}
 
 # %% ../../nbs/cli/07_ship.ipynb #07500012
 def _bundled(path):
