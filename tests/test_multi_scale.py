@@ -32,6 +32,7 @@ def several(dls, **settings): return multi_scale_classifier(plain(dls, 'test_eff
 
 # -- distillation
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize('student, teacher', [(several, plain), (plain, several)], ids=['student', 'teacher'])
 @pytest.mark.parametrize('method', FITTING)
 def test_every_method_takes_it_or_says_why_not(dls, method, student, teacher):
