@@ -21,7 +21,8 @@ from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
 from kdmed.evaluate import compare_predictions
 from kdmed.models import (
-    add_distillation_token, add_exits, create_fused_teacher, create_student, predict_images, reuse_classifier,
+    add_distillation_token, add_exits, create_fused_teacher, create_student, multi_scale_classifier, predict_images,
+    reuse_classifier,
     save_student, set_model_stats, truncate_vit)
 from kdmed.models.create import seal_settings
 from kdmed.ship import load_bundle, save_bundle
@@ -58,6 +59,7 @@ KINDS = {
                             num_heads=(1, 1, 2, 2)),
     'fused': fused, 'exits': lambda: add_exits(student(size=64)).eval(),
     'exits_of_vit': lambda: add_exits(vit(4)).eval(),
+    'multi_scale': lambda: multi_scale_classifier(student(size=64)).eval(),
     'reused': lambda: reuse_classifier(student(), student('test_efficientnet')).eval()}
 MORE = {
     'mobilenetv3': lambda: student('mobilenetv3_small_050', 64), 'resnet18': lambda: student('resnet18', 64),
@@ -124,7 +126,7 @@ def test_the_code_of_a_card_runs_without_kdmed(kind, tmp_path, pictures):
     assert np.allclose(json.loads(done.stdout.splitlines()[-1]), ours[1:] if kind=='binary' else ours, atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['token', 'fused', 'exits', 'reused'])
+@pytest.mark.parametrize('kind', ['token', 'fused', 'exits', 'reused', 'multi_scale'])
 def test_a_card_says_where_timm_is_not_enough(kind, tmp_path):
     card = load_bundle(save_bundle(made(kind), tmp_path/'b', calibrate=False)).card
     assert 'timm alone cannot build this model' in card and 'timm.create_model' not in card

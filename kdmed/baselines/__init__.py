@@ -6,9 +6,10 @@ Docs: https://kdmed.github.io/kdmed/baselines/index.html.md"""
 
 # %% auto #0
 __all__ = ['CLASSIFIERS', 'ColorHistogram', 'DeepFeatures', 'GLCMFeatures', 'GrayHistogram', 'HANDMADE_FEATURES', 'HOGFeatures',
-           'HandmadeClassifier', 'ImageFeatures', 'LBPFeatures', 'OutputCodes', 'ShapeFeatures', 'VisualWords',
-           'code_book', 'cooccurrence', 'find_objects', 'fit_handmade', 'handmade_sets', 'load_handmade',
-           'make_features', 'save_handmade', 'sift_descriptors']
+           'HandmadeClassifier', 'ImageFeatures', 'InputCheck', 'LBPFeatures', 'OutputCodes', 'ShapeFeatures',
+           'VisualWords', 'code_book', 'cooccurrence', 'find_objects', 'find_unfamiliar', 'fit_handmade',
+           'fit_input_check', 'handmade_sets', 'load_handmade', 'load_input_check', 'make_features', 'save_handmade',
+           'save_input_check', 'sift_descriptors']
 
 # %% ../../nbs/baselines/index.ipynb #bix00003
 from ..core.doors import lazy_door
@@ -20,6 +21,8 @@ def _open_door():
     from kdmed.baselines.feature_sets import HANDMADE_FEATURES, handmade_sets, make_features
     from kdmed.baselines.histograms import ColorHistogram, GrayHistogram, ImageFeatures
     from kdmed.baselines.handmade import HandmadeClassifier, fit_handmade, load_handmade, save_handmade
+    from kdmed.baselines.input_check import (
+        InputCheck, find_unfamiliar, fit_input_check, load_input_check, save_input_check)
     from kdmed.baselines.shapes import ShapeFeatures, find_objects
     from kdmed.baselines.textures import GLCMFeatures, HOGFeatures, LBPFeatures, cooccurrence
     from kdmed.baselines.visual_words import VisualWords, sift_descriptors
@@ -30,6 +33,7 @@ __getattr__,__dir__ = lazy_door(globals(), _open_door)
 # %% ../../nbs/baselines/index.ipynb #bix00004
 _all_ = [
     'CLASSIFIERS', 'ColorHistogram', 'DeepFeatures', 'GLCMFeatures', 'GrayHistogram', 'HANDMADE_FEATURES',
-    'HOGFeatures', 'HandmadeClassifier', 'ImageFeatures', 'LBPFeatures', 'OutputCodes', 'ShapeFeatures',
-    'VisualWords', 'code_book', 'cooccurrence', 'find_objects', 'fit_handmade', 'handmade_sets', 'load_handmade',
-    'make_features', 'save_handmade', 'sift_descriptors']
+    'HOGFeatures', 'HandmadeClassifier', 'ImageFeatures', 'InputCheck', 'LBPFeatures', 'OutputCodes', 'ShapeFeatures',
+    'VisualWords', 'code_book', 'cooccurrence', 'find_objects', 'find_unfamiliar', 'fit_handmade', 'fit_input_check',
+    'handmade_sets', 'load_handmade', 'load_input_check', 'make_features', 'save_handmade', 'save_input_check',
+    'sift_descriptors']

@@ -464,7 +464,8 @@ WRAPPERS = {} # {entry of a spec: function (model, value of the entry) that make
 BUILDERS = {} # {entry of a spec: function (spec) that makes the model without weights}, instead of `create_student`
 _BUILT_LATER = {'foundation': 'kdmed.models.heads'} # entries whose function a later module adds to BUILDERS
 # entries whose function a later module adds to WRAPPERS when it is imported
-_LATER = {'exits': 'kdmed.models.exits', 'reused': 'kdmed.models.classifier'}
+_LATER = {'exits': 'kdmed.models.exits', 'multi_scale': 'kdmed.models.multi_scale',
+          'label_dependence': 'kdmed.models.label_dependence', 'reused': 'kdmed.models.classifier'}
 
 def _wrap(model, entry, value):
     "The model that an entry of a spec makes of `model`"
@@ -476,7 +477,8 @@ def _wrap(model, entry, value):
 _OWN_ARGUMENTS = {
     'name', 'classes', 'size', 'task', 'pretrained', 'checkpoint', 'trusted', 'weights', 'weights_key', 'mean', 'std'}
 _ENTRIES = dict(fusion={'hidden', 'dropout', 'freeze', 'options'}, exits={'layers', 'fuse', 'dropout'},
-                foundation={'encoder', 'head', 'tune'}, reused={'width'})
+                foundation={'encoder', 'head', 'tune'}, reused={'width'},
+                multi_scale={'levels', 'pool', 'sharpness', 'width'}, label_dependence={'kind'})
 _KINDS = dict(model=(str, list), classes=(int, list), size=int, task=str)
 
 def _check_settings(settings, file):
