@@ -132,6 +132,7 @@ def main():
         if args.what!='list': note(name)
         facts = noted(name)
         state = 'settings of today' if is_of_today(name) else 'settings have changed since'
+        if facts.get('note'): state += f"; {facts['note']}"
         print(f"{name:25} {facts['commit']:10} {facts['date']}  {state}")
 
 if __name__=='__main__': main()
