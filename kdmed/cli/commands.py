@@ -356,6 +356,7 @@ def distill_command(
     loading = _prepare(o)
     return _study(o, 'distill', lambda: (deal_out(read_table(o), o), loading))
 
+# %% ../../nbs/cli/05_commands.ipynb #demo0001
 DEMO = dict(
     teacher='tf_efficientnet_lite0', student='test_efficientnet', size=48, bs=32, teacher_epochs=12, epochs=10,
     lr=.01, teacher_lr=.002, method='logit', repeats=3, pretrained=False, teacher_checkpoint=None,

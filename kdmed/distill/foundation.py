@@ -263,6 +263,7 @@ def with_unlabeled(
     table.attrs = dict(own.attrs)
     return loaders_like(dls, table, store)
 
+# %% ../../nbs/distill/50_foundation.ipynb #ftc00121
 def _unlabeled_table(images, own):
     "Rows without a label, each in a group of its own unless a table says more"
     if isinstance(images, pd.DataFrame): found,groups = list(images.image),images.get('group')
