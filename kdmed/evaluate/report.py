@@ -183,6 +183,7 @@ def _origin_texts(about):
     if about.get('models'): texts.append(f"Models: {', '.join(f'{name} {m}' for name,m in about['models'].items())}.")
     for name,card in about.get('weights', {}).items(): texts.append(f'Initial weights of {name}: {card}.')
     texts += [f'The student learned from {note}.' for note in about.get('licenses', ())]
+    if about.get('unlabeled'): texts.append(about['unlabeled'])
     has_data_section = isinstance(about.get('data'), dict)
     if about.get('left_out') and not has_data_section: texts.append(_excluded_text(about['left_out']))
     if 'date' in about:

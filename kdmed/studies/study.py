@@ -13,6 +13,7 @@ __all__ = ['CELL_FILES', 'STUDY_FORMAT', 'TRAINED', 'FITS_ON_DISK', 'Cell', 'is_
 # %% ../../nbs/studies/00_study.ipynb #260134b6
 import io, shutil, sys, tempfile, time, zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,12 +31,13 @@ from ..core.files import check_room, write_atomic
 from ..core.fingerprints import weights_checksum
 from ..core.processes import from_first, is_first, process_count, processes_sentence, quiet_unless_first
 from ..core.study_folders import StudyFolder, changed_settings
-from ..data.images import name_of
+from ..data.images import is_unlabeled, name_of
 from ..models.create import create_student, load_student, save_student
 from ..models.foundation import describe_license, licenses_of
 from ..train.checkpoints import read_checkpoint, write_checkpoint
 from ..train.resume import Resume
 from ..distill.cache import TeacherCache
+from ..distill.foundation import loaders_like
 from ..distill.methods import (
     TOO_LARGE, adapt_student, check_fit, distill, distill_callbacks, errors_named, fit_classifier)
 from ..distill.registry import METHODS
@@ -354,6 +356,7 @@ class Study:
     weight:float=1.
     label_weight:float=1.
     log_shares:bool=False
+    teacher_lr:float=None
 
     def __post_init__(self):
         if isinstance(self.teacher, (list, tuple)) and not self.members: self.teacher = Teacher(self.teacher)
@@ -379,10 +382,23 @@ class Study:
         given = dict(temperature=(self.temperature, None), weight=(self.weight, 1), label_weight=(self.label_weight, 1))
         return {name: value for name,(value,default) in given.items() if value!=default}
 
+    @cached_property
+    def labeled(self):
+        "Loaders of labeled images alone, for the teacher and the plain students; `dls` if all images are labeled"
+        if not getattr(self.dls, 'unlabeled', 0): return self.dls
+        table = self.dls.table
+        return loaders_like(self.dls, table[~is_unlabeled(table)].reset_index(drop=True))
+
+    @property
+    def plain_epochs(self)->int:
+        "Passes over the labeled images that take as many steps as those of a distilled student over all images"
+        return max(1, round(self.epochs*len(self.dls.train)/len(self.labeled.train)))
+
     def fits(self)->list: # Of `Fit`
         "All fits, in their order"
         first = [Fit('teacher', self.seeds[0], self.teacher_epochs, i) for i in range(len(self.members))]
-        return first + [Fit(kind, seed, self.epochs) for seed in self.seeds for kind in ('plain', 'distilled')]
+        epochs = dict(plain=self.plain_epochs, distilled=self.epochs)
+        return first + [Fit(kind, seed, epochs[kind]) for seed in self.seeds for kind in ('plain', 'distilled')]
 
     def check(self)->None:
         "Raise an error for data or settings with which no study is possible"
@@ -470,7 +486,8 @@ class Study:
             how['log_shares'] = self.log_shares
             return distill(self.dls, self.student, teacher, self.method, fit.epochs, **how, **self.tuned)
         model = self.members[fit.member] if fit.kind=='teacher' else self.student
-        return fit_classifier(self.dls, model, fit.epochs, **how)
+        if fit.kind=='teacher' and self.teacher_lr is not None: how['lr'] = self.teacher_lr
+        return fit_classifier(self.labeled, model, fit.epochs, **how)
 
     def compare(self,
         models:dict, # From `train`
@@ -489,6 +506,7 @@ class Study:
         started = {name: card['summary'] for name,card in cards.items() if card}
         if started: comparison.about['weights'] = started
         if missing: comparison.about['missing'] = missing
+        if self.labeled is not self.dls: comparison.about['unlabeled'] = _budget_sentence(self)
         if notes := licenses_of(modules['distilled']):
             comparison.about['licenses'] = [describe_license(note) for note in notes]
         if len(self.dls.quarantine): comparison.about['left_out'] = _unreadable_images(self.dls.quarantine)
@@ -512,6 +530,7 @@ def _check_settings(study):
     if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {tuple(seeds)}')
     for name in ('epochs', 'teacher_epochs', 'n_boot'): check_integer(getattr(study, name), name, least=1)
     check_number(study.lr, 'lr', above=0, below=TOO_LARGE)
+    if study.teacher_lr is not None: check_number(study.teacher_lr, 'teacher_lr', above=0, below=TOO_LARGE)
     if study.weight_decay is not None: check_number(study.weight_decay, 'weight_decay', least=0)
     check_in(study.method, ['auto', *METHODS], 'method')
     if isinstance(study.student, torch.nn.Module):
@@ -532,12 +551,21 @@ def _settings_facts(study):
     names = 'method','epochs','lr','optimizer','weight_decay','schedule'
     together = dict(processes=process_count()) if process_count()>1 else {}
     settings = {n: getattr(study, n) for n in names} | dict(optimizer=_function_name(study.optimizer))
+    if study.labeled is not study.dls: settings['plain_epochs'] = study.plain_epochs
     return settings | study.tuned | together
+
+def _budget_sentence(study):
+    "What teacher and plain students learned from, where some images have no label"
+    n,more = len(study.labeled.train.table),study.dls.unlabeled
+    return (f'Teacher and plain students learned from {n:,} labeled images, distilled students from these and '
+            f'{more:,} without a label; plain students for {study.plain_epochs} passes, distilled ones for '
+            f'{study.epochs}, which are as many steps.')
 
 def _teacher_facts(study, teacher):
     "What identifies a teacher: its weights if it came trained, else how it will be trained"
     if study.trained: return dict(weights=[weights_checksum(m) for m in _modules(study.teacher)])
     trained = dict(epochs=study.teacher_epochs, seed=int(study.seeds[0]))
+    if study.teacher_lr is not None: trained['lr'] = study.teacher_lr
     if isinstance(teacher, Teacher): return dict(models=[model_facts(m) for m in teacher.models]) | trained
     return model_facts(teacher) | trained
 
@@ -676,10 +704,12 @@ def distillation_study(
     label_weight:float=1., # Factor on the label loss of the distilled students
     files=None,           # With `folder`: further files to write when the study begins, as a dict from names to texts
     log_shares:bool=False, # Log each term's share of the distilled students' gradient, see `GradientShares`
+    teacher_lr:float=None, # Peak learning rate of a teacher that is trained here; default: `lr`
 )->tuple: # Comparison on the test images; models by name: Learners, or with `folder` `Cell`s; all have `history`
     "Teacher, plain students and distilled students, trained alike and compared on the test images"
     study = Study(dls, teacher, student, method, teacher_epochs, epochs, lr, seeds, subgroups, optimizer, weight_decay,
-                  schedule, callbacks, metrics, cache, n_boot, temperature, weight, label_weight, log_shares)
+                  schedule, callbacks, metrics, cache, n_boot, temperature, weight, label_weight, log_shares,
+                  teacher_lr)
     progress = _as_progress(progress)
     shown = progress if is_first() else StudyProgress()
     with quiet_unless_first(): return _run_study(study, shown, folder, settings, files)
