@@ -215,6 +215,7 @@ def check_package_path(
     if not is_writable(path.parent): raise PermissionError(f'{path} cannot be written: its folder is read-only')
     return path
 
+# %% ../../nbs/ship/35_phones.ipynb #5d2e8c11
 def export_coreml(
     student,                  # As for `export_executorch`
     path,                     # Package to write, `.mlpackage`
