@@ -247,7 +247,8 @@ def job(name, code, needs=(), n=1, seconds=20):
 
 def test_jobs_for_a_gpu_are_run_and_reported(tmp_path):
     some = [job('good', 'print("fine")'), job('bad', 'raise SystemExit("broken")'),
-            job('poor', '', ('no_such_package',)), job('pair', '', n=2), job('slow', 'import time; time.sleep(60)', seconds=.5), job('late', '', seconds=1000)]
+            job('poor', '', ('no_such_package',)), job('pair', '', n=2),
+            job('slow', 'import time; time.sleep(60)', seconds=.5), job('late', '', seconds=1000)]
     said = []
     found = gpu_check.run_all(some, 1, budget=30, tell=said.append)
     assert [r.state.split(':')[0] for r in found]==[
