@@ -1,5 +1,6 @@
 "Quantized files: what they contain, what they compute, and what is refused"
 import json
+import platform
 import shutil
 from copy import deepcopy
 
@@ -167,10 +168,27 @@ def test_weights_have_7_bits_where_8_would_overflow(flags, machine, needed, monk
         if flags is None: raise OSError
         return f'flags : {flags}'
     monkeypatch.setattr(Path, 'read_text', read)
-    monkeypatch.setattr(ship.platform, 'machine', lambda: machine)
+    monkeypatch.setattr(platform, 'machine', lambda: machine)
     ship.needs_reduced_range.cache_clear()
     try: assert ship.needs_reduced_range()==needed
     finally: ship.needs_reduced_range.cache_clear()
+
+
+def test_weights_of_8_bits_are_run_in_floating_point_where_their_sums_overflow(exported, dls, tmp_path, monkeypatch):
+    "As if the file came from a newer machine; the fused layers of this one may be right or wrong, these must be right"
+    from kdmed.ship import onnx_model
+    path,images = ship.quantize_onnx(exported, dls.train, tmp_path/'q.onnx', reduce_range=False, n=8),list(dls.test.table.image)
+    exact = onnx_model.onnx_session(path.read_bytes(), 1, fused=False).run(['logits'], dict(images=np.stack(images)))[0]
+    monkeypatch.setattr(onnx_model, 'needs_reduced_range', lambda: True)
+    with pytest.warns(UserWarning, match='has int8 weights of 8 bits.*reduce_range=True'): model = OnnxModel(path, threads=1)
+    assert np.allclose(model.run(np.stack(images))['logits'], exact)
+    dynamic = exported.with_name('dynamic.onnx')
+    monkeypatch.setattr(ship, 'needs_reduced_range', lambda: False)
+    monkeypatch.setattr(onnx_model, 'needs_reduced_range', lambda: False)
+    ship.quantize_onnx(exported, None, dynamic, 'dynamic')
+    monkeypatch.setattr(onnx_model, 'needs_reduced_range', lambda: True)
+    with pytest.raises(ValueError, match='reduce_range=True'): OnnxModel(dynamic)
+    dynamic.unlink()
 
 
 def test_reduced_weights_have_7_bits(exported, dls, tmp_path):

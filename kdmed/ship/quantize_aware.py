@@ -10,6 +10,7 @@ __all__ = ['import_torchao', 'RoundingStudent', 'prepare_rounding', 'convert_rou
 # %% ../../nbs/ship/12_quantize_aware.ipynb #shw00003
 import importlib, json, warnings
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,8 +71,14 @@ def _traced(model, images):
                          'quantize its file with quantize_onnx instead') from e
 
 # %% ../../nbs/ship/12_quantize_aware.ipynb #shw00012
+def _rounding(x86, reduce_range):
+    "torchao's configuration, with weights of 7 bits on request"
+    config = x86.get_default_x86_inductor_quantization_config(is_qat=True)
+    return replace(config, weight=replace(config.weight, quant_min=-64, quant_max=63)) if reduce_range else config
+
 def prepare_rounding(
     student, # Trained student: Module with a `spec`, or Learner; it is not changed
+    reduce_range:bool=True, # Weights of 7 bits, which every processor adds up correctly
 )->RoundingStudent: # To be trained on, by `distill` or `fit_classifier`, on the CPU or a GPU
     "A copy of a student that is trained with its weights and activations rounded to int8"
     _,quantize,x86 = import_torchao()
@@ -86,13 +93,13 @@ def prepare_rounding(
     _lift_zeros(copied)
     device = next(copied.parameters()).device
     images = torch.randn(4, input_channels(module), spec['size'], spec['size'], device=device)
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    quantizer = x86.X86InductorQuantizer().set_global(_rounding(x86, reduce_range))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         prepared = quantize.prepare_qat_pt2e(_traced(copied, images), quantizer)
     options = dict(spec.get('options') or {}) | dict(in_chans=input_channels(module))
     kept = {k: v for k,v in spec.items() if k not in ('temperature', 'thresholds')} | dict(options=options)
+    kept['reduce_range'] = bool(reduce_range)
     if stats is not None: kept |= dict(zip(('mean', 'std'), (list(map(float, v)) for v in stats)))
     return RoundingStudent(prepared, kept)
 
@@ -130,8 +137,9 @@ def export_rounding(
             proto = onnx.load(made)
         finally: made.unlink(missing_ok=True)
         for node in proto.graph.node: del node.metadata_props[:]
+        made = dict(kind='quantization-aware', float=[], reduce_range=converted.spec.get('reduce_range', False))
         entry = proto.metadata_props.add()
-        entry.key,entry.value = 'quantization',json.dumps(dict(kind='quantization-aware', float=[]))
+        entry.key,entry.value = 'quantization',json.dumps(made)
         part.write_bytes(proto.SerializeToString())
         OnnxModel(part, threads=1)
     return write_atomic(path, write)
