@@ -177,10 +177,12 @@ def test_weights_have_7_bits_where_8_would_overflow(flags, machine, needed, monk
 def test_weights_of_8_bits_are_run_in_floating_point_where_their_sums_overflow(exported, dls, tmp_path, monkeypatch):
     "As if the file came from a newer machine; the fused layers of this one may be right or wrong, these must be right"
     from kdmed.ship import onnx_model
-    path,images = ship.quantize_onnx(exported, dls.train, tmp_path/'q.onnx', reduce_range=False, n=8),list(dls.test.table.image)
+    path = ship.quantize_onnx(exported, dls.train, tmp_path/'q.onnx', reduce_range=False, n=8)
+    images = list(dls.test.table.image)
     exact = onnx_model.onnx_session(path.read_bytes(), 1, fused=False).run(['logits'], dict(images=np.stack(images)))[0]
     monkeypatch.setattr(onnx_model, 'needs_reduced_range', lambda: True)
-    with pytest.warns(UserWarning, match='has int8 weights of 8 bits.*reduce_range=True'): model = OnnxModel(path, threads=1)
+    with pytest.warns(UserWarning, match='has int8 weights of 8 bits.*reduce_range=True'):
+        model = OnnxModel(path, threads=1)
     assert np.allclose(model.run(np.stack(images))['logits'], exact)
     dynamic = exported.with_name('dynamic.onnx')
     monkeypatch.setattr(ship, 'needs_reduced_range', lambda: False)

@@ -378,7 +378,8 @@ def quantize_onnx(
         _WRITERS[kind](source, batches, skipped, reduced, str(part))
         proto = onnx.load(part)
         facts = dict(kind=kind, float=[skip] if isinstance(skip, str) else list(skip),
-                     reduce_range=reduced and kind!='float16', error=round(_check_file(part, source, batches, fused), 5))
+                     reduce_range=reduced and kind!='float16')
+        facts['error'] = round(_check_file(part, source, batches, fused), 5)
         texts = {p.key: p.value for p in source.properties}
         del proto.metadata_props[:]
         onnx.helper.set_model_props(proto, texts | dict(quantization=json.dumps(facts)))
