@@ -60,7 +60,7 @@ def test_the_demo_made_again_gives_the_committed_report(tmp_path, monkeypatch):
     for model in ('teacher', 'plain', 'distilled'):
         for metric in ('balanced_accuracy', 'macro_auroc'):
             assert new[model][metric]['value']==pytest.approx(old[model][metric]['value'], abs=.03), (model, metric)
-    def gain(metrics): return metrics['differences']['distilled − plain']['balanced_accuracy']['low']
-    assert (gain(old) > 0)==(gain(new) > 0)
+    def gain(metrics): return metrics['differences']['distilled − plain']['macro_auroc']['low']
+    assert gain(old) > 0 and gain(new) > 0 # beyond chance, on another processor, too
     def files(folder): return {f.name for f in (folder/'demo').iterdir()}
     assert files(tmp_path)==files(results.RESULTS)-{'made.json', 'tried.csv'}
