@@ -166,8 +166,7 @@ def check_lessons(workers, everything=False, left_out=False, until=None, budget=
     print('Slowest lessons:', ', '.join(f'{n.removeprefix("nbs/")} {found[n][1]:.0f} s' for n in slowest))
     left = [n for n in names if n not in found] if everything or left_out else choice.left
     if left: print('Not run:', ', '.join(f'{n.removeprefix("nbs/")} ({pages.seconds(n, times):.0f} s)' for n in left))
-    all_hold = all(held for held,_ in found.values())
-    if everything and not left and all_hold: pages.write_times({n: s for n,(_,s) in found.items()})
+    if everything: pages.write_times({n: s for n,(held,s) in found.items() if held})
     for name,(held,_) in sorted(found.items()):
         if not held: yield f'{name}: a lesson fails (see above)'
     for name in sorted(files() - before):

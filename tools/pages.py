@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT/'tools'/'lesson_times.json'
 UNKNOWN = 20 # seconds that a page is taken to need which has not been timed
-BUDGET = 220 # seconds of lessons, all pages together: half as long on two cores
+BUDGET = 160 # seconds of lessons, all pages together: half as long on two cores
 LONG = 'tutorials', 'papers', 'explanations', 'nbs' # the folders of pages that are run when they changed
 
 Choice = namedtuple('Choice', 'changed using others left base')
