@@ -482,12 +482,13 @@ def test_the_command_serves_with_the_filters_of_the_training(folder, monkeypatch
     assert [list(map(str, filters)) for filters in given]==[[], ['CLAHE(clip_limit=0.01, tiles=8)']]
 
 
-def test_what_the_command_says(folder, tmp_path):
+def test_what_the_command_says(folder, tmp_path, capsys):
+    from kdmed.cli import main
     def said(*args):
-        done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'kdmed.cli', 'serve', *map(str, args)],
-                              capture_output=True, text=True, timeout=60)
-        assert done.returncode==2 and not done.stdout, done
-        return done.stderr
+        assert main(['serve', *map(str, args)])==2
+        out,err = capsys.readouterr()
+        assert not out
+        return err
     with take_port('127.0.0.1', 0) as taken:
         port = taken.getsockname()[1]
         assert f'kdmed: error: port {port} is in use: choose another with --port' in said(folder, '--port', port)
