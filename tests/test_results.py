@@ -52,7 +52,7 @@ def test_a_fingerprint_sees_every_setting():
     for name in settings: assert results.fingerprint(settings | {name: 'other'})!=results.fingerprint(settings)
     assert results.settings_of('copies')['constants']['tests/bench_copies.py']['RESULTS']
 
-@pytest.mark.slow(seconds=300)
+@pytest.mark.slow(seconds=400)
 def test_the_demo_made_again_gives_the_committed_report(tmp_path, monkeypatch):
     monkeypatch.setattr(results, 'WORK', tmp_path/'work')
     results.make('demo', out=tmp_path)
