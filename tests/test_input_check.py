@@ -57,6 +57,11 @@ def test_test_images_and_augmentation_play_no_part(dls):
     trial = [n for n in seen if n==2]
     assert sum(seen)-sum(trial)==len(dls.train_ds)+len(dls.valid_ds)
 
+def test_a_check_without_threshold_says_so(dls):
+    model = made(dls)
+    check = InputCheck().fit(np.random.default_rng(0).normal(size=(50, 8)))
+    with pytest.raises(ValueError, match='has no threshold: call set_threshold'): find_unfamiliar(model, check, [])
+
 def test_unlabeled_and_multilabel_have_one_mean():
     f = np.random.default_rng(0).normal(size=(30, 4))
     assert InputCheck().fit(f).arrays['means'].shape==(1, 4)

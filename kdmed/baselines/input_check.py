@@ -150,6 +150,7 @@ def find_unfamiliar(
     bs:int=32,         # Images in a batch
 )->pd.DataFrame: # A row for each image: `score`, and `unfamiliar`, whether it is above the threshold
     "Which images are unlike those of training"
+    if check.threshold is None: raise ValueError('check has no threshold: call set_threshold, or use fit_input_check')
     images = as_images(images)
     run = lambda: predict_images(student, images, preprocess, bs, 'logits')
     scores = check.score(collect_embeddings(student, run))
