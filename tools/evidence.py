@@ -262,6 +262,7 @@ def landed_first(name, table, keys):
     file = RESULTS/f'{name}.csv'
     if not file.exists(): return table
     before = pd.read_csv(file, keep_default_na=False, na_values={c: '' for c in table if c not in keys})
+    if not len(table): return before
     def kinds(t): return t[keys].astype(str).agg('|'.join, axis=1)
     return pd.concat([before[~kinds(before).isin(kinds(table))], table])
 
@@ -318,8 +319,19 @@ def land(job, run):
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, data.getvalue())
 
+def check_teachers(job, within=.001):
+    "Stop if a teacher was trained again and is another one: another processor is enough. Its students do not mix"
+    landed = {run: row for run,row in landed_rows()}
+    for run in (run for run,_ in finished(job) if run.method=='teacher' and run in landed):
+        new,old = job.figures(run, 'valid')['macro_auroc'],landed[run]['valid_macro_auroc']
+        if abs(new-old) <= within: continue
+        raise SystemExit(f'{run.name}: this teacher has {new:.4f} macro AUROC on validation images, the one in fits.csv '
+                         f'{old:.4f}: another teacher, so nothing was collected. Remove the rows of the landed teacher '
+                         'and its students from fits.csv, compared.csv and histories.csv, and their predictions, first')
+
 def collect(job):
     "Tables of all finished fits, those that landed before included, and their predictions"
+    check_teachers(job)
     RESULTS.mkdir(parents=True, exist_ok=True)
     tables = dict(fits=fits_table(job), compared=comparisons(job), histories=histories(job))
     for run,_ in finished(job): land(job, run)
