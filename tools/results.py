@@ -67,7 +67,8 @@ def constants(file):
 def settings_of(name):
     "What decides the results of a folder: the options of its run, or the constants of its tool"
     from kdmed.cli import commands
-    if name=='demo': return dict(commands.DEMO, images=commands.DEMO_IMAGES, labeled=commands.DEMO_LABELED, seed=0)
+    if name=='demo':
+        return dict(commands.DEMO, images=commands.DEMO_IMAGES, labeled=commands.DEMO_LABELED, seed=0)
     maker = MAKERS[name]
     options = [[w for w in words if w not in ('{data}', '{work}', '{evidence}')] for words in maker.commands]
     return dict(commands=options, constants={tool: constants(ROOT/tool) for tool in maker.tools})
