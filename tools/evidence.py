@@ -325,8 +325,8 @@ def check_teachers(job, within=.001):
     for run in (run for run,_ in finished(job) if run.method=='teacher' and run in landed):
         new,old = job.figures(run, 'valid')['macro_auroc'],landed[run]['valid_macro_auroc']
         if abs(new-old) <= within: continue
-        raise SystemExit(f'{run.name}: this teacher has {new:.4f} macro AUROC on validation images, the one in fits.csv '
-                         f'{old:.4f}: another teacher, so nothing was collected. Remove the rows of the landed teacher '
+        raise SystemExit(f'{run.name}: this teacher has {new:.4f} macro AUROC on validation images, that of '
+                         f'fits.csv {old:.4f}: another teacher, so nothing was collected. Remove the rows of the landed teacher '
                          'and its students from fits.csv, compared.csv and histories.csv, and their predictions, first')
 
 def collect(job):
