@@ -327,7 +327,8 @@ def check_teachers(job, within=.001):
         if abs(new-old) <= within: continue
         raise SystemExit(f'{run.name}: this teacher has {new:.4f} macro AUROC on validation images, that of '
                          f'fits.csv {old:.4f}: another teacher, so nothing was collected. Remove the rows of '
-                         'the landed teacher and its students from fits.csv, compared.csv and histories.csv, and their predictions, first')
+                         'the landed teacher and its students from fits.csv, compared.csv and histories.csv, and '
+                         'their predictions, first')
 
 def collect(job):
     "Tables of all finished fits, those that landed before included, and their predictions"
