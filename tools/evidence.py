@@ -63,7 +63,19 @@ def pneumonia(data):
 
 def breast(data): return read_medmnist(next(data.rglob('breastmnist.npz')), print_card=False)
 
-def findings(data): return split_groups(synthetic_table(n=4000, classes=4, size=64, task='multilabel'), SIZES)
+def findings(data):
+    """Synthetic tissue, findings in two pairs that mostly come together, under noise
+
+    Of patients in whom one of a pair is present without the other, three of four are left out."""
+    table = synthetic_table(n=8000, classes=4, size=64, task='multilabel', tiles_per_patient=2)
+    names,rng = table.attrs['classes'],np.random.default_rng(0)
+    present = table.label.str.split('|').apply(lambda its: [name in its for name in names]).tolist()
+    present = np.array(present)
+    apart = (present[:, 0]!=present[:, 1]) | (present[:, 2]!=present[:, 3])
+    left_out = {g: rng.random() < .75 for g in table.group.unique()}
+    kept = table[~(apart & table.group.map(left_out).to_numpy())].reset_index(drop=True)
+    noisy = [(image + rng.normal(0, 60, image.shape)).clip(0, 255).astype(np.uint8) for image in kept.image]
+    return split_groups(kept.assign(image=noisy), SIZES)
 
 SETS = dict(ham10000=(ham10000, skin_augment), pneumonia=(pneumonia, chest_augment),
             breastmnist=(breast, tissue_augment), findings=(findings, tissue_augment))
@@ -205,7 +217,10 @@ def about():
 
 def teacher_runs():
     lite = dict(model='tf_efficientnet_lite2', method='teacher', weights='pip', views=0, lr=1e-3)
-    return dict(ham10000=Run('ham10000', epochs=12, **lite), pneumonia=Run('pneumonia', epochs=8, **lite))
+    small = lite | dict(size=64, epochs=8)
+    return dict(ham10000=Run('ham10000', epochs=12, **lite), pneumonia=Run('pneumonia', epochs=8, **lite),
+                breastmnist=Run('breastmnist', **small, sampling='balanced'),
+                findings=Run('findings', **small, sampling='natural'))
 
 def runs_of(data, student, methods, **how):
     teacher = teacher_runs()[data].name
@@ -225,14 +240,22 @@ CHOSEN = dict(epochs=12, views=12, sampling='balanced')
 METHODS = 'plain', 'logit', 'decoupled', 'dist', 'srd', 'lelp', 'function_matching'
 
 def core_runs(seeds=5):
-    "A whole table for each seed: two sets, two students, six methods; each method on all sets before the next"
-    for seed,method in product(range(seeds), METHODS):
-        for data,student in product(('ham10000', 'pneumonia'), (TINY, SMALL)):
-            yield from runs_of(data, student, [method], seed=seed, **CHOSEN)
+    "Two sets, two students, six methods, all of the tiny student first; each method on both sets before the next"
+    for student,seed,method,data in product((TINY, SMALL), range(seeds), METHODS, ('ham10000', 'pneumonia')):
+        yield from runs_of(data, student, [method], seed=seed, **CHOSEN)
+
+def small_runs(seeds=3):
+    "Two small sets at 64 px: BreastMNIST (benign or malignant) and synthetic findings, with methods for their task"
+    binary,findings = ('plain', 'logit', 'srd', 'lelp', 'function_matching'),('plain', 'logit', 'srd', 'l2d')
+    for seed in range(seeds):
+        yield from runs_of('breastmnist', TINY, binary, seed=seed, size=64, **CHOSEN)
+        yield from runs_of('findings', TINY, findings, seed=seed, size=64, **CHOSEN | dict(sampling='natural'))
 
 def plan():
-    first = teacher_runs()
-    return list(dict.fromkeys([first['ham10000'], *factor_runs(), first['pneumonia'], *core_runs()]))
+    "In the order in which they are trained: a table for one seed of every set, then further seeds and students"
+    teachers,core = teacher_runs(),list(core_runs())
+    return list(dict.fromkeys([teachers['ham10000'], *factor_runs(), teachers['pneumonia'], *core[:14],
+                               teachers['breastmnist'], teachers['findings'], *small_runs(), *core]))
 
 
 # -- what comes out
