@@ -11,7 +11,8 @@ from kdmed.data.splits import split_groups
 from kdmed.distill.methods import distill
 from kdmed.models import create_student, load_student, save_student, set_model_stats
 from kdmed.models.label_dependence import (
-    LABEL_MODELS, LabelChain, LabelGraph, add_label_dependence, finding_logits, fit_label_model, known_log_likelihood)
+    LABEL_MODELS, LabelChain, LabelGraph, LabelRecurrent, add_label_dependence, finding_logits, fit_label_model,
+    known_log_likelihood)
 from kdmed.ship import export_onnx, load_bundle, save_bundle
 from kdmed.ship.onnx_model import OnnxModel
 
@@ -25,6 +26,22 @@ def drawn(kind, n=4, seed=0):
         for p in model.parameters(): p.add_(torch.randn_like(p))
     return model.double(),torch.randn(5, n, dtype=torch.float64)
 
+def sigmoid(a): return 1/(1+np.exp(-a))
+
+def prior_by_hand(p, state):
+    "Log probability of a state by an LSTM that is written out (gates in PyTorch's order)"
+    n,hidden = p['read'].shape
+    h,c,total = np.zeros(hidden),np.zeros(hidden),0.
+    for k in range(n):
+        a = p['read'][k] @ h if k else 0.
+        total += np.log(sigmoid(a if state[k] else -a))
+        told = np.eye(n)[k]*(2*state[k]-1)
+        gates = p['lstm.weight_ih_l0'] @ told + p['lstm.bias_ih_l0'] + p['lstm.weight_hh_l0'] @ h + p['lstm.bias_hh_l0']
+        i,f,g,o = np.split(gates, 4)
+        c = sigmoid(f)*c + sigmoid(i)*np.tanh(g)
+        h = sigmoid(o)*np.tanh(c)
+    return total
+
 def score_by_hand(model, z, state):
     "Unnormalized log probability of one state of one image; of a chain, the log probability"
     p = {k: v.detach().numpy() for k,v in model.named_parameters()}
@@ -37,6 +54,7 @@ def score_by_hand(model, z, state):
             total += -np.logaddexp(0, -a if state[k] else a)
         return total
     total = sum(own[k]*state[k] for k in range(len(z)))
+    if isinstance(model, LabelRecurrent): total += prior_by_hand(p, state)
     if isinstance(model, LabelGraph):
         total += sum(p['weights'][j, k]*state[j]*state[k] for k in range(len(z)) for j in range(k))
     return total
@@ -68,18 +86,20 @@ def test_images_of_which_nothing_is_known_change_nothing(kind):
     one,two = fit_label_model(z, y, kind),fit_label_model(more_z, more_y, kind)
     for a,b in zip(one.parameters(), two.parameters()): torch.testing.assert_close(a, b, atol=.02, rtol=.02)
 
-def test_fourteen_findings_are_fitted():
+@pytest.mark.parametrize('kind', ['graph', 'recurrent'])
+def test_fourteen_findings_are_fitted(kind):
     rng = np.random.default_rng(0)
     y = (rng.random((40, 14))<.3).astype(float)
-    model = fit_label_model(2*y-1+rng.normal(size=y.shape), y, 'graph', steps=2)
+    model = fit_label_model(2*y-1+rng.normal(size=y.shape), y, kind, steps=2)
     assert finding_logits(model, torch.randn(2, 14)).isfinite().all()
     with pytest.raises(ValueError, match='2 to 14 findings'): fit_label_model(np.zeros((3, 15)), np.zeros((3, 15)))
 
-def test_a_finding_that_is_never_seen_does_no_harm():
+@pytest.mark.parametrize('kind', ['graph', 'recurrent'])
+def test_a_finding_that_is_never_seen_does_no_harm(kind):
     rng = np.random.default_rng(0)
     y = (rng.random((60, 3))<.5).astype(float)
     y[:, 2] = 0
-    model = fit_label_model(2*y-1+rng.normal(size=y.shape), y, 'graph')
+    model = fit_label_model(2*y-1+rng.normal(size=y.shape), y, kind)
     assert all(p.isfinite().all() for p in model.parameters())
     assert (finding_logits(model, torch.zeros(1, 3)).sigmoid()[0, 2] < .1).item()
 
@@ -89,7 +109,7 @@ def dls():
     table.loc[table.index[::7], 'label'] = f"?{table.attrs['classes'][0]}"
     return image_dls(split_groups(table, sizes=(.5, .25, .25)), 32, bs=8, device='cpu')
 
-@pytest.mark.parametrize('kind', ['graph', 'chain'])
+@pytest.mark.parametrize('kind', ['graph', 'chain', 'recurrent'])
 def test_bundle_and_onnx_give_its_predictions(dls, tmp_path, kind):
     torch.manual_seed(0)
     student = set_model_stats(create_student('test_efficientnet', dls.classes, 32, 'multilabel'), .5, .25).eval()

@@ -8,7 +8,7 @@ Docs: https://kdmed.github.io/kdmed/models/index.html.md"""
 __all__ = ['AVERAGES', 'FOUNDATION', 'LABEL_MODELS', 'LOGIT_POOLS', 'OUTPUTS', 'PIP_WEIGHTS', 'STUDENT_FORMAT', 'WRAPPERS',
            'AttentionHead', 'DependentFindings', 'DistillationTokenViT', 'ExitModel', 'FoundationClassifier',
            'FoundationEncoder', 'FoundationRecipe', 'FusedTeacher', 'IndependentLabels', 'JointEncoder', 'LabelChain',
-           'LabelGraph', 'MultiScaleClassifier', 'NeighborsHead', 'ReusedClassifier', 'WeightsCard',
+           'LabelGraph', 'LabelRecurrent', 'MultiScaleClassifier', 'NeighborsHead', 'ReusedClassifier', 'WeightsCard',
            'add_distillation_token', 'add_exits', 'add_label_dependence', 'add_lora', 'check_license', 'check_stats',
            'classify', 'create_encoder', 'create_fused_teacher', 'create_student', 'create_teacher', 'describe_license',
            'early_exit', 'exit_confidence', 'exit_curve', 'exit_macs', 'feature_map', 'find_classifier',
@@ -37,8 +37,8 @@ from kdmed.models.heads import (
     AttentionHead, FoundationClassifier, JointEncoder, NeighborsHead, add_lora, classify, join_encoders, merge_lora,
     unfreeze_last)
 from .label_dependence import (
-    LABEL_MODELS, DependentFindings, IndependentLabels, LabelChain, LabelGraph, add_label_dependence, finding_logits,
-    fit_label_model, known_log_likelihood, loader_logits)
+    LABEL_MODELS, DependentFindings, IndependentLabels, LabelChain, LabelGraph, LabelRecurrent,
+    add_label_dependence, finding_logits, fit_label_model, known_log_likelihood, loader_logits)
 from .multi_scale import (
     LOGIT_POOLS, MultiScaleClassifier, multi_scale_classifier, plot_levels, pool_logits)
 from .transfer import WeightsCard, transfer_weights
@@ -49,8 +49,8 @@ _all_ = [
     'AVERAGES', 'FOUNDATION', 'LABEL_MODELS', 'LOGIT_POOLS', 'OUTPUTS', 'PIP_WEIGHTS', 'STUDENT_FORMAT', 'WRAPPERS',
     'AttentionHead', 'DependentFindings', 'DistillationTokenViT', 'ExitModel', 'FoundationClassifier',
     'FoundationEncoder', 'FoundationRecipe', 'FusedTeacher', 'IndependentLabels', 'JointEncoder', 'LabelChain',
-    'LabelGraph', 'MultiScaleClassifier', 'NeighborsHead', 'ReusedClassifier', 'WeightsCard', 'add_distillation_token',
-    'add_exits', 'add_label_dependence', 'add_lora', 'check_license', 'check_stats', 'classify', 'create_encoder',
+    'LabelGraph', 'LabelRecurrent', 'MultiScaleClassifier', 'NeighborsHead', 'ReusedClassifier', 'WeightsCard',
+    'add_distillation_token', 'add_exits', 'add_label_dependence', 'add_lora', 'check_license', 'check_stats', 'classify', 'create_encoder',
     'create_fused_teacher', 'create_student', 'create_teacher', 'describe_license', 'early_exit', 'exit_confidence',
     'exit_curve', 'exit_macs', 'feature_map', 'find_classifier', 'find_normalization', 'finding_logits',
     'fit_label_model', 'foundation_models', 'foundation_recipe', 'input_channels', 'join_encoders',
