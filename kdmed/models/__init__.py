@@ -6,14 +6,15 @@ Docs: https://kdmed.github.io/kdmed/models/index.html.md"""
 
 # %% auto #0
 __all__ = ['AVERAGES', 'FOUNDATION', 'LABEL_MODELS', 'LOGIT_POOLS', 'OUTPUTS', 'PIP_WEIGHTS', 'STUDENT_FORMAT', 'WRAPPERS',
-           'AttentionHead', 'DependentFindings', 'DistillationTokenViT', 'ExitModel', 'FoundationClassifier',
-           'FoundationEncoder', 'FoundationRecipe', 'FusedTeacher', 'IndependentLabels', 'JointEncoder', 'LabelChain',
-           'LabelGraph', 'LabelRecurrent', 'MultiScaleClassifier', 'NeighborsHead', 'ReusedClassifier', 'WeightsCard',
-           'add_distillation_token', 'add_exits', 'add_label_dependence', 'add_lora', 'check_license', 'check_stats',
-           'classify', 'create_encoder', 'create_fused_teacher', 'create_student', 'create_teacher', 'describe_license',
-           'early_exit', 'exit_confidence', 'exit_curve', 'exit_macs', 'feature_map', 'find_classifier',
-           'find_normalization', 'finding_logits', 'fit_label_model', 'foundation_models', 'foundation_recipe',
-           'input_channels', 'join_encoders', 'known_log_likelihood', 'licenses_of', 'load_student', 'load_weights',
+           'AlexNet', 'AttentionHead', 'DependentFindings', 'DistillationTokenViT', 'EarlyNetwork', 'ExitModel',
+           'FoundationClassifier', 'FoundationEncoder', 'FoundationRecipe', 'FusedTeacher', 'IndependentLabels',
+           'JointEncoder', 'LabelChain', 'LabelGraph', 'LabelRecurrent', 'LeNet', 'MultiScaleClassifier',
+           'NeighborsHead', 'ReusedClassifier', 'WeightsCard', 'add_distillation_token', 'add_exits',
+           'add_label_dependence', 'add_lora', 'alexnet', 'check_license', 'check_stats', 'classify', 'create_encoder',
+           'create_fused_teacher', 'create_student', 'create_teacher', 'describe_license', 'early_exit',
+           'exit_confidence', 'exit_curve', 'exit_macs', 'feature_map', 'find_classifier', 'find_normalization',
+           'finding_logits', 'fit_label_model', 'foundation_models', 'foundation_recipe', 'input_channels',
+           'join_encoders', 'known_log_likelihood', 'lenet', 'licenses_of', 'load_student', 'load_weights',
            'loader_logits', 'luminance', 'merge_lora', 'model_spec', 'model_stats', 'multi_scale_classifier',
            'normalization_of', 'output_names', 'pip_weights', 'plot_exits', 'plot_levels', 'pool_logits',
            'pooled_features', 'predict_images', 'prepared_for', 'read_settings', 'read_weights', 'renormalize',
@@ -29,6 +30,7 @@ from .create import (
     model_stats, normalization_of, output_names, pooled_features, predict_images, read_settings, same_stats,
     save_student, set_model_stats, stage_names, truncate_vit, usable_stages)
 from .classifier import ReusedClassifier, find_classifier, reuse_classifier
+from .early_networks import AlexNet, EarlyNetwork, LeNet, alexnet, lenet
 from .exits import ExitModel, add_exits, early_exit, exit_confidence, exit_curve, exit_macs, plot_exits
 from .foundation import (
     FOUNDATION, FoundationEncoder, FoundationRecipe, check_license, create_encoder, describe_license, foundation_models,
@@ -47,16 +49,16 @@ from .weights import AVERAGES, PIP_WEIGHTS, load_weights, pip_weights, read_weig
 # %% ../../nbs/models/index.ipynb #2503cdd8
 _all_ = [
     'AVERAGES', 'FOUNDATION', 'LABEL_MODELS', 'LOGIT_POOLS', 'OUTPUTS', 'PIP_WEIGHTS', 'STUDENT_FORMAT', 'WRAPPERS',
-    'AttentionHead', 'DependentFindings', 'DistillationTokenViT', 'ExitModel', 'FoundationClassifier',
-    'FoundationEncoder', 'FoundationRecipe', 'FusedTeacher', 'IndependentLabels', 'JointEncoder', 'LabelChain',
-    'LabelGraph', 'LabelRecurrent', 'MultiScaleClassifier', 'NeighborsHead', 'ReusedClassifier', 'WeightsCard',
-    'add_distillation_token', 'add_exits', 'add_label_dependence', 'add_lora', 'check_license', 'check_stats',
-    'classify', 'create_encoder', 'create_fused_teacher', 'create_student', 'create_teacher', 'describe_license',
-    'early_exit', 'exit_confidence',
-    'exit_curve', 'exit_macs', 'feature_map', 'find_classifier', 'find_normalization', 'finding_logits',
-    'fit_label_model', 'foundation_models', 'foundation_recipe', 'input_channels', 'join_encoders',
-    'known_log_likelihood', 'licenses_of', 'load_student', 'load_weights', 'loader_logits', 'luminance', 'merge_lora',
-    'model_spec', 'model_stats', 'multi_scale_classifier', 'normalization_of', 'output_names', 'pip_weights',
-    'plot_exits', 'plot_levels', 'pool_logits', 'pooled_features', 'predict_images', 'prepared_for', 'read_settings',
-    'read_weights', 'renormalize', 'reuse_classifier', 'same_stats', 'save_student', 'set_model_stats', 'stage_names',
-    'transfer_weights', 'truncate_vit', 'unfreeze_last', 'usable_stages']
+    'AlexNet', 'AttentionHead', 'DependentFindings', 'DistillationTokenViT', 'EarlyNetwork', 'ExitModel',
+    'FoundationClassifier', 'FoundationEncoder', 'FoundationRecipe', 'FusedTeacher', 'IndependentLabels',
+    'JointEncoder', 'LabelChain', 'LabelGraph', 'LabelRecurrent', 'LeNet', 'MultiScaleClassifier', 'NeighborsHead',
+    'ReusedClassifier', 'WeightsCard', 'add_distillation_token', 'add_exits', 'add_label_dependence', 'add_lora',
+    'alexnet', 'check_license', 'check_stats', 'classify', 'create_encoder', 'create_fused_teacher',
+    'create_student', 'create_teacher', 'describe_license', 'early_exit', 'exit_confidence', 'exit_curve',
+    'exit_macs', 'feature_map', 'find_classifier', 'find_normalization', 'finding_logits', 'fit_label_model',
+    'foundation_models', 'foundation_recipe', 'input_channels', 'join_encoders', 'known_log_likelihood', 'lenet',
+    'licenses_of', 'load_student', 'load_weights', 'loader_logits', 'luminance', 'merge_lora', 'model_spec',
+    'model_stats', 'multi_scale_classifier', 'normalization_of', 'output_names', 'pip_weights', 'plot_exits',
+    'plot_levels', 'pool_logits', 'pooled_features', 'predict_images', 'prepared_for', 'read_settings',
+    'read_weights', 'renormalize', 'reuse_classifier', 'same_stats', 'save_student', 'set_model_stats',
+    'stage_names', 'transfer_weights', 'truncate_vit', 'unfreeze_last', 'usable_stages']
