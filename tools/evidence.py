@@ -178,9 +178,15 @@ class Job:
 
     def figures(self, run, on):
         "Balanced accuracy (multilabel: none) and macro AUROC of a finished run on validation or test images"
+        found = self.intervals(run, on, 20)
+        return {name: float(row.value) for name,row in found.iterrows()}
+
+    def intervals(self, run, on, n_boot=1000):
+        "The same with intervals over lesions or children"
         dls,probs = self.loaders(run),self.probs(run, on)
-        values = evaluate(probs, targets_of(getattr(dls, on)), classes=dls.classes, task=dls.task, n_boot=20).value
-        return {name: float(values[name]) for name in ('balanced_accuracy', 'macro_auroc') if name in values.index}
+        part = getattr(dls, on)
+        found = evaluate(probs, targets_of(part), dls.classes, part.table.group.to_numpy(), dls.task, n_boot=n_boot)
+        return found.loc[[m for m in METRICS if m in found.index]]
 
 def landed_file(run, folder=RESULTS): return folder/'predictions'/f'{run.name}.npz'
 
@@ -293,7 +299,10 @@ def fits_table(job):
     "A row for each finished fit: what it was, its figures on validation and test images, its seconds"
     rows = []
     for run,facts in finished(job):
-        scores = {f'{on}_{m}': round(v, 4) for on in ('valid', 'test') for m,v in job.figures(run, on).items()}
+        scores = {f'valid_{m}': round(v, 4) for m,v in job.figures(run, 'valid').items()}
+        for m,row in job.intervals(run, 'test').iterrows():
+            values = {'': row.value, '_low': row.low, '_high': row.high}
+            scores |= {f'test_{m}{end}': round(v, 4) for end,v in values.items()}
         took = {name: facts[name] and round(facts[name]) for name in ('seconds', 'cpu_seconds')} # None: not known
         rows.append(facts | dict(teacher=Path(run.teacher).parent.name) | took | scores)
     return landed_first('fits', pd.DataFrame(rows), [f.name for f in fields(Run)])
