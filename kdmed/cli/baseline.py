@@ -23,7 +23,7 @@ import pandas as pd
 from ..baselines.classifiers import check_classifier
 from ..baselines.deep_features import DeepFeatures
 from ..baselines.feature_sets import features_name, make_features
-from ..baselines.handmade import fit_handmade
+from ..baselines.handmade import fit_handmade, save_handmade
 from ..core.extensions import load_extensions
 from ..core.files import check_new_folder, new_folder
 from ..core.outputs import decide_labels
@@ -41,7 +41,7 @@ from ..models.weights import pip_weights
 from ..studies.study import targets_of
 
 # %% ../../nbs/cli/08_baseline.ipynb #bcm00007
-BASELINE_FILES = *REPORT_FILES,'predictions','chosen.csv','copies.csv','config.toml'
+BASELINE_FILES = *REPORT_FILES,'predictions','models','chosen.csv','copies.csv','config.toml'
 DEFAULT_FEATURES,DEFAULT_CLASSIFIERS = ('hog', 'color'),('svm', 'forest')
 
 def _check_deep(features):
@@ -101,14 +101,23 @@ def _compare(models, dls, o):
     made.about.update(split='test', size=dls.size, models={name: m.spec['model'] for name,m in models.items()})
     return made,probs
 
+def _file_name(name): return name.replace('/', '_')
+
+def _save_models(models, folder):
+    "Each model in a folder of its own; what cannot be saved is reported"
+    for name,model in models.items():
+        try: save_handmade(model, folder/_file_name(name))
+        except (ImportError, TypeError) as e: print(f'{name} was not saved: {e}')
+
 def _save(out, o, comparison, probs, models, dls, pairs):
-    "Report, predictions and settings, in a folder that is complete or not there"
+    "Report, predictions, models and settings, in a folder that is complete or not there"
     table = dls.test.table
     with new_folder(out, BASELINE_FILES, o['force'], 'out') as new:
         comparison.save(new)
         (new/'predictions').mkdir()
         for name,p in probs.items():
-            prediction_table(p, table).to_csv(new/'predictions'/f"{name.replace('/', '_')}.csv", index=False)
+            prediction_table(p, table).to_csv(new/'predictions'/f'{_file_name(name)}.csv', index=False)
+        _save_models(models, new/'models')
         _chosen(models).to_csv(new/'chosen.csv', index=False)
         if pairs is not None and len(pairs): pairs.to_csv(new/'copies.csv', index=False)
         (new/'config.toml').write_text(config_text('baseline', o), encoding='utf-8')
@@ -137,5 +146,5 @@ def baseline_command(
         _save(out, o, comparison, probs, models, dls, pairs)
     print('\n'.join(f'- {s}' for s in comparison.findings()) + f'\n\n{markdown_table(comparison.table())}')
     print(f"\nThe report is in {o['out']}, predictions of each model in its folder predictions: kdmed report compares "
-          'them with those of networks')
+          'them with those of networks. Its folder models holds the models themselves: load_handmade opens them')
     return 0
