@@ -286,3 +286,13 @@ def test_codes_need_three_classes_and_say_so_before_images_are_read(folder, caps
     for place in sorted((folder/'images').iterdir())[:2]: (two/place.name).symlink_to(place)
     assert main(['baseline', '--data', two, '--classifier', 'codes', '--out', folder/'out', '--size', '32'])==2
     assert "--classifier: classifier 'codes' needs at least three classes" in capsys.readouterr().err
+
+def test_images_of_another_size_are_resized_as_the_loader_does(tissue, tmp_path):
+    from PIL import Image
+    large = tissue.copy()
+    large['image'] = [np.asarray(Image.fromarray(i).resize((70, 50))) for i in tissue.image]
+    large.attrs = tissue.attrs
+    dls = image_dls(split_groups(large, (.5, .2, .3)), 32, device='cpu')
+    model = fit_handmade(dls, 'color+glcm', 'forest', folder=tmp_path)
+    found = model.predict_images(list(dls.test.table.image))
+    np.testing.assert_allclose(found.to_numpy(), model.predict(dls.test, tmp_path), atol=1e-6)

@@ -28,7 +28,7 @@ from ..core.checks import check_in, check_seed
 from ..core.files import check_format, new_folder, write_atomic
 from ..core.fingerprints import digest
 from ..core.outputs import output_names
-from ..data.images import synthetic_table
+from ..data.images import open_image, synthetic_table
 from ..evaluate.metrics import check_loader
 
 # %% ../../nbs/baselines/15_handmade.ipynb #bhm00006
@@ -69,9 +69,13 @@ class HandmadeClassifier(nn.Module):
     def forward(self, x):
         return torch.from_numpy(self.logits(self.rows(_bytes(x)))).float().to(x.device)
 
-    def predict_images(self, images): # Data frame [N, C], a column for each class
-        "Probabilities of images, uint8 [N, H, W, 3] or a list"
-        p = _probabilities(self.logits(self.rows(images)), self.spec['task'])
+    def predict_images(self,
+        images, # Files, or uint8 arrays [H, W, 3] of any size; or one array [N, H, W, 3]
+    ): # Data frame [N, C], a column for each class
+        "Probabilities of images, which are resized to the size that it was fitted on"
+        check_images(images)
+        pixels = [np.asarray(open_image(image, self.spec['size'])) for image in images]
+        p = _probabilities(self.logits(self.rows(pixels)), self.spec['task'])
         return pd.DataFrame(p, columns=self.spec['classes'])
 
     def predict(self, dl, folder=None): # Probabilities [N, C], in the order of the loader
