@@ -1,7 +1,7 @@
 """Train the fits behind `results/few_labels`: HAM10000 with few labeled lesions, by every method for few labels.
 
-    python tools/few_labels_evidence.py run --data FOLDER --work FOLDER     # a background job: kill it at will, it resumes
-    python tools/few_labels_evidence.py list --data FOLDER --work FOLDER    # which fits there are, and which are finished
+    python tools/few_labels_evidence.py run --data FOLDER --work FOLDER     # a background job that resumes when killed
+    python tools/few_labels_evidence.py list --data FOLDER --work FOLDER    # which fits there are, which are finished
     python tools/few_labels_evidence.py collect --data FOLDER --work FOLDER # tables of all finished fits
 
 `--shares 0.1 --seeds 0 --methods mixmatch` choose fits. `--data` holds the folder `ham10000` as Kaggle lays it out. A
@@ -42,7 +42,8 @@ class Job:
     def __init__(self, data, work):
         self.work = Path(work)
         read,augment = SETS['ham10000']
-        self.dls = image_dls(read(Path(data)), SIZE, bs=64, augment=augment(0), views=VIEWS, device='cpu', store=self.store)
+        how = dict(augment=augment(0), views=VIEWS, device='cpu', store=self.store)
+        self.dls = image_dls(read(Path(data)), SIZE, bs=64, **how)
 
     @property
     def store(self): return self.work/'stores'

@@ -22,8 +22,9 @@ from fastai.optimizer import Adam
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from .guesses import (
-    check_threshold, decide, mix_guesses, mixed_guess_loss, mixed_label_loss, pseudo_label_loss, ramp_up, sharpen)
+from kdmed.baselines.guesses import (
+    check_threshold,  mix_guesses, mixed_guess_loss, mixed_label_loss, pseudo_label_loss, ramp_up, sharpen,
+    trust_decisions)
 from .weak_and_strong import (
     EndlessDraws, WeightAverage, find_augment, keeping_buffers, strong_augment, with_augment)
 from ..core.basics import unwrap
@@ -40,10 +41,10 @@ from ..distill.teacher import MeanTeacher, Teacher, as_teacher, match_outputs
 from ..train.resume import Resume
 
 # %% ../../nbs/baselines/28_few_labels.ipynb #few00008
+# Long because: the base class of all methods, read when writing one
 _OTHER_VIEW = 1 << 16 # second weak views of an image start here, third ones at twice that
 
 class FewLabels(DistillCallback):
-    # Long because: the base class of all methods, read when writing one
     "Labeled images, drawn again and again, beside the unlabeled ones of the loader; a subclass adds a term"
     adds_term,needs_teacher,uses_logits = False,False,False
     needs_unlabeled = False
@@ -167,15 +168,16 @@ class PseudoLabels(FewLabels):
 
     def check(self, outputs, xb):
         super().check(outputs, xb)
-        decide(self.probs(outputs), self.limits, self.absent, self.exclusive) # as many thresholds as outputs
+        trust_decisions(self.probs(outputs), self.limits, self.absent, self.exclusive) # as many thresholds as outputs
 
     def unlabeled(self, weak, rows, views): return [weak.as_subclass(Tensor)]
 
     def term(self):
-        label,trusted = decide(self.probs(self._outputs[0].detach()), self.limits, self.absent, self.exclusive)
+        label,trusted = trust_decisions(self.probs(self._outputs[0].detach()), self.limits, self.absent, self.exclusive)
         self.note_trusted(trusted)
         return pseudo_label_loss(self._outputs[-1], label, trusted, self.exclusive)
 
+# %% ../../nbs/baselines/28_few_labels.ipynb #few00013b
 def _check_thresholds(threshold, absent):
     check_threshold(threshold, 'threshold')
     if absent is not None: check_threshold(absent, 'absent')
@@ -245,7 +247,7 @@ class NoisyStudent(FixMatch):
         return [self.strong_view(rows, views)]
 
     def decisions(self, probs):
-        if self._voted is None: return decide(probs, self.limits, self.absent, self.exclusive)
+        if self._voted is None: return trust_decisions(probs, self.limits, self.absent, self.exclusive)
         return tuple(torch.as_tensor(a[self._of], device=probs.device) for a in self._voted)
 
     def term(self):

@@ -90,6 +90,7 @@ def strong_augment(
     more = *moves, BrightnessContrast(.4, .4), GaussianBlur(.1, 1.5, .5), Cutout(.4)
     return Augment((*own, *more), seed, 'reflection' if weak is None else weak.padding)
 
+# %% ../../nbs/baselines/26_weak_and_strong.ipynb #was00009b
 def find_augment(
     dl, # Loader of `image_dls`
 )->Augment: # None if it has none
@@ -115,6 +116,8 @@ def move_average(
         if mean[name].is_floating_point(): mean[name].lerp_(value.detach().to(mean[name]), 1-decay)
         else: mean[name].copy_(value)
 
+# %% ../../nbs/baselines/26_weak_and_strong.ipynb #was00014b
+# Long because: one callback, in the order of its events
 class WeightAverage(Callback):
     "Validate, and end the fit, with the average of the weights; training goes on with its own weights"
     order,run_valid = TrackerCallback.order-1,True # one that saves the best model saves the average
@@ -173,6 +176,7 @@ class WeightAverage(Callback):
         self._mean = None if mean is None else {n: t.to(device) for n,t in mean.items()}
         self._steps,self._exchanged = state['steps'],state['exchanged']
 
+# %% ../../nbs/baselines/26_weak_and_strong.ipynb #was00014c
 @contextmanager
 def keeping_buffers(
     model:nn.Module, # Its buffers are restored

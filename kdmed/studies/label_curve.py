@@ -182,6 +182,7 @@ def labeled_counts(
     kept = few[(few.split=='train') & ~is_unlabeled(few)]
     return dict(labeled_groups=kept.group.nunique(), labeled_images=len(kept))
 
+# %% ../../nbs/studies/20_label_curve.ipynb #lcv00012b
 _STYLES = dict(supervised=('--', 's'), distillation=('-', 'o'), mixmatch=('-', '^'), fixmatch=('-', 'v'),
                mean_teacher=(':', 'D'), pseudo_labels=('-.', 'x'), noisy_student=('-.', '+'))
 
