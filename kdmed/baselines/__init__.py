@@ -24,8 +24,8 @@ def _open_door():
     from kdmed.baselines.evidential_vote import EvidentialVote, combine_evidence
     from kdmed.baselines.feature_sets import HANDMADE_FEATURES, handmade_sets, make_features
     from kdmed.baselines.few_labels import (
-        FEW_LABEL_METHODS, FewLabels, FixMatch, MeanTeacherConsistency, MixMatch, NoisyStudent, PseudoLabels, UnlabeledKD,
-        few_label_methods, fit_few_labels)
+        FEW_LABEL_METHODS, FewLabels, FixMatch, MeanTeacherConsistency, MixMatch, NoisyStudent, PseudoLabels,
+        UnlabeledKD, few_label_methods, fit_few_labels)
     from kdmed.baselines.guesses import ramp_up, reliable_thresholds, sharpen
     from kdmed.baselines.histograms import ColorHistogram, GrayHistogram, ImageFeatures
     from kdmed.baselines.handmade import HandmadeClassifier, fit_handmade, load_handmade, save_handmade
