@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .classifiers import code_book, group_splits
 from ..core.basics import capture_activations, evaluating
-from ..core.checks import check_in, check_number, written
+from ..core.checks import check_in, check_number
 from ..data.images import is_unlabeled
 from ..data.loaders import ReplayTransform, own_loader
-from ..distill.teacher import Teacher, as_teacher
+from ..distill.teacher import as_teacher
 from ..models.classifier import find_classifier
 
 # %% ../../nbs/baselines/27_evidential_vote.ipynb #evi00006

@@ -11,7 +11,7 @@ __all__ = ['FEW_LABEL_METHODS', 'FewLabels', 'PseudoLabels', 'FixMatch', 'NoisyS
 # %% ../../nbs/baselines/28_few_labels.ipynb #few00003
 from copy import deepcopy
 from inspect import signature
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd

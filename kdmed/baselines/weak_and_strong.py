@@ -10,7 +10,6 @@ __all__ = ['EndlessDraws', 'Cutout', 'strong_augment', 'find_augment', 'with_aug
 
 # %% ../../nbs/baselines/26_weak_and_strong.ipynb #was00003
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.basics import unwrap
 from ..core.checks import check_integer, check_number, check_seed
