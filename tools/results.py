@@ -53,6 +53,8 @@ MAKERS = dict(
     multi_stage_kd_ham10000=Maker((('kdmed', 'recipe', 'multi_stage_kd', *RECIPE),), ABLATION, ('ham10000',), 3),
     evidence=Maker(tuple(('tools/evidence.py', what, *EVIDENCE) for what in ('run', 'collect')), (),
                    ('ham10000', 'pneumonia'), 40),
+    few_labels=Maker(tuple(('tools/few_labels_evidence.py', what, '--data', '{data}', '--work', '{work}')
+                           for what in ('run', 'collect')), (), ('ham10000',), 5),
     ship=Maker((('tools/ship_results.py', *EVIDENCE),), (), ('ham10000', 'pneumonia'), .5),
     foundation_heads=Maker((('tests/foundation_heads.py',),), (), ('ham10000',), .3),
     copies=Maker((('tests/bench_copies.py',),), (), ('ham10000', 'breakhis', 'nih_chestxray14'), .2),

@@ -243,12 +243,13 @@ def loaders_like(
     dls,             # From `image_dls`
     table,           # Image table
     store='memory',  # As for `image_dls`
+    sampling='natural', # As for `image_dls`
 ): # DataLoaders
     "Loaders of another table, with size, batches, augmentation and normalization of `dls`"
     train = own_loader(dls.train)
     augment = next((t.augment for t in train.after_batch.fs if isinstance(t, ReplayTransform)), None)
     others = [t for t in train.after_batch.fs if not isinstance(t, (IntToFloatTensor, ReplayTransform, Normalize))]
-    return image_dls(table, dls.size, train.bs, augment, others, train.preprocess, store, views=train.views,
+    return image_dls(table, dls.size, train.bs, augment, others, train.preprocess, store, sampling, train.views,
                      stats=find_normalization(dls) or None, device=dls.device)
 
 def with_unlabeled(
