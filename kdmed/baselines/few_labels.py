@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from kdmed.baselines.guesses import (
-    check_threshold,  mix_guesses, mixed_guess_loss, mixed_label_loss, pseudo_label_loss, ramp_up, sharpen,
+    check_threshold, mix_guesses, mixed_guess_loss, mixed_label_loss, pseudo_label_loss, ramp_up, sharpen,
     trust_decisions)
 from .weak_and_strong import (
     EndlessDraws, WeightAverage, find_augment, keeping_buffers, strong_augment, with_augment)

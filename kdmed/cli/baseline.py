@@ -101,6 +101,7 @@ def _compare(models, dls, o):
     made.about.update(split='test', size=dls.size, models={name: m.spec['model'] for name,m in models.items()})
     return made,probs
 
+# %% ../../nbs/cli/08_baseline.ipynb #bcm00017
 def _file_name(name): return name.replace('/', '_')
 
 def _save_models(models, folder):

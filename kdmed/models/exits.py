@@ -354,7 +354,8 @@ def plot_exits(
     for name,point in fixed.iterrows():
         ax.annotate(name, (point.cost, point[metric]), (0, -13), textcoords='offset points', ha='center')
     n = curve.images[0]
-    ax.set(xlabel=f'mean cost of an image (million multiply–accumulates), n = {n} images', ylabel=metric.replace('_', ' '))
+    ax.set(xlabel=f'mean cost of an image (million multiply–accumulates), n = {n} images',
+           ylabel=metric.replace('_', ' '))
     ax.margins(y=.2)
     ax.legend(frameon=False, ncols=2, loc='lower right', bbox_to_anchor=(1, 1), borderaxespad=0)
     return ax
