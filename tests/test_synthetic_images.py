@@ -27,6 +27,9 @@ table = split_groups(synthetic_table(120, classes=3, size=16, seed=2))
 def table(): return split_groups(synthetic_table(120, classes=3, size=16, seed=2))
 
 @pytest.fixture(scope='module')
+def more_patients(): return split_groups(synthetic_table(360, classes=3, size=16, seed=3))
+
+@pytest.fixture(scope='module')
 def home(tmp_path_factory): return tmp_path_factory.mktemp('gan')
 
 @pytest.fixture(scope='module')
@@ -94,7 +97,8 @@ def test_files_of_a_newer_version_are_refused(home, tmp_path, gan):
     (tmp_path/'gan.json').write_text(json.dumps(about | dict(format=99)))
     with pytest.raises(ValueError, match='update kdmed'): load_gan(tmp_path)
 
-def test_copies_are_memorized_and_other_kinds_are_not(table):
+def test_copies_are_memorized_and_other_kinds_are_not(more_patients):
+    table = more_patients
     rng = np.random.default_rng(0)
     f = rng.normal(size=(len(table), 8))
     train = np.flatnonzero(table.split=='train')
@@ -114,7 +118,8 @@ def test_kid_is_symmetric_and_zero_on_average():
     assert kid(x, y, subsets=2).value==pytest.approx(kid(y, x, subsets=2).value)
     assert kid(x, y).low > 0
 
-def test_pairs_are_shown_and_kid_has_a_control(table, gan):
+def test_pairs_are_shown_and_kid_has_a_control(more_patients, gan):
+    table = more_patients
     rng,drawn = np.random.default_rng(1),draw_images(gan, 5)
     f,g = rng.normal(size=(len(table), 6)),rng.normal(size=(len(drawn), 6))
     pairs = nearest_training_image(drawn, table, g, f)
