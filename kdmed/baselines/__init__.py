@@ -6,13 +6,15 @@ Docs: https://kdmed.github.io/kdmed/baselines/index.html.md"""
 
 # %% auto #0
 __all__ = ['CLASSIFIERS', 'ColorHistogram', 'Cutout', 'DeepFeatures', 'EvidentialVote', 'FEW_LABEL_METHODS', 'FewLabels',
-           'FixMatch', 'GLCMFeatures', 'GrayHistogram', 'HANDMADE_FEATURES', 'HOGFeatures', 'HandmadeClassifier',
+           'FixMatch', 'GAN', 'GLCMFeatures', 'GrayHistogram', 'HANDMADE_FEATURES', 'HOGFeatures', 'HandmadeClassifier',
            'ImageFeatures', 'InputCheck', 'LBPFeatures', 'MeanTeacherConsistency', 'MixMatch', 'NoisyStudent',
-           'OutputCodes', 'PseudoLabels', 'ShapeFeatures', 'UnlabeledKD', 'VisualWords', 'WeightAverage', 'code_book',
-           'combine_evidence', 'cooccurrence', 'few_label_methods', 'find_objects', 'find_unfamiliar', 'fit_few_labels',
-           'fit_handmade', 'fit_input_check', 'handmade_sets', 'load_handmade', 'load_input_check', 'make_features',
-           'ramp_up', 'reliable_thresholds', 'save_handmade', 'save_input_check', 'sharpen', 'sift_descriptors',
-           'strong_augment']
+           'OutputCodes', 'PseudoLabels', 'ShapeFeatures', 'UnlabeledKD', 'VisualWords', 'WeightAverage',
+           'add_synthetic', 'code_book', 'combine_evidence', 'cooccurrence', 'differentiable_augment', 'draw_images',
+           'few_label_methods', 'find_objects', 'find_unfamiliar', 'fit_few_labels', 'fit_gan', 'fit_handmade',
+           'fit_input_check', 'handmade_sets', 'image_features', 'kid', 'kid_table', 'load_drawn', 'load_gan',
+           'load_handmade', 'load_input_check', 'make_features', 'memorization', 'nearest_training_image', 'ramp_up',
+           'reliable_thresholds', 'save_gan', 'save_handmade', 'save_input_check', 'sharpen', 'show_nearest',
+           'show_walk', 'sift_descriptors', 'strong_augment']
 
 # %% ../../nbs/baselines/index.ipynb #bix00003
 from ..core.doors import lazy_door
@@ -26,12 +28,16 @@ def _open_door():
     from kdmed.baselines.few_labels import (
         FEW_LABEL_METHODS, FewLabels, FixMatch, MeanTeacherConsistency, MixMatch, NoisyStudent, PseudoLabels,
         UnlabeledKD, few_label_methods, fit_few_labels)
+    from kdmed.baselines.gan import GAN, differentiable_augment, fit_gan, load_gan, save_gan, show_walk
     from kdmed.baselines.guesses import ramp_up, reliable_thresholds, sharpen
     from kdmed.baselines.histograms import ColorHistogram, GrayHistogram, ImageFeatures
     from kdmed.baselines.handmade import HandmadeClassifier, fit_handmade, load_handmade, save_handmade
     from kdmed.baselines.input_check import (
         InputCheck, find_unfamiliar, fit_input_check, load_input_check, save_input_check)
     from kdmed.baselines.shapes import ShapeFeatures, find_objects
+    from kdmed.baselines.synthetic_images import (
+        add_synthetic, draw_images, image_features, kid, kid_table, load_drawn, memorization, nearest_training_image,
+        show_nearest)
     from kdmed.baselines.textures import GLCMFeatures, HOGFeatures, LBPFeatures, cooccurrence
     from kdmed.baselines.visual_words import VisualWords, sift_descriptors
     from kdmed.baselines.weak_and_strong import Cutout, WeightAverage, strong_augment
@@ -42,9 +48,12 @@ __getattr__,__dir__ = lazy_door(globals(), _open_door)
 # %% ../../nbs/baselines/index.ipynb #bix00004
 _all_ = [
     'CLASSIFIERS', 'ColorHistogram', 'Cutout', 'DeepFeatures', 'EvidentialVote', 'FEW_LABEL_METHODS', 'FewLabels',
-    'FixMatch', 'GLCMFeatures', 'GrayHistogram', 'HANDMADE_FEATURES', 'HOGFeatures', 'HandmadeClassifier',
-    'ImageFeatures', 'InputCheck', 'LBPFeatures', 'MeanTeacherConsistency', 'MixMatch', 'NoisyStudent', 'OutputCodes',
-    'PseudoLabels', 'ShapeFeatures', 'UnlabeledKD', 'VisualWords', 'WeightAverage', 'code_book', 'combine_evidence',
-    'cooccurrence', 'few_label_methods', 'find_objects', 'find_unfamiliar', 'fit_few_labels', 'fit_handmade',
-    'fit_input_check', 'handmade_sets', 'load_handmade', 'load_input_check', 'make_features', 'ramp_up',
-    'reliable_thresholds', 'save_handmade', 'save_input_check', 'sharpen', 'sift_descriptors', 'strong_augment']
+    'FixMatch', 'GAN', 'GLCMFeatures', 'GrayHistogram', 'HANDMADE_FEATURES', 'HOGFeatures', 'HandmadeClassifier',
+    'ImageFeatures', 'InputCheck', 'LBPFeatures', 'MeanTeacherConsistency', 'MixMatch', 'NoisyStudent',
+    'OutputCodes', 'PseudoLabels', 'ShapeFeatures', 'UnlabeledKD', 'VisualWords', 'WeightAverage', 'add_synthetic',
+    'code_book', 'combine_evidence', 'cooccurrence', 'differentiable_augment', 'draw_images', 'few_label_methods',
+    'find_objects', 'find_unfamiliar', 'fit_few_labels', 'fit_gan', 'fit_handmade', 'fit_input_check',
+    'handmade_sets', 'image_features', 'kid', 'kid_table', 'load_drawn', 'load_gan', 'load_handmade',
+    'load_input_check', 'make_features', 'memorization', 'nearest_training_image', 'ramp_up', 'reliable_thresholds',
+    'save_gan', 'save_handmade', 'save_input_check', 'sharpen', 'show_nearest', 'show_walk', 'sift_descriptors',
+    'strong_augment']

@@ -7,9 +7,10 @@ Docs: https://kdmed.github.io/kdmed/data/images.html.md"""
 # %% auto #0
 __all__ = ['SPLITS', 'WINDOW_FUNCTIONS', 'RASTER_ENDINGS', 'FINDINGS', 'HEMATOXYLIN', 'EOSIN', 'CLASS_FINDINGS', 'tidy_labels',
            'check_class_name', 'class_names', 'rename_labels', 'parse_findings', 'present_classes', 'names_absence',
-           'choose_positive', 'image_table', 'check_table', 'is_unlabeled', 'WindowedImage', 'check_window',
-           'apply_window', 'read_dicom', 'is_dicom', 'name_of', 'open_rgb', 'open_image', 'draw_tile',
-           'synthetic_table', 'show_images', 'class_counts', 'unknown_counts', 'find_anomalies', 'card', 'describe']
+           'choose_positive', 'image_table', 'is_synthetic', 'check_real', 'check_table', 'is_unlabeled',
+           'WindowedImage', 'check_window', 'apply_window', 'read_dicom', 'is_dicom', 'name_of', 'open_rgb',
+           'open_image', 'draw_tile', 'synthetic_table', 'show_images', 'class_counts', 'unknown_counts',
+           'find_anomalies', 'card', 'describe']
 
 # %% ../../nbs/data/10_images.ipynb #a2e1870a
 import re, unicodedata
@@ -240,6 +241,41 @@ def _check_attrs(attrs):
     odd = [c for c in classes if not isinstance(c, str)]
     if odd: raise TypeError(f'image table: class names must be text, got {odd[0]!r} among {list(classes)}')
 
+# %% ../../nbs/data/10_images.ipynb #drawn001
+_DRAWN = {True: True, False: False, 'true': True, 'false': False}
+
+def is_synthetic(
+    table:pd.DataFrame, # Image table
+)->np.ndarray: # bool [N]
+    "Whether a generator drew an image: what the column `synthetic` says; False without one, and where it is empty"
+    if 'synthetic' not in table: return np.zeros(len(table), bool)
+    def drawn(value):
+        value = _plain(value)
+        if _is_missing(value): return False
+        known = _DRAWN.get(value.strip().lower() if isinstance(value, str) else value)
+        if known is None:
+            raise ValueError(f'image table: the column synthetic must hold True or False, got {value!r}; '
+                             'give a column that means something else another name')
+        return known
+    return np.array([drawn(v) for v in table.synthetic], bool)
+
+def check_real(
+    table:pd.DataFrame, # Image table
+    way_out:str,        # What to do instead, for the message
+)->None:
+    "Raise an error for a table with images that a generator drew"
+    if n := int(is_synthetic(table).sum()):
+        raise ValueError(f'image table: {n} of {len(table)} images are synthetic; {way_out}')
+
+def _check_drawn(table):
+    "Raise an error for synthetic images in a split that scores are taken of"
+    drawn = is_synthetic(table)
+    scored = drawn & table.split.notna().to_numpy() & (table.split!='train').to_numpy()
+    if not scored.any(): return
+    where = ', '.join(f'{n} in {split}' for split,n in table.split[scored].value_counts().items())
+    raise ValueError(f"image table: synthetic images can be in train only, got {where}: a score of images that never "
+                     f"were says nothing about patients; leave them out with table[~is_synthetic(table)]")
+
 # %% ../../nbs/data/10_images.ipynb #3d107b00
 def _check_labels(labels, task, classes):
     "Raise an error for labels that are not among the classes"
@@ -276,6 +312,7 @@ def check_table(
     check_classes(classes, task, "table.attrs['classes']")
     for name in classes: check_class_name(name)
     if task=='multilabel': _check_findings(table.label, classes)
+    _check_drawn(table)
     if table.group.isna().any(): raise ValueError(f'image table: {table.group.isna().sum()} rows have no group')
     return table
 

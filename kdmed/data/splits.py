@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.checks import check_in, check_integer, check_number, check_seed, written
-from .images import SPLITS, check_table, is_unlabeled, present_classes
+from .images import SPLITS, check_real, check_table, is_unlabeled, present_classes
 
 # %% ../../nbs/data/15_splits.ipynb #5e977976
 def _label_counts(table):
@@ -72,13 +72,18 @@ def _check_sizes(sizes):
                          f'got {sizes!r}')
     return shares
 
+def _check_resplit(table):
+    "Raise an error for synthetic images, whose generator saw images that a new split may put into test"
+    check_real(table, 'split the real images first, then fit a generator on their training part, and add what it draws '
+                      f'with {written("add_synthetic")}: a new split may put images that the generator saw into test')
+
 def split_groups(
     table:pd.DataFrame,     # Image table; not changed
     sizes=(.7,.15,.15),     # Shares of train, valid and test; sum to 1
     seed:int=0,             # A different seed gives a different split
 )->pd.DataFrame: # Copy with `split` filled
     "Assign whole groups to train, valid and test, stratified by class; groups without any label go to train"
-    check_table(table)
+    _check_resplit(check_table(table))
     sizes,seed = _check_sizes(sizes),check_seed(seed)
     numbers,_,counts = _label_counts(table)
     split = _assign_labeled(counts, sizes, (3, 1, 2), np.random.default_rng(seed))
@@ -107,7 +112,8 @@ def kfold_groups(
     seed:int=0,         # A different seed gives different folds
 )->list: # `k` copies of the table with `split` filled
     "Splits in which each group with a label is tested on once, stratified by class; the others are always in train"
-    numbers,groups,counts = _label_counts(check_table(table))
+    _check_resplit(check_table(table))
+    numbers,groups,counts = _label_counts(table)
     labeled = int(counts[:, :-1].any(1).sum())
     check_integer(k, 'k')
     counted = 'groups with a label' if labeled<len(groups) else 'groups'
@@ -166,7 +172,8 @@ def official_split(
     check_in(unlisted, ('error', 'drop'), 'unlisted')
     _check_valid(valid)
     check_seed(seed)
-    split = _official_names(check_table(table), column)
+    _check_resplit(check_table(table))
+    split = _official_names(table, column)
     missing = int(split.isna().sum())
     if missing and unlisted=='error':
         raise ValueError(f"{column}: {missing:,} of {len(table):,} rows are not in the official split; "

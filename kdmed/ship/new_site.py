@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core.files import new_folder
 from ..core.outputs import decide_labels
-from ..data.images import check_table, name_of
+from ..data.images import check_real, check_table, name_of
 from ..evaluate.comparison import compare_predictions
 from ..evaluate.intervals import evaluate
 from ..evaluate.privacy import without_private
@@ -148,7 +148,7 @@ def evaluate_bundle(
     bundle = open_model(bundle, device)
     if isinstance(bundle, OnnxModel): raise TypeError('bundle must be a bundle: an ONNX file does not say what the '
                                                       'student did on its own test images')
-    check_table(table)
+    check_real(check_table(table), 'evaluate real ones: table[~is_synthetic(table)]')
     _check_classes(table, bundle)
     made = _predict_table(bundle, table, preprocess, bs, progress)
     labeled = made.label.notna() & ((made.label!='') | (bundle.task=='multilabel'))
