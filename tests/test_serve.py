@@ -216,7 +216,7 @@ def test_a_bad_image_among_good_ones_is_counted(client):
     (lambda c: post(c, b'--x\r\n', 'multipart/form-data; boundary=x'), 400, 'cut off'),
     (lambda c: post(c, b'--x\r\n', f"multipart/form-data; boundary={'x'*5000}"), 400, 'the form cannot be read'),
     (lambda c: post(c, b'??', 'multipart/form-data; boundary=x'), 400, 'cannot be read'),
-    (lambda c: c.post('/predict', files=dict(path=(None, '/etc/passwd'))), 400, "field 'path' of the form is no file"),
+    (lambda c: c.post('/predict', files=dict(path=(None, '/etc/passwd'))), 400, "field 'path' of the form is not a file"),
     (lambda c: c.post('/predict', json=dict(url='http://127.0.0.1/x.png')), 415, 'paths and addresses are not opened'),
     (lambda c: post(c, good, query='?path=/etc/passwd'), 400, "unknown parameter 'path'"),
     (lambda c: post(c, good, query='?logits=perhaps'), 400, 'logits must be true or false'),
