@@ -414,7 +414,8 @@ class TestInABrowser:
         flipped = bytearray(whole)
         flipped[len(whole)//2] ^= 255
         def header(w, h): return whole[:16] + w.to_bytes(4, 'big') + h.to_bytes(4, 'big') + whole[24:]
-        bad = {'empty.png': (b'', 'the file is empty'), 'text.png': (b'hello', 'it is not an image that this page reads'),
+        bad = {'empty.png': (b'', 'the file is empty'),
+               'text.png': (b'hello', 'it is not an image that this page reads'),
                'cut.png': (whole[:5000], 'cut off'), 'end.png': (whole[:-12], 'cut off'),
                'flipped.png': (bytes(flipped), 'may be damaged'),
                'cut.jpg': (photo.getvalue()[:2000], 'cut off'), 'start.jpg': (photo.getvalue()[:9], 'damaged'),

@@ -1,4 +1,4 @@
-"""What a network has to surpass: features that somebody thought of, or that another network learned, and a classifier on them
+"""What a network has to outperform: features that somebody designed, or that another network learned, and a classifier on them
 
 Docs: https://kdmed.github.io/kdmed/baselines/index.html.md"""
 
