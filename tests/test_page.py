@@ -124,7 +124,7 @@ def test_a_runtime_that_is_too_large_is_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize('source,error,message', [
     ('none', FileNotFoundError, 'source must be the folder of a bundle, or an ONNX file'),
     ('weights.pt', ValueError, "an ONNX file of export_onnx, got 'weights.pt'"),
-    ('text.onnx', ValueError, 'is no ONNX file'), ('.', FileNotFoundError, 'no student in')])
+    ('text.onnx', ValueError, 'is not an ONNX file'), ('.', FileNotFoundError, 'no student in')])
 def test_what_is_no_student_is_refused(source, error, message, tmp_path):
     for name in ('weights.pt', 'text.onnx'): (tmp_path/name).write_text('x')
     with pytest.raises(error, match=message):
@@ -414,7 +414,8 @@ class TestInABrowser:
         flipped = bytearray(whole)
         flipped[len(whole)//2] ^= 255
         def header(w, h): return whole[:16] + w.to_bytes(4, 'big') + h.to_bytes(4, 'big') + whole[24:]
-        bad = {'empty.png': (b'', 'the file is empty'), 'text.png': (b'hello', 'it is no image that this page reads'),
+        bad = {'empty.png': (b'', 'the file is empty'),
+               'text.png': (b'hello', 'it is not an image that this page reads'),
                'cut.png': (whole[:5000], 'cut off'), 'end.png': (whole[:-12], 'cut off'),
                'flipped.png': (bytes(flipped), 'may be damaged'),
                'cut.jpg': (photo.getvalue()[:2000], 'cut off'), 'start.jpg': (photo.getvalue()[:9], 'damaged'),

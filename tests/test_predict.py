@@ -137,7 +137,7 @@ def damage(place, kind):
 
 
 @pytest.mark.parametrize('kind,said', [
-    ('truncated', 'is no ONNX file'), ('foreign', 'is no ONNX file'), ('empty', 'it has 0 bytes'),
+    ('truncated', 'is not an ONNX file'), ('foreign', 'is not an ONNX file'), ('empty', 'it has 0 bytes'),
     ('newer', 'of a newer kdmed'), ('classes', 'thresholds of a binary task'), ('json', 'property mean'),
     ('size', 'property size cannot be 0'), ('exits', 'property exits cannot be 1000000000'),
     ('negative', 'property exits cannot be -1'), ('stats', 'property mean cannot be'),

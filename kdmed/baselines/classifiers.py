@@ -1,4 +1,4 @@
-"""Support vectors, forests, boosting, a small network and error-correcting codes: every one gives calibrated probabilities, weighs scarce classes, and knows which labels are missing
+"""Support vectors, forests, boosting, a small network and error-correcting codes: each gives calibrated probabilities, weights rare classes, and handles missing labels
 
 Docs: https://kdmed.github.io/kdmed/baselines/classifiers.html.md"""
 
@@ -139,7 +139,7 @@ def group_splits(
     most:int=3,   # Folds, unless a class has fewer groups
     seed:int=0,   # Of the deal
 )->list: # Of pairs of row numbers: to fit, and to score
-    "Folds that keep groups together and classes apart in their shares; an error if a class has a single group"
+    "Folds that keep groups together and shares of classes alike; an error if a class has a single group"
     groups = pd.factorize(np.asarray(groups))[0]
     n = pd.DataFrame(dict(y=y, group=groups)).groupby('y').group.nunique()
     if n.min() < 2:
@@ -180,7 +180,7 @@ class OneForEach:
         return np.stack([column(m) for m in self.models], 1)
 
 def _fit_finding(name, settings, x, y, groups, balanced, seed, finding):
-    "A classifier of one finding on the images that it is known of, or a constant probability"
+    "A classifier of one finding on the images for which it is known, or a constant probability"
     known = ~np.isnan(y)
     present = y[known].astype(int)
     if len(np.unique(present)) < 2: return float((present.sum()+.5)/(len(present)+1))
@@ -208,7 +208,7 @@ def classifier_logits(
     x,        # Features [N, D]
     task:str, # `binary`, `multiclass` or `multilabel`
 )->np.ndarray: # Log probabilities [N, C]; logits of the second class [N, 1], or of findings [N, L]
-    "What a classifier predicts, as a network would say it"
+    "Predictions of a classifier, in the form of a network's logits"
     p = np.clip(model.predict_proba(x), 1e-6, 1-1e-6)
     if task=='multiclass': return np.log(p/p.sum(1, keepdims=True))
     return logit(p[:, 1:] if task=='binary' else p)

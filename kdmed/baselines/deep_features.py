@@ -1,4 +1,4 @@
-"""What a network that saw other images makes of these, as a transformer like the hand-made features: any timm model, frozen, and a classifier on top
+"""Features from a network trained on other images, as a transformer like the hand-made features: any timm model, frozen, with a classifier on top
 
 Docs: https://kdmed.github.io/kdmed/baselines/deep_features.html.md"""
 

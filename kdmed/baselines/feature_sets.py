@@ -148,7 +148,7 @@ def fit_features(
     dl,            # Loader of training images
     folder=None,   # Where what they learn is kept; default: `default_store_folder()`
 )->list: # Fitted
-    "Features that have learned from training images what they have to learn, now or before"
+    "Features fitted on training images, now or before"
     folder,dl,fitted = Path(folder or default_store_folder()).expanduser(),own_loader(dl),[]
     for f in features:
         f = clone(f)

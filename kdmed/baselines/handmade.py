@@ -160,7 +160,7 @@ def save_handmade(
     "Save features and classifier, without a pickle and without images"
     skops = _skops()
     strange = [type(f).__name__ for f in model.features if type(f).__name__ not in _kinds()]
-    if strange: raise TypeError(f'only features of kdmed can be saved, {strange[0]} is none of them')
+    if strange: raise TypeError(f'only features of kdmed can be saved, {strange[0]} is not one of them')
     parts = [dict(kind=type(f).__name__, settings=_plain(f), facts=f.facts()) for f in model.features]
     arrays = {f'{i}.{n}': np.ascontiguousarray(a) for i,f in enumerate(model.features) for n,a in f.state().items()}
     report = None if model.report is None else model.report.to_dict('list')

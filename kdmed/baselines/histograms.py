@@ -1,4 +1,4 @@
-"""What classified medical images before deep networks: numbers that somebody thought of. Every feature here is a scikit-learn transformer of images
+"""What classified medical images before deep networks: numbers that somebody designed. Every feature here is a scikit-learn transformer of images
 
 Docs: https://kdmed.github.io/kdmed/baselines/histograms.html.md"""
 
@@ -44,7 +44,7 @@ def as_gray(
 def check_images(
     images, # Array [N, H, W] or [N, H, W, C], list of arrays, or any sequence of them
 ): # The same
-    "Images, if there is at least one; raise an error for what is no sequence of images"
+    "Images, if there is at least one; raise an error for anything but a sequence of images"
     is_array = isinstance(images, np.ndarray)
     if is_array and images.ndim not in (1, 3, 4):
         raise ValueError(f'images must be an array [N, H, W] or [N, H, W, C], or a list of images, got an array '
@@ -127,7 +127,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):
         return dict(n=self.n_features_out_)
 
     def restore(self, arrays, facts):
-        "Make unfitted features as those that `state` and `facts` are of"
+        "Restore fitted features from what `state` and `facts` returned"
         for name in self.learned: setattr(self, name, np.asarray(arrays[name]))
         self.n_features_out_ = facts['n']
         return self

@@ -119,7 +119,7 @@ class InputCheck:
         features:np.ndarray, # Of images that are familiar, but were not trained on: validation images
         level:float=.95,     # Share of them that stay below
     ):
-        "Choose from which score on an image is called unfamiliar; returns self"
+        "Choose the score above which an image is called unfamiliar; returns self"
         self.level = check_number(level, 'level', above=0, below=1)
         self.threshold = float(np.quantile(self.score(features), self.level))
         return self
@@ -182,7 +182,7 @@ def load_input_check(
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}
         check = InputCheck(facts['kind'], facts['k'], facts['most'])
         numbers = float(facts['threshold']),float(facts['level'])
-    except Exception as e: raise ValueError(f'{file} is no input check, or is damaged: {e}; save it again') from e
+    except Exception as e: raise ValueError(f'{file} is not an input check, or is damaged: {e}; save it again') from e
     check_format(facts.get('format'), INPUT_CHECK_FORMAT, 'input check', file, way_out='save it again')
     expected = {'features'} if check.kind=='knn' else {'means', 'precision'}
     if set(arrays)!=expected or not all(a.ndim==2 and np.isfinite(a).all() for a in arrays.values()):

@@ -1,4 +1,4 @@
-"""Nuclei, or a lesion: what is separated from its ground, how many there are of them, how large, how round, how dense
+"""Nuclei or a lesion, separated from the background: how many, how large, how round, how dense
 
 Docs: https://kdmed.github.io/kdmed/baselines/shapes.html.md"""
 
@@ -22,7 +22,7 @@ def object_channel(
     pixels,          # uint8 [H, W, 3]
     channel:str='dark', # `dark` or `bright` gray levels, or `hematoxylin`, the blue stain of nuclei
 )->np.ndarray: # float64 [H, W]; objects have high values
-    "The picture that objects are separated in"
+    "The channel in which objects are separated"
     if channel=='hematoxylin': return import_skimage('color').rgb2hed(pixels)[..., 0]
     return as_gray(pixels) if channel=='bright' else 1-as_gray(pixels)
 
@@ -32,7 +32,7 @@ def find_objects(
     smallest:int=12,    # Area, in pixels, below which an object is dust
     split:bool=True,    # Divide objects that touch
     apart:int=4,        # Least distance of the centers of objects that are divided, in pixels
-)->np.ndarray: # int [H, W]; 0 is ground, objects are numbered from 1
+)->np.ndarray: # int [H, W]; 0 is background, objects are numbered from 1
     "Objects of an image: Otsu's threshold, holes filled, dust removed, touching objects divided by a watershed"
     values = ndimage.gaussian_filter(object_channel(pixels, channel), 1)
     if np.ptp(values) < 1e-6: return np.zeros(values.shape, int)

@@ -1,4 +1,4 @@
-"""An image as a bag of small pieces: SIFT describes them, a codebook learned from training images names them, and what counts is how often each occurs
+"""An image as a bag of small pieces: SIFT describes them, a codebook learned from training images names them, and the features are how often each occurs
 
 Docs: https://kdmed.github.io/kdmed/baselines/visual_words.html.md"""
 
@@ -40,7 +40,7 @@ def _sample(pixels, most, seed, upsampling, contrast):
 # %% ../../nbs/baselines/05_visual_words.ipynb #bvw00017
 # Long because: one transformer, whose settings take most of the lines
 class VisualWords(ImageFeatures):
-    "Shares of the keypoints of an image that are each word of a codebook, which `fit` learns from training images"
+    "Share of an image's keypoints for each word of a codebook, which `fit` learns from training images"
     learned = 'codebook_',
     def __init__(self,
         words:int=100,      # Of the codebook

@@ -1,4 +1,4 @@
-"""The networks of 1998 and 2012 by name, as any model of timm: where the comparisons of the literature begin
+"""The networks of 1998 and 2012 by name, like any model of timm: the first entries in the comparisons of the literature
 
 Docs: https://kdmed.github.io/kdmed/models/early_networks.html.md"""
 

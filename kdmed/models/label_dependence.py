@@ -1,4 +1,4 @@
-"""Probabilities of several findings from the logits of a student, when an effusion makes an atelectasis likelier: independent outputs, a chain of classifiers, a learned graph of labels, or a recurrent network that reads them
+"""Probabilities of several findings from the logits of a student, when an effusion makes an atelectasis more likely: independent outputs, a chain of classifiers, a learned graph of labels, or a recurrent network that reads them
 
 Docs: https://kdmed.github.io/kdmed/models/label_dependence.html.md"""
 
@@ -194,7 +194,7 @@ class DependentFindings(nn.Module):
         return finding_logits(self.labels, self.backbone(x), known)
 
 def _with_labels(student, labels):
-    "A student with a model of its findings behind it"
+    "A student with a model of its findings on top"
     model = DependentFindings(student, labels.to(next(student.parameters()).device))
     if spec := model_spec(student): model.spec = dict(spec, label_dependence=dict(kind=labels.kind))
     return model.train(student.training)

@@ -1,4 +1,4 @@
-"""From a trained student to one folder that says everything, and from there to a file that runs without PyTorch, a page for any browser, a service, a hub and a phone
+"""From a trained student to one folder with everything about it, and from there to a file that runs without PyTorch, a page for any browser, a service, a hub and a phone
 
 Docs: https://kdmed.github.io/kdmed/ship/index.html.md"""
 

@@ -1,4 +1,4 @@
-"""One folder that says everything about a student: weights, classes, normalization, temperature, thresholds, model card, report, and a checksum of every file
+"""One folder with everything about a student: weights, classes, normalization, temperature, thresholds, model card, report, and a checksum of every file
 
 Docs: https://kdmed.github.io/kdmed/ship/bundle.html.md"""
 
@@ -98,7 +98,7 @@ def calibrate_student(
 
 # %% ../../nbs/ship/00_bundle.ipynb #shb00021
 def _model_text(model):
-    "What a card calls a model"
+    "The name of a model in a card"
     if isinstance(model, str): return without_private(model)
     if isinstance(model, Learner): model = model.model
     spec = model_spec(model)
@@ -117,7 +117,7 @@ def _teacher_texts(teacher, report):
 
 # %% ../../nbs/ship/00_bundle.ipynb #shb00023
 def _data_facts(data, valid, report):
-    "Name, licence, citation and further facts of the data: passed, or of the image table, or of a report"
+    "Name, license, citation and further facts of the data: passed, or of the image table, or of a report"
     attrs = {} if valid is None else valid.table.attrs
     known = {k: attrs[k] for k in ('name', 'licence', 'citation') if attrs.get(k)}
     if not known and report is not None:
@@ -140,7 +140,7 @@ RESIZE = ('The whole image is resized to size × size pixels, squeezed if it is 
 def needs_kdmed(
     spec:dict, # Of a student
 )->str:
-    "Why timm alone cannot build a model; empty if it can, but for left-out blocks"
+    "Why timm alone cannot build a model; empty if it can, apart from left-out blocks"
     if not isinstance(spec['model'], str): return 'several backbones'
     own = {*WRAPPERS, *BUILDERS, 'foundation', 'exits', 'multi_scale', 'label_dependence', 'reused',
            'distillation_token'}-{'blocks'}
@@ -242,10 +242,10 @@ def _report_sections(report, name):
     return [*lines, 'More in `report.md` and `report.html`.', '']
 
 def _origin_section(bundle, licenses):
-    "Teacher, data, licences"
+    "Teacher, data, licenses"
     data,teachers = bundle['data'],bundle['teacher']
     items = [f'Data: {data.get("name", "not stated")}.',
-             f'Licence of the data: {data.get("licence", "not stated; find out before you share this model")}.',
+             f'License of the data: {data.get("licence", "not stated; find out before you share this model")}.',
              f'Citation: {data.get("citation", "not stated")}.']
     items += [f'{k}: {v}' for k,v in data.items() if k not in ('name', 'licence', 'citation')]
     items.append(f"Teacher: {'; '.join(teachers)}." if teachers else 'Teacher: not stated.')
@@ -260,7 +260,7 @@ def model_card(
     spec:dict,       # Of the student, with `temperature` and `thresholds`
     bundle:dict,     # `intended_use`, `calibration`, `teacher`, `data`, `versions`
     report=None,     # A `Comparison`
-    name:str='',     # What the report calls the student
+    name:str='',     # The student's name in the report
     parameters:int=0, # Of the student
     channels:int=3,  # Of its images
     licenses=(),     # From `licenses_of`
@@ -298,7 +298,7 @@ def _find_report(report, source):
     return load_comparison(report),Path(report)
 
 def _check_report(report, name, spec):
-    "What a report calls the student; raise an error unless the report is about it"
+    "The student's name in a report; raise an error unless the report is about it"
     if report is None: return ''
     names,theirs = list(report.scores),[str(c) for c in report.about['classes']]
     if name is None: name = 'distilled' if 'distilled' in names else names[0] if len(names)==1 else None
@@ -358,8 +358,8 @@ def save_bundle(
     teacher=None,       # What it learned from: a text, a model, `Teacher` or a list; default: what the report says
     data=None,          # A name, or a dict with `name`, `licence`, `citation`; default: those of the image table
     intended_use:str='', # What the student is meant for, and for which images, in the author's words
-    test=None,          # Loader of test images: what it does there, at its thresholds, is kept for `evaluate_bundle`
-    name:str=None,      # What the report calls the student; default: `distilled`, or the only model
+    test=None,          # Loader of test images; its results there, at its thresholds, are kept for `evaluate_bundle`
+    name:str=None,      # The student's name in the report; default: `distilled`, or the only model
     criterion:str='youden', # How thresholds are chosen on validation images, as in `fit_thresholds`
     at_least:float=.95, # Lower bound for the criteria `sensitivity` and `specificity`
     calibrate:bool=True, # Find temperature and thresholds; else probabilities are those of the logits
@@ -387,7 +387,7 @@ def save_bundle(
     return folder
 
 def _test_figures(student, test, spec):
-    "What a student does on test images, at its temperature and thresholds; None without them"
+    "Results of a student on test images, at its temperature and thresholds; None without them"
     if test is None: return None
     try: check_loader(test)
     except (TypeError, ValueError) as e: raise type(e)(f'test must be a loader of test images: {e}') from e
@@ -533,7 +533,7 @@ def load_bundle(
     # Written by `save_bundle`, or, for a hub, by `save_for_hub`; or of a `kdmed distill` run; `hf-hub:OWNER/NAME` is
     # downloaded
     folder,
-    classes=None, # Names that it must have, in their order; default: any
+    classes=None, # Names of classes that it must have, in this order; default: any
 )->Bundle:
     "The bundle in a folder; raise an error naming the file that is not as it was saved"
     folder = bundle_folder(folder)

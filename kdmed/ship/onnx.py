@@ -1,4 +1,4 @@
-"""One file from pixels to calibrated probabilities, which runs without PyTorch; its logits were compared with PyTorch's after it was written
+"""One file from pixels to calibrated probabilities, which runs without PyTorch; its logits are compared with PyTorch's after it is written
 
 Docs: https://kdmed.github.io/kdmed/ship/onnx.html.md"""
 
@@ -66,7 +66,7 @@ class Deployed(nn.Module):
 
 # %% ../../nbs/ship/05_onnx.ipynb #sho00021
 def _load(student):
-    "The module that is meant: itself, that of a Learner or bundle, or from a folder"
+    "The module of a student: itself, that of a Learner or bundle, or from a folder"
     if isinstance(student, (str, os.PathLike)):
         student = bundle_folder(student)
         is_bundle = 'bundle' in read_settings(student)
@@ -117,7 +117,7 @@ _EXAMPLE = 2 # images; of a batch of 1, some models are exported for that batch 
 
 @contextmanager
 def _quiet():
-    "Without the exporter's remarks on its own workings"
+    "Without the exporter's messages about itself"
     logger = logging.getLogger('torch.onnx')
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -185,7 +185,7 @@ def _check_export(file, deployed, names, tolerance, path):
 
 # %% ../../nbs/ship/05_onnx.ipynb #sho00026
 def _properties(spec, deployed, exits):
-    "What the file says about itself, as texts"
+    "The metadata of the file, as texts"
     from kdmed import __version__
     name = spec['model'] if isinstance(spec['model'], str) else ' + '.join(spec['model'])
     facts = dict(

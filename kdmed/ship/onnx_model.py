@@ -64,16 +64,17 @@ def _tensors_in(nodes):
         for graph in (attribute.g, *attribute.graphs): yield from _tensors_of(graph)
 
 def _read_proto(path):
-    "An ONNX file as bytes and proto; raise an error if it is none, or refers to other files"
+    "An ONNX file as bytes and proto; raise an error if it is not one, or refers to other files"
     onnx, = import_onnx('onnx')
-    if not path.is_file(): raise FileNotFoundError(f'no file {path}' if not path.exists() else f'{path} is no file')
+    if not path.is_file(): raise FileNotFoundError(f'no file {path}' if not path.exists() else f'{path} is not a file')
     size = path.stat().st_size
-    if not 0 < size <= ONNX_MOST: raise ValueError(f'{path} is no ONNX file: it has {size:,} bytes')
+    if not 0 < size <= ONNX_MOST: raise ValueError(f'{path} is not an ONNX file: it has {size:,} bytes')
     data = path.read_bytes()
     try: proto = onnx.ModelProto.FromString(data)
     except Exception as e:
-        raise ValueError(f'{path} is no ONNX file, or was cut off: {e}; copy or export it again') from e
-    if not proto.graph.node or not proto.opset_import: raise ValueError(f'{path} is no ONNX file: it contains no model')
+        raise ValueError(f'{path} is not an ONNX file, or was cut off: {e}; copy or export it again') from e
+    if not proto.graph.node or not proto.opset_import:
+        raise ValueError(f'{path} is not an ONNX file: it contains no model')
     tensors = [*_tensors_of(proto.graph), *(t for f in proto.functions for t in _tensors_in(f.node))]
     external = [t.name for t in tensors if t.data_location==onnx.TensorProto.EXTERNAL or t.external_data]
     if external:
@@ -93,7 +94,7 @@ _FITS = dict(size=lambda v: 0 < v <= 100_000, exits=lambda v: 0 <= v <= 1000, me
 
 # %% ../../nbs/ship/03_onnx_model.ipynb #sho00032
 def _read_properties(proto, path):
-    "What a file says about itself, checked"
+    "The metadata of a file, checked"
     texts = {p.key: p.value for p in proto.metadata_props}
     if 'kdmed_format' not in texts:
         raise ValueError(f'{path} was not written by export_onnx: it does not say what its classes are')
@@ -130,7 +131,7 @@ def _check_ends(session, facts, path):
 # %% ../../nbs/ship/03_onnx_model.ipynb #onx80002
 @cache
 def needs_reduced_range()->bool:
-    "Whether this processor needs weights of 7 bits: an x86 one of which no VNNI instructions are known"
+    "Whether this processor needs weights of 7 bits: an x86 one without known VNNI instructions"
     if platform.machine().lower() not in ('x86_64', 'amd64', 'i386', 'i686'): return False
     try: return 'vnni' not in Path('/proc/cpuinfo').read_text()
     except OSError: return True # not Linux: unknown, and 7 bits are correct everywhere
@@ -147,7 +148,7 @@ def check_range(
     told = f'{path} has int8 weights of 8 bits, whose sums overflow on this processor, which has no VNNI instructions'
     way_out = 'make the file again with reduce_range=True'
     if made['kind']=='dynamic': raise ValueError(f'{told}: {way_out}')
-    warnings.warn(f'{told}; its layers are run in floating point, correctly and slower. For speed, {way_out}')
+    warnings.warn(f'{told}; its layers are run in floating point, correctly but more slowly. For speed, {way_out}')
     return False
 
 # %% ../../nbs/ship/03_onnx_model.ipynb #sho00033
@@ -156,7 +157,7 @@ class OnnxModel:
     "A file of `export_onnx`, ready to predict"
     def __init__(self,
         path,          # Written by `export_onnx`
-        classes=None,  # Names that it must have, in their order; default: any
+        classes=None,  # Names of classes that it must have, in this order; default: any
         threads:int=0, # Of the processor; 0: as many as it has cores
         providers=('CPUExecutionProvider',), # Of onnxruntime, in order of preference
     ):

@@ -1,4 +1,4 @@
-"""One HTML file with the student inside: drop images on it and read probabilities, decisions and what they rest on, without an installation and without a network
+"""One HTML file with the student inside: drop images on it and read probabilities, decisions and what they depend on, without installation and without a network
 
 Docs: https://kdmed.github.io/kdmed/ship/page.html.md"""
 
@@ -64,7 +64,7 @@ def _read_files(path):
     else:
         try: packed = tarfile.open(path)
         except (tarfile.TarError, OSError, EOFError) as e:
-            raise ValueError(f'{path} is no package of npm, or is damaged ({e}): pack or copy it again') from e
+            raise ValueError(f'{path} is not an npm package, or is damaged ({e}): pack or copy it again') from e
         with packed: return _read_members(packed, names, path)
     _check_sizes({n: f.stat().st_size for n,f in found.items()}, names, path)
     return {n: f.read_bytes() for n,f in found.items()}
@@ -316,7 +316,7 @@ function readJpeg(b, v) { // [width, height] of a JPEG file that is whole, of 8 
     }
     at += 2+v.getUint16(at+2)
   }
-  if (!size || b[at] !== 0xFF) refuse('it is damaged, or no JPEG image')
+  if (!size || b[at] !== 0xFF) refuse('it is damaged, or not a JPEG image')
   let end = b.length-2
   while (end > at && !(b[end] === 0xFF && b[end+1] === 0xD9)) end -= 1
   if (end <= at) refuse('it is cut off: the end of the file is missing; copy it again')
@@ -344,7 +344,7 @@ function sizeOf(b) { // [width, height] of an image file, or an error that says 
     if (has(0, 'RIFF') && has(8, 'WEBP')) return readWebp(b, v)
     if (has(0, 'BM')) return [Math.abs(v.getInt32(18, true)), Math.abs(v.getInt32(22, true))]
   } catch (e) { if (e instanceof Unreadable) throw e; refuse('it is cut off, or damaged') }
-  refuse('it is no image that this page reads: PNG, JPEG, WebP or BMP')
+  refuse('it is not an image that this page reads: PNG, JPEG, WebP or BMP')
 }
 '''
 
@@ -416,7 +416,7 @@ async function checkItself() { // a made-up image, through a canvas and the mode
   context.putImageData(image, 0, 0)
   const data = rgbOf(context, width, height)
   for (let i = 0; i < data.length; i++) if (data[i] !== image.data[4*Math.floor(i/3)+i%3])
-    throw new Error('this browser changes the pixels that a page reads, as a protection from recognition, and ' +
+    throw new Error('this browser changes the pixels that a page reads, as a protection from fingerprinting, and ' +
                     'results would be wrong; switch that off for this page, or use another browser')
   const found = (await run(data, 1, height, width)).probabilities.data
   const gap = Math.max(...about.trialProbabilities.map((p, i) => Math.abs(p-found[i])))
@@ -833,7 +833,7 @@ def _facts(model, data, runtime, bundle):
     p = model.properties
     positive = {'Positive class': model.classes[1]} if model.task=='binary' else {}
     origin = bundle.get('data') or {}
-    told = {'Data': origin.get('name'), 'Licence of the data': origin.get('licence'),
+    told = {'Data': origin.get('name'), 'License of the data': origin.get('licence'),
             'Intended use': bundle.get('intended_use')}
     return {
         'Model': p['model'], 'Task': model.task, 'Classes, in order': ', '.join(model.classes), **positive,

@@ -1,4 +1,4 @@
-"""A student for apps: an ExecuTorch file whose logits were compared with PyTorch's, and a Core ML package, which only Apple's devices run; both say what the app must do with an image
+"""A student for apps: an ExecuTorch file whose logits are compared with PyTorch's, and a Core ML package, which only Apple's devices can run; both say what the app must do with an image
 
 Docs: https://kdmed.github.io/kdmed/ship/phones.html.md"""
 
@@ -104,7 +104,7 @@ def _largest_gap(method, model, size):
 # %% ../../nbs/ship/35_phones.ipynb #3921cc69
 @contextlib.contextmanager
 def _quiet():
-    "Without the remarks of converters on their own workings"
+    "Without the converters' messages about themselves"
     nowhere = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
         warnings.simplefilter('ignore')

@@ -135,7 +135,7 @@ def predicted_batches(
 def facts_of(
     model, # `Bundle` or `OnnxModel`
 )->dict:
-    "What a student says about itself: `classes`, `task`, `thresholds`, perhaps `preprocess`"
+    "Properties of a student: `classes`, `task`, `thresholds`, perhaps `preprocess`"
     return model.properties if isinstance(model, OnnxModel) else model.student.spec
 
 def _opened_model(place):
@@ -210,7 +210,7 @@ def _rows_of(batch, facts):
 
 # %% ../../nbs/ship/20_predict.ipynb #shq00032
 class PredictedFiles(NamedTuple):
-    "What became of the images of `predict_files`"
+    "Summary of a call of `predict_files`"
     file:Path
     images:int
     unreadable:int     # Of them

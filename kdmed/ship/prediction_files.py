@@ -1,4 +1,4 @@
-"""A comparison of models from their files of predictions alone, also of models that are not kdmed's
+"""A comparison of models from their files of predictions alone, including models of other libraries
 
 Docs: https://kdmed.github.io/kdmed/ship/prediction_files.html.md"""
 
@@ -156,7 +156,7 @@ def label_targets(
     classes:list,     # Names
     task:str,         # `binary`, `multiclass` or `multilabel`
 )->np.ndarray: # True classes [N]; of a multilabel task 0, 1 or NaN (unknown) [N, L]
-    "Labels as numbers; an error names an image whose label is none of the classes"
+    "Labels as numbers; an error names an image whose label is not one of the classes"
     def strange(image, what): return ValueError(f'label of {image} must be one of {classes}, got {what!r}')
     if task=='multilabel':
         made = np.zeros((len(labels), len(classes)))
@@ -200,7 +200,7 @@ def compare_prediction_files(
     _same_images(every)
     labels,groups = _same_texts(every, 'labels', 'label'),_same_texts(every, 'groups', 'group')
     if labels is None:
-        raise ValueError(f'a file must have a column label, of {some_names([f.path for f in every], 5)} none has')
+        raise ValueError(f'a file must have a column label, none of {some_names([f.path for f in every], 5)} has one')
     classes = _settle_classes(every, classes, labels)
     task = _settle_task(task, classes, labels)
     if groups is not None and (groups=='').any():

@@ -1,4 +1,4 @@
-"""A student's ONNX file in int8 or half precision: smaller, often faster, and its metrics are measured again on the file itself
+"""A student's ONNX file in int8 or half precision: smaller, often faster, and evaluated again as a file
 
 Docs: https://kdmed.github.io/kdmed/ship/quantize.html.md"""
 
@@ -122,7 +122,7 @@ class _Source:
     model:OnnxModel
     proto:object    # The graph, constants folded
     layers:dict     # Layer name in the student: node name
-    ends:list       # Names of the nodes that stay in floating point: before the student and behind it
+    ends:list       # Names of the nodes that stay in floating point: before the student and after it
     attention:bool  # Whether activations are multiplied with each other
     properties:list # What the file says about itself
 
@@ -202,7 +202,7 @@ _STATIC_OPS = [*LAYER_OPS, 'Add', 'Relu', 'Clip', 'MaxPool', 'Concat']
 
 @contextmanager
 def without_logging():
-    "Context manager: without warnings that packages log about their own workings"
+    "Context manager: without the warnings that packages log about themselves"
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try: yield
@@ -324,7 +324,7 @@ def _logits(session, batches):
     return np.concatenate([session.run(['logits'], dict(images=b))[0] for b in batches()]).astype(float)
 
 def _check_file(file, source, batches, fused=True):
-    "The error of a file's logits, a share of their spread; raise an error for a file that is of no use"
+    "The error of a file's logits, as a share of their spread; raise an error for a useless file"
     data = file.read_bytes()
     try: found = _logits(onnx_session(data, 1, fused=fused), batches)
     except ImportError: raise
@@ -468,7 +468,7 @@ class OpenVinoModel(OnnxModel):
             raise FileNotFoundError(f'no file {file}: an OpenVINO model is an .xml and a .bin file')
         try: network = openvino.Core().read_model(self.path)
         except RuntimeError as e:
-            raise ValueError(f'{self.path} is no OpenVINO model, or is damaged: {str(e)[:200]}') from e
+            raise ValueError(f'{self.path} is not an OpenVINO model, or is damaged: {str(e)[:200]}') from e
         if not network.has_rt_info('kdmed'):
             raise ValueError(f'{self.path} was not written by quantize_openvino: it does not say what its classes are')
         self.properties = facts = json.loads(network.get_rt_info('kdmed').value)
@@ -590,7 +590,7 @@ print(peak()-before)
 """
 
 def _peak_memory(path, n, size, threads):
-    "Megabytes by which the memory of a new process grows that loads a file and runs a batch; NaN where not measurable"
+    "Memory that a new process needs to load a file and run a batch, in megabytes; NaN where not measurable"
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', _MEMORY_CODE, str(path), str(n), str(size),
                            str(threads)], capture_output=True, text=True)
     return int(done.stdout)/1e6 if done.returncode==0 else np.nan
@@ -642,7 +642,7 @@ def _on_loader(model, dl, bs=32):
     return np.concatenate(probs).astype(float),np.concatenate(targets)
 
 def _fall(probs, reference, targets, facts, metric):
-    "How much worse a metric is than that of other probabilities"
+    "How much worse a metric is than with other probabilities"
     given = (targets, facts['classes'], facts['task'])
     here,there = (scores(p, *given, metrics=[metric])[metric] for p in (probs, reference))
     return (there-here) * (1 if more_is_better(metric, facts['classes'], facts['task']) else -1)
@@ -846,8 +846,8 @@ def quantize_student(
     student,             # What `export_onnx` accepts, or an exported `.onnx` file
     dls,                 # From `image_dls`: calibrated on `train`, chosen on `valid`, evaluated on `test`
     folder,              # Folder to make
-    metric:str='balanced_accuracy', # That must be kept
-    limit:float=.01,     # Most that the metric may fall on validation images, compared with float32
+    metric:str='balanced_accuracy', # Metric that must be kept
+    limit:float=.01,     # Largest allowed fall of the metric on validation images, compared with float32
     n:int=128,           # Calibration images
     batch:int=32,        # Images in a batch, for the second latency
     threads:int=1,       # Of the processor

@@ -1,4 +1,4 @@
-"""The student learns on with its weights and activations rounded to int8, and the teacher still teaches; for what quantization afterwards loses
+"""The student is trained further, by its teacher, with weights and activations rounded to int8, where quantization after training loses too much
 
 Docs: https://kdmed.github.io/kdmed/ship/quantize_aware.html.md"""
 
@@ -44,7 +44,7 @@ class RoundingStudent(nn.Module):
     def forward(self, x): return self.prepared(x)
 
     def train(self, mode:bool=True):
-        "Training or evaluation, in torchao's way: a traced model does not know PyTorch's"
+        "Training or evaluation, in torchao's way: a traced model does not support PyTorch's"
         pt2e,*_ = import_torchao()
         change = pt2e.move_exported_model_to_train if mode else pt2e.move_exported_model_to_eval
         self.training = mode
@@ -79,7 +79,7 @@ def _rounding(x86, reduce_range):
 def prepare_rounding(
     student, # Trained student: Module with a `spec`, or Learner; it is not changed
     reduce_range:bool=True, # Weights of 7 bits, which every processor adds up correctly
-)->RoundingStudent: # To be trained on, by `distill` or `fit_classifier`, on the CPU or a GPU
+)->RoundingStudent: # To be trained further by `distill` or `fit_classifier`, on the CPU or a GPU
     "A copy of a student that is trained with its weights and activations rounded to int8"
     _,quantize,x86 = import_torchao()
     module = student.model if isinstance(student, Learner) else student

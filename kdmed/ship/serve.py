@@ -1,4 +1,4 @@
-"""A student behind an HTTP address, for images sent as their bytes: bounded in size, pixels, number and time, and closed to file paths
+"""A student as an HTTP service, for images sent as bytes: limited in size, pixels, number and time, and without access to file paths
 
 Docs: https://kdmed.github.io/kdmed/ship/serve.html.md"""
 
@@ -39,7 +39,7 @@ class Refused(Exception):
 
     @property
     def headers(self):
-        "What the answer says besides"
+        "Headers of the answer"
         if self.status==503: return {'Retry-After': '1'}
         return {'Connection': 'close'} if self.status in (408, 413) else {}
 
@@ -96,7 +96,7 @@ class _Form:
         _,options = parse_options_header(self.head.get(b'content-disposition', b''))
         if b'filename' in options: return
         field = options.get(b'name', b'').decode('utf-8', 'replace')[:40]
-        raise Refused(400, f'field {field!r} of the form is no file: {_NO_PATHS}')
+        raise Refused(400, f'field {field!r} of the form is not a file: {_NO_PATHS}')
     def on_part_data(self, data, start, end): self.files[-1] += data[start:end]
     def on_end(self): self.ended = True
 
@@ -154,7 +154,7 @@ def _open_raster(data, max_pixels):
         raise ValueError(f'it has more pixels than the {max_pixels:,} that it may have: make it smaller') from None
     except Exception: # of a header that makes no sense, Pillow raises many kinds
         kinds = 'PNG, JPEG, TIFF, BMP, GIF, WebP or DICOM'
-        raise ValueError(f'it is no image of the kinds {kinds}, or is cut off') from None
+        raise ValueError(f'it is not an image of the kinds {kinds}, or is cut off') from None
     _check_pixels(opened.width*opened.height, max_pixels)
     if opened.format!='MPO' and getattr(opened, 'is_animated', False):
         raise ValueError('expected one image, the file contains several frames')
@@ -203,12 +203,12 @@ def open_upload(
     data,           # Bytes of a file
     max_pixels:int, # That it may have
 ): # PIL image, not decoded yet, or uint8 array [H, W] or [H, W, 3]
-    "An image that a stranger sent; raise `ValueError` for anything else, before it is decoded"
+    "An image from an untrusted client; raise `ValueError` for anything else, before it is decoded"
     if not data: raise ValueError('the file is empty (0 bytes)')
     if data[128:132]!=b'DICM': return _open_raster(data, max_pixels)
     try: return _open_dicom(data, max_pixels)
     except ValueError: raise
-    except Exception as e: raise ValueError(f'it is no DICOM image that can be read ({type(e).__name__})') from None
+    except Exception as e: raise ValueError(f'it is not a DICOM image that can be read ({type(e).__name__})') from None
 
 # %% ../../nbs/ship/25_serve.ipynb #019c9d1b
 # Long because: one class, from what is served to its answer
@@ -312,7 +312,7 @@ class _Service:
     async def predict(self, request):
         "The answer to a request"
         with_logits = _read_query(request)
-        if self.busy >= self.queue: raise Refused(503, f'{self.busy} requests are in work: try again in a second')
+        if self.busy >= self.queue: raise Refused(503, f'{self.busy} requests are in progress: try again in a second')
         self.busy += 1
         try:
             body = await read_body(request, self.most, self.patience)
@@ -397,7 +397,7 @@ def take_port(
     if not isinstance(host, str) or not host.strip():
         raise ValueError(f'{written("host")} must be an address, got {host!r}')
     try: kind,*_,place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError) as e: raise ValueError(f'{address} is no address of this machine: {e}') from e
+    except (OSError, UnicodeError) as e: raise ValueError(f'{address} is not an address of this machine: {e}') from e
     taken = socket.socket(kind, socket.SOCK_STREAM)
     try:
         if os.name=='posix': taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -410,7 +410,7 @@ def take_port(
         if e.errno in (errno.EACCES, errno.EPERM):
             raise PermissionError(e.errno,
                                   f'port {port} needs the rights of an administrator: {other}, above 1023') from e
-        raise OSError(e.errno, f'{address} cannot be listened at: {e.strerror}') from e
+        raise OSError(e.errno, f'cannot listen at {address}: {e.strerror}') from e
     return taken
 
 def is_loopback(
@@ -466,8 +466,8 @@ def serve(
         hosts = ['localhost', '127.0.0.1', '::1', '[::1]', host] if is_loopback(host) else None
         app = create_app(source, hosts=hosts, **limits)
         if hosts is None:
-            warnings.warn(f'{written("host", host)} is reached from other machines, and the service asks nobody who '
-                          'they are: put a server with passwords and encryption in front of it')
+            warnings.warn(f'{written("host", host)} can be reached from other machines, and the service has no '
+                          'user accounts: put a server with passwords and encryption in front of it')
         seconds = float(limits.get('patience', 30.))
         config = uvicorn.Config(
             app, http=_patient_protocol(seconds), ws='none', log_level='error', access_log=False, server_header=False,
