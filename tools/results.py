@@ -45,6 +45,7 @@ class Maker:
 
 HAM = '--data','{data}/ham10000','--dataset','ham10000'
 RECIPE = *HAM,'--scale','.25','--repeats','3','--ablate','--out','{work}'
+HANDMADE = 'color','lbp','glcm','hog','shapes','words','gray','nuclei','hog+color+lbp'
 EVIDENCE = '--data','{data}','--work','{evidence}'
 MAKERS = dict(
     demo=Maker((('kdmed', 'demo', '--out', '{work}', '--force'),), REPORT, hours=.1),
@@ -56,6 +57,8 @@ MAKERS = dict(
     few_labels=Maker(tuple(('tools/few_labels_evidence.py', what, '--data', '{data}', '--work', '{work}')
                            for what in ('run', 'collect')), (), ('ham10000',), 5),
     ship=Maker((('tools/ship_results.py', *EVIDENCE),), (), ('ham10000', 'pneumonia'), .5),
+    baselines=Maker((('tools/handmade_evidence.py', '--data', '{data}', '--work', '{work}', '--features', *HANDMADE),
+                     ('tools/zoo_evidence.py', '--data', '{data}', '--work', '{work}')), (), ('ham10000',), 4),
     foundation_heads=Maker((('tests/foundation_heads.py',),), (), ('ham10000',), .3),
     copies=Maker((('tests/bench_copies.py',),), (), ('ham10000', 'breakhis', 'nih_chestxray14'), .2),
     super_resolution=Maker((('tests/bench_super_resolution.py',),), (), ('pneumonia', 'breakhis'), .3))
@@ -133,6 +136,9 @@ def main():
             print(f'== {name}, about {MAKERS[name].hours:g} hours of one core', flush=True)
             make(name, args.data)
         if args.what!='list': note(name)
+        if not (RESULTS/name/'made.json').is_file():
+            print(f'{name:25} not made yet')
+            continue
         facts = noted(name)
         state = 'settings of today' if is_of_today(name) else 'settings have changed since'
         if facts.get('note'): state += f"; {facts['note']}"
