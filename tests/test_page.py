@@ -421,7 +421,7 @@ class TestInABrowser:
                'cut.jpg': (photo.getvalue()[:2000], 'cut off'), 'start.jpg': (photo.getvalue()[:9], 'damaged'),
                'huge.png': (header(60000, 60000), '60000 × 60000 pixels; up to 25 million'),
                'scan.dcm': (bytes(128)+b'DICM'+bytes(500), 'DICOM'),
-               'Thumbs.db': (b'\xd0\xcf\x11\xe0'+bytes(99), 'no image')}
+               'Thumbs.db': (b'\xd0\xcf\x11\xe0'+bytes(99), 'not an image')}
         for name,(data,_) in bad.items(): (tmp_path/name).write_bytes(data)
         film = dict(save_all=True, append_images=[tissue.rotate(90)])
         more = {'scan.tif': (tissue, {}, 'TIFF'), 'film.gif': (tissue, {}, 'GIF'),

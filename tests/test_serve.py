@@ -173,8 +173,8 @@ def test_what_is_known_about_the_student(client, folder):
 good = encoded(np.arange(48*40*3, dtype=np.uint8).reshape(48, 40, 3))
 two_frames = encoded(Image.new('L', (8, 8)), 'GIF', save_all=True, append_images=[Image.new('L', (8, 8), 9)])
 BAD = {
-    'empty': (b'', 400, 'the request is empty'), 'text': (b'hello', 400, 'no image of the kinds'), 'html': (b'<html>',
-            400, 'no image'),
+    'empty': (b'', 400, 'the request is empty'), 'text': (b'hello', 400, 'not an image of the kinds'), 'html': (b'<html>',
+            400, 'not an image'),
     'truncated_png': (good[:len(good)//2], 400, 'image 0 cannot be read'), 'no_pixels': (png(20, 20), 400,
             'image 0 cannot be read'),
     'truncated_jpeg': (encoded(np.zeros((90, 90, 3), np.uint8), 'JPEG')[:400], 400, 'image 0 cannot be read'),
@@ -187,9 +187,8 @@ BAD = {
                                                             'must have 8 bits'),
     'cmyk': (encoded(Image.new('CMYK', (9, 9)), 'JPEG'), 400, 'must be RGB or gray'), 'large': (b'0'*300_000, 413,
             'may have 0.2 MB'),
-    'pickle': (b'\x80\x04cos\nsystem\n', 400, 'no image'), 'pdf': (b'%PDF-1.4', 400,
-                                                                   'no image'), 'eps': (b'%!PS-Adobe-3.0 EPSF-3.0', 400,
-                                                                           'no image')}
+    'pickle': (b'\x80\x04cos\nsystem\n', 400, 'not an image'), 'pdf': (b'%PDF-1.4', 400, 'not an image'),
+    'eps': (b'%!PS-Adobe-3.0 EPSF-3.0', 400, 'not an image')}
 
 
 @pytest.mark.parametrize('case', BAD)
@@ -321,7 +320,7 @@ def test_sources_that_cannot_be_served(tmp_path, folder, monkeypatch):
                         (3, 'source must be')):
         with pytest.raises((OSError, TypeError, ValueError), match=text): create_app(source)
     (tmp_path/'a.onnx').write_bytes(b'?'*99)
-    with pytest.raises(ValueError, match='no ONNX file'): create_app(tmp_path/'a.onnx')
+    with pytest.raises(ValueError, match='not an ONNX file'): create_app(tmp_path/'a.onnx')
     filtered = load_bundle(folder)
     filtered.settings['preprocess'] = ['CLAHE()']
     with pytest.raises(ValueError, match='had gone through CLAHE'): create_app(filtered)
