@@ -94,7 +94,7 @@ learn = fit_few_labels(tissue(), cnn, method, epochs=3, progress=False, average=
 torch.save(dict(weights=weights(learn), log=learn.history.to_csv()), sys.argv[5])
 '''
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=130)
 @pytest.mark.parametrize('method', ['mixmatch', 'mean_teacher', 'noisy_student'])
 def test_killed_and_resumed_gives_the_same_weights(method, tmp_path):
     "Killed within the first epoch, right after it, and in the last one; the checkpoints hold averages and teachers"
@@ -103,7 +103,7 @@ def test_killed_and_resumed_gives_the_same_weights(method, tmp_path):
     def run(folder, at):
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore')
         words = [sys.executable, str(script), str(ROOT/'tests'), str(folder), method, str(at), str(tmp_path/'out.pt')]
-        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=280)
+        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=900)
         assert done.returncode==(0 if at<0 else 9), done.stderr[-2000:]
         return torch.load(tmp_path/'out.pt') if at<0 else None
     once = run('none', -1)

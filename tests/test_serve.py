@@ -173,8 +173,8 @@ def test_what_is_known_about_the_student(client, folder):
 good = encoded(np.arange(48*40*3, dtype=np.uint8).reshape(48, 40, 3))
 two_frames = encoded(Image.new('L', (8, 8)), 'GIF', save_all=True, append_images=[Image.new('L', (8, 8), 9)])
 BAD = {
-    'empty': (b'', 400, 'the request is empty'), 'text': (b'hello', 400, 'not an image of the kinds'), 'html': (b'<html>',
-            400, 'not an image'),
+    'empty': (b'', 400, 'the request is empty'), 'text': (b'hello', 400, 'not an image of the kinds'),
+    'html': (b'<html>', 400, 'not an image'),
     'truncated_png': (good[:len(good)//2], 400, 'image 0 cannot be read'), 'no_pixels': (png(20, 20), 400,
             'image 0 cannot be read'),
     'truncated_jpeg': (encoded(np.zeros((90, 90, 3), np.uint8), 'JPEG')[:400], 400, 'image 0 cannot be read'),
