@@ -12,7 +12,7 @@ import pytest
 from kdmed.baselines.gan import fit_gan, load_gan
 from kdmed.baselines.synthetic_images import (
     add_synthetic, draw_images, kid, kid_table, load_drawn, memorization, nearest_training_image, show_nearest)
-from kdmed.data.images import check_table, synthetic_table
+from kdmed.data.images import check_table, image_table, synthetic_table
 from kdmed.data.loaders import image_dls
 from kdmed.data.splits import kfold_groups, official_split, repeat_splits, split_groups
 
@@ -128,3 +128,12 @@ def test_pairs_are_shown_and_kid_has_a_control(more_patients, gan):
     assert show_nearest(drawn, table, pairs, n=3).shape==(2, 3)
     distances = kid_table(drawn, table, g, f, subsets=20)
     assert list(distances.index)==gan.classes and np.isfinite(distances[['kid', 'low', 'high']]).all(axis=None)
+
+@pytest.mark.parametrize('wrong, words', [
+    (dict(lr=1e-3), 'lr must be two learning rates'), (dict(lr=(1e-3, 0)), 'lr must be'),
+    (dict(steps=0), 'steps must be'),
+    (dict(codes=64), 'latent must be'), (dict(strength=2), 'strength must be')])
+def test_wrong_settings_are_refused_before_images_are_read(tmp_path, wrong, words):
+    table = image_table([f'{i}.png' for i in range(8)], ['a', 'b']*4, list(range(8)), name='files that are not there')
+    with pytest.raises(ValueError, match=words): fit_gan(table.assign(split='train'), tmp_path/'gan', **wrong)
+    assert not (tmp_path/'gan').exists()

@@ -69,8 +69,7 @@ def findings(data):
     Of patients in whom one of a pair is present without the other, three of four are left out."""
     table = synthetic_table(n=8000, classes=4, size=64, task='multilabel', tiles_per_patient=2)
     names,rng = table.attrs['classes'],np.random.default_rng(0)
-    present = table.label.str.split('|').apply(lambda its: [name in its for name in names]).tolist()
-    present = np.array(present)
+    present = np.array([[name in label.split('|') for name in names] for label in table.label])
     apart = (present[:, 0]!=present[:, 1]) | (present[:, 2]!=present[:, 3])
     left_out = {g: rng.random() < .75 for g in table.group.unique()}
     kept = table[~(apart & table.group.map(left_out).to_numpy())].reset_index(drop=True)

@@ -18,7 +18,7 @@ from .classifiers import code_book, group_splits
 from ..core.basics import capture_activations, evaluating
 from ..core.checks import check_in, check_number
 from ..data.images import is_unlabeled
-from ..data.loaders import ReplayTransform, own_loader
+from ..data.loaders import own_loader, with_augment
 from ..distill.teacher import as_teacher
 from ..models.classifier import find_classifier
 
@@ -131,8 +131,7 @@ def training_embeddings(
     model = teacher.models[0]
     try: layer = find_classifier(model, dls.size)[0]
     except ValueError: layer = None
-    others = [t for t in train.after_batch.fs if not isinstance(t, ReplayTransform)]
-    plain,found = train.new(after_batch=others),[]
+    plain,found = with_augment(train, None),[]
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
         for rows in np.array_split(np.arange(train.n), -(-train.n//256)):

@@ -26,12 +26,12 @@ from kdmed.baselines.guesses import (
     check_threshold, mix_guesses, mixed_guess_loss, mixed_label_loss, pseudo_label_loss, ramp_up, sharpen,
     trust_decisions)
 from .weak_and_strong import (
-    EndlessDraws, WeightAverage, find_augment, keeping_buffers, strong_augment, with_augment)
+    EndlessDraws, WeightAverage, keeping_buffers, strong_augment)
 from ..core.basics import unwrap
 from ..core.checks import check_in, check_integer, check_number, check_seed
 from ..core.processes import process_rank
 from ..data.images import is_unlabeled
-from ..data.loaders import own_loader
+from ..data.loaders import find_augment, own_loader, with_augment
 from ..data.transforms import Augment, mix_weights, mixup
 from ..distill.fit import DistillCallback, at_progress, check_setting
 from ..distill.heads import as_findings

@@ -393,6 +393,13 @@ def _training_images(table, size):
                          f'assign a split with {written("split_groups")}, or leave these classes out')
     return decode_images(used.image, size),torch.tensor([classes.index(l) for l in used.label])
 
+def _check_rates(lr):
+    "Learning rates of generator and discriminator"
+    rates = tuple(lr) if isinstance(lr, (tuple, list)) else (lr,)
+    if len(rates)!=2: raise ValueError(f'lr must be two learning rates, of generator and discriminator, got {lr!r}')
+    return tuple(check_number(rate, 'lr', above=0) for rate in rates)
+
+# %% ../../nbs/baselines/30_gan.ipynb #gan00028b
 def _resume(training, facts, file):
     "Load the checkpoint of an interrupted training, if there is one"
     if not file.is_file(): return
@@ -438,13 +445,14 @@ def fit_gan(
     check_in(sampling, ('balanced', 'natural'), 'sampling')
     check_integer(every, 'every', 1)
     codes = check_integer(codes, 'codes', 0)
+    chosen = dict(
+        size=size, steps=check_integer(steps, 'steps', 1), seed=check_seed(seed), bs=check_integer(bs, 'bs', 2),
+        strength=check_number(strength, 'strength', 0, 1), codes=codes,
+        latent=check_integer(latent, 'latent', codes+1), width=check_integer(width, 'width', 1), sampling=sampling,
+        lr=_check_rates(lr), augment='' if augment is None else value_text(augment))
     pixels,labels = _training_images(table, size)
-    settings = GANSettings(
-        tuple(table.attrs.get('classes', ())), size, check_integer(steps, 'steps', 1), check_seed(seed),
-        check_integer(bs, 'bs', 2), check_number(strength, 'strength', 0, 1), codes,
-        check_integer(latent, 'latent', codes+1), check_integer(width, 'width', 1), sampling,
-        tuple(check_number(rate, 'lr', above=0) for rate in lr), '' if augment is None else value_text(augment),
-        digest(pixels.tobytes(), labels.numpy().tobytes()))
+    settings = GANSettings(tuple(table.attrs['classes']), images=digest(pixels.tobytes(), labels.numpy().tobytes()),
+                           **chosen)
     facts,folder = asdict(settings),Path(folder).expanduser()
     with claim(folder, 'GAN'):
         if (folder/'gan.json').is_file():

@@ -7,7 +7,7 @@ Docs: https://kdmed.github.io/kdmed/data/loaders.html.md"""
 # %% auto #0
 __all__ = ['ImageRow', 'ReplayTransform', 'ImageDL', 'ClassLossFlat', 'FindingsLossFlat', 'BinaryLossFlat', 'FindingsAccuracy',
            'TableLoaders', 'available_memory', 'decoded_bytes', 'load_distributed', 'image_dls', 'own_loader',
-           'ReplayMixUp', 'ReplayCutMix']
+           'find_augment', 'with_augment', 'ReplayMixUp', 'ReplayCutMix']
 
 # %% ../../nbs/data/40_loaders.ipynb #a4f6e4c6
 import ctypes, os, sys, zlib
@@ -651,6 +651,21 @@ def own_loader(
     distributed = sys.modules.get('fastai.distributed') # needs accelerate; if it is not imported, no loader is wrapped
     if distributed is None: return dl
     return dl.dl if isinstance(dl, distributed.DistributedDL) else dl
+
+# %% ../../nbs/data/40_loaders.ipynb #ldr00001
+def find_augment(
+    dl, # Loader of `image_dls`
+)->Augment: # None if it has none
+    "The replayable augmentation of a loader"
+    return next((t.augment for t in dl.after_batch.fs if isinstance(t, ReplayTransform)), None)
+
+def with_augment(
+    dl,              # Loader of `image_dls`; not changed
+    augment:Augment, # Policy; None: images as they are
+): # A loader of the same images
+    "The same images with another augmentation"
+    others = [t for t in dl.after_batch.fs if not isinstance(t, ReplayTransform)]
+    return dl.new(after_batch=others if augment is None else [*others, ReplayTransform(augment)])
 
 # %% ../../nbs/data/40_loaders.ipynb #0f6158cb
 class ReplayMixUp(MixHandler):

@@ -29,7 +29,7 @@ from ..core.checks import check_integer
 from ..core.files import check_format, check_room, claim, is_writable, write_atomic
 from ..core.fingerprints import digest, structure_digest, weights_digest
 from ..core.sharded import ZarrFolder, at_once, check_zarr_room, claim_zarr, is_whole, read_rows, shard_rows
-from ..data.loaders import ImageDL, ReplayMixUp, ReplayTransform
+from ..data.loaders import ImageDL, ReplayMixUp, find_augment
 from ..data.store import store_folder, writing_to
 from .teacher import WrappedTeacher, as_teacher
 
@@ -57,7 +57,7 @@ def _training_loader(dls):
 
 def _count_views(dl, mixes):
     "Different views of an image that the loader returns; one where neither augmentation nor mixing makes them differ"
-    if not mixes and not any(isinstance(t, ReplayTransform) for t in dl.after_batch.fs): return 1
+    if not mixes and find_augment(dl) is None: return 1
     if dl.views is not None: return dl.views
     raise ValueError('the loader returns a new view of each image in every epoch, so no cached output could be used '
                      'twice: limit their number, as in image_dls(…, views=4)')

@@ -21,7 +21,7 @@ from fastcore.foundation import L
 
 from ..core.basics import unwrap
 from ..core.checks import check_in, check_integer
-from ..data.loaders import ImageDL, ReplayTransform, image_dls, own_loader
+from ..data.loaders import ImageDL, ReplayTransform, find_augment, image_dls, own_loader
 from ..models.create import find_normalization
 from ..models.foundation import FoundationEncoder, create_encoder, licenses_of
 from ..models.heads import JointEncoder, OwnImages, add_lora, classify, join_encoders, merge_lora, unfreeze_last
@@ -247,10 +247,9 @@ def loaders_like(
 ): # DataLoaders
     "Loaders of another table, with size, batches, augmentation and normalization of `dls`"
     train = own_loader(dls.train)
-    augment = next((t.augment for t in train.after_batch.fs if isinstance(t, ReplayTransform)), None)
     others = [t for t in train.after_batch.fs if not isinstance(t, (IntToFloatTensor, ReplayTransform, Normalize))]
-    return image_dls(table, dls.size, train.bs, augment, others, train.preprocess, store, sampling, train.views,
-                     stats=find_normalization(dls) or None, device=dls.device)
+    return image_dls(table, dls.size, train.bs, find_augment(train), others, train.preprocess, store, sampling,
+                     train.views, stats=find_normalization(dls) or None, device=dls.device)
 
 def with_unlabeled(
     dls,       # From `image_dls`
@@ -339,8 +338,7 @@ def distill_foundation(
 def _cached(teacher, dls, cache):
     "A teacher whose outputs are kept on disk, where the loader's views repeat"
     train = own_loader(dls.train)
-    repeats = isinstance(train, ImageDL) and (
-        train.views is not None or not any(isinstance(t, ReplayTransform) for t in train.after_batch.fs))
+    repeats = isinstance(train, ImageDL) and (train.views is not None or find_augment(train) is None)
     if cache is False or isinstance(teacher, TeacherCache): return teacher
     if not repeats:
         print('The teacher runs in every epoch: each has new views. image_dls(…, views=4) lets its outputs be cached')
