@@ -52,8 +52,6 @@ class EarlyNetwork(nn.Module):
     def forward(self, x): return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/models/04_early_networks.ipynb #ear00009
-def _last_layer(width, num_classes): return nn.Linear(width, num_classes) if num_classes else nn.Identity()
-
 class LeNet(EarlyNetwork):
     "LeNet-5 (LeCun et al. 1998) with ReLU: 6 and 16 channels, 120 and 84 units"
     def __init__(self,
