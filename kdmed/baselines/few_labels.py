@@ -59,7 +59,7 @@ class FewLabels(DistillCallback):
         super().__init__(teacher, weight, label_weight)
         self.labeled = None if labeled is None else check_integer(labeled, 'labeled (images in a step)', least=1)
         self.seed,self.all_labeled = check_seed(seed),bool(all_labeled)
-        self._outputs = self._draws = None
+        self._outputs = self._draws = self._weak = None
 
     # What a subclass may define
     def unlabeled(self, weak, rows, views): return [] # tensors [B, 3, H, W] besides the labeled images
@@ -117,7 +117,7 @@ class FewLabels(DistillCallback):
         "The outputs for labeled images are the prediction; those for unlabeled ones are kept for the term"
         self.learn.pred,*self._outputs = self.learn.pred.split(self._sizes)
 
-    def clear(self): self._outputs = None
+    def clear(self): self._outputs = self._weak = None
 
     def _with(self, augment):
         if self._strong is None: self._strong = with_augment(self._train, augment)
@@ -257,10 +257,6 @@ class NoisyStudent(FixMatch):
         self.note_trusted(trusted)
         return pseudo_label_loss(self._outputs[0], probs if self.soft else label, trusted, self.exclusive)
 
-    def clear(self):
-        super().clear()
-        self._weak = None
-
 # %% ../../nbs/baselines/28_few_labels.ipynb #few00019
 class UnlabeledKD(FewLabels):
     "Match a teacher's softened logits on unlabeled images"
@@ -288,10 +284,6 @@ class UnlabeledKD(FewLabels):
         theirs = match_outputs(ours, self.teacher.forward(self._weak)[0], self.exclusive)
         loss = soft_target_loss if self.exclusive else bernoulli_soft_target_loss
         return loss(ours, theirs, at_progress(self.temperature, self.progress), weights)
-
-    def clear(self):
-        super().clear()
-        self._weak = None
 
 # %% ../../nbs/baselines/28_few_labels.ipynb #few00023
 class MeanTeacherConsistency(FewLabels):
