@@ -18,7 +18,8 @@ from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')
+# One thread and one set of instructions: the same weights on any x86-64 processor that has AVX2
+os.environ.update(OMP_NUM_THREADS='1', ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='AVX2')
 import numpy as np
 import pandas as pd
 import torch
