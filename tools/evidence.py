@@ -190,15 +190,17 @@ class Job:
 
 def landed_file(run, folder=RESULTS): return folder/'predictions'/f'{run.name}.npz'
 
-def landed_rows():
-    "The rows of `fits.csv`, each with its run"
-    table = pd.read_csv(RESULTS/'fits.csv', keep_default_na=False, na_values=dict(seconds='', cpu_seconds=''))
+def landed_rows(name='fits'):
+    "The rows of `fits.csv` (of the study of factors: `factor_fits.csv`, by an earlier teacher), each with its run"
+    file = RESULTS/f'{name}.csv'
+    if not file.exists(): return
+    table = pd.read_csv(file, keep_default_na=False, na_values=dict(seconds='', cpu_seconds=''))
     for row in table.to_dict('records'):
         facts = {f.name: row[f.name] for f in fields(Run)}
         if row['teacher']: facts['teacher'] = f"{row['data']}-{row['size']}/teachers/{row['teacher']}/teacher-0"
         yield Run(**facts),row
 
-def has_row(run): return any(its==run for its,_ in landed_rows())
+def has_row(run, name='fits'): return any(its==run for its,_ in landed_rows(name))
 
 def is_landed(run):
     "Whether a student's row and its predictions are among the results, so that it can be compared without training"
@@ -385,7 +387,7 @@ def main():
     if args.what=='collect': return collect(job)
     factors = {*factor_runs()} - {*core_runs()} # their rows are enough
     for run in plan():
-        done = is_finished(job.folder(run)) or is_landed(run) or (run in factors and has_row(run))
+        done = is_finished(job.folder(run)) or is_landed(run) or (run in factors and has_row(run, 'factor_fits'))
         if args.what=='list': print('done' if done else 'open', run.name)
         if args.what=='valid' and is_finished(job.folder(run)):
             print({k: round(v, 3) for k,v in job.figures(run, 'valid').items()}, run.name)

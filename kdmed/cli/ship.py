@@ -183,7 +183,9 @@ def predict_command(
     with Counted(o['quiet']) as progress:
         done = predict_files(o['student'], o['images'], out, progress=progress, force=o['force'], **_how(o))
     print(f'{done}\nPredictions are in {out}')
-    return 0
+    if done.unreadable < done.images: return 0
+    print('no image could be predicted', file=sys.stderr)
+    return 1
 
 # %% ../../nbs/cli/07_ship.ipynb #3da63ebf
 def _named(texts):

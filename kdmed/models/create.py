@@ -818,19 +818,25 @@ def staged_model(
         model,prefix = model.get_submodule(inside),f'{prefix}{inside}.'
     return model,prefix
 
+def _name_layers(model):
+    "What to do with a model whose stages are not known"
+    names = [name for name,_ in model.named_modules() if name][:3]
+    layers = f'layers ({", ".join(names)}, …)' if names else 'layers'
+    return f'name its {layers} in the call, as in AttentionKD(teacher, pairs=[(student layer, teacher layer)])'
+
 def stage_names(
     model:nn.Module, # A timm model, or one that wraps it: `torch.compile`, DDP, a distillation token, exits
 )->list: # Layer names as in `named_modules()` of the unwrapped model, first stage first
     "Names of the layers that end a model's stages; for a ViT, of its blocks"
     inner,prefix = staged_model(model)
-    if inner is None: raise ValueError(f'{type(model).__name__} does not list its stages: name the layers yourself')
+    if inner is None: raise ValueError(f'{type(model).__name__} does not list its stages: {_name_layers(model)}')
     listed = [stage.get('module') or '' for stage in getattr(inner.feature_info, 'info', inner.feature_info)]
     def is_called(module): return type(module).forward is not nn.Module.forward # a ModuleList is not
     layers = {name for name,module in inner.named_modules() if name and is_called(module)}
     names = [prefix+name for name in dict.fromkeys(listed) if name in layers]
     if names: return names
     raise ValueError(f'{type(inner).__name__} lists stages that are not its layers ({", ".join(listed[:1])}, …): '
-                     'name the layers yourself')
+                     f'{_name_layers(inner)}')
 
 # %% ../../nbs/models/05_create.ipynb #e121128a
 def _fact(model, name, default):

@@ -219,9 +219,10 @@ class PredictedFiles(NamedTuple):
 
     def __str__(self):
         made = ', '.join(f'{n:,} {d or "none"}' for d,n in self.decisions.most_common(20)) or 'none predicted'
-        bad = f'; {self.unreadable:,} could not be read, their rows say why' if self.unreadable else ''
+        bad = f'; {self.unreadable:,} could not be read (see the column `error`)' if self.unreadable else ''
         resumed = f'; {self.resumed:,} of them had been predicted before' if self.resumed else ''
-        return f'{self.images:,} images: {made}{bad}{resumed}'
+        images = 'image' if self.images==1 else 'images'
+        return f'{self.images:,} {images}: {made}{bad}{resumed}'
 
 @contextmanager
 def _alone(out):
