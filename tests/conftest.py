@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Copies its process, and trains in the copy, which PyTorch refuses after some uses: it runs before all others
 COPIES_ITSELF = 'test_real_durability.py'
+SEEN = pytest.StashKey() # cases by function
 
 def pytest_addoption(parser):
     parser.addoption('--lessons', action='store_true',
@@ -31,6 +32,14 @@ def begin_with_long_files(items):
         slow = item.get_closest_marker('slow')
         weights[item.path] += 1 if slow is None else slow.kwargs.get('seconds', 10)
     items.sort(key=lambda item: (-weights[item.path], str(item.path)))
+
+def pytest_itemcollected(item):
+    "Of a function marked `slow_after(n)`, the first n cases are quick"
+    marker = item.get_closest_marker('slow_after')
+    if marker is None: return
+    seen = item.config.stash.setdefault(SEEN, Counter())
+    seen[item.parent.nodeid, item.originalname] += 1
+    if seen[item.parent.nodeid, item.originalname] > marker.args[0]: item.add_marker(pytest.mark.slow)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):

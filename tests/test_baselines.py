@@ -174,6 +174,7 @@ def test_in_cross_validation_each_fold_has_its_own_codebook(tissue):
     cross_val_predict(pipe, images, tissue.label[:48], groups=tissue.group[:48], cv=GroupKFold(2))
     assert sum(n for n,_ in books)==48 and not np.allclose(books[0][1], books[1][1])
 
+@pytest.mark.slow
 def test_settings_are_chosen_without_test_images(tissue, tmp_path):
     other = tissue.copy()
     other['image'] = [255-i if s=='test' else i for i,s in zip(tissue.image, tissue.split)]
@@ -187,6 +188,7 @@ def test_settings_are_chosen_without_test_images(tissue, tmp_path):
 
 # -- tasks
 
+@pytest.mark.slow
 def test_findings_with_missing_labels(tmp_path):
     table = synthetic_table(160, classes=3, size=32, task='multilabel', seed=3)
     name = table.attrs['classes'][1]
@@ -220,6 +222,7 @@ def test_images_without_a_label_are_left_out(tissue, tmp_path):
     images = np.stack(list(tissue.image[tissue.split=='test']))
     np.testing.assert_array_equal(*(m.predict_images(images).to_numpy() for m in made))
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize('classifier', ['svm', 'boosting', 'mlp', 'codes'])
 def test_every_classifier_stands_in_a_comparison(dls, classifier, tmp_path):
     models = {'plain': fit_handmade(dls, 'color', 'forest', folder=tmp_path),

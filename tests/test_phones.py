@@ -74,6 +74,7 @@ def nan_student():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('export,name,needs', [(export_executorch, 's.pte', 'executorch'),
                                                (export_coreml, 's.mlpackage', 'coremltools')])
 def test_what_cannot_be_exported_leaves_nothing(export, name, needs, tmp_path):

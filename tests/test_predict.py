@@ -266,7 +266,7 @@ def test_no_decision_without_numbers(place, capsys):
     "A student that computes NaN has not said benign"
     status,out,err = kdmed(capsys, 'predict', without_numbers(place), place/'images', '--out', place/'p.csv')
     table = read(place/'p.csv')
-    assert status==0 and '12 could not be' in out
+    assert status==1 and '12 could not be' in out
     assert (table.decision=='').all() and (table.probability_benign=='').all()
     assert table.error.str.contains('no finite numbers').all()
     with pytest.raises(ValueError, match='those of image 0 are not'):

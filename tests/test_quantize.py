@@ -55,7 +55,7 @@ MORE = {
     'deit': (lambda: student('deit_tiny_patch16_224', 224), 'dynamic', .27),
     'mobilenet': (lambda: student('mobilenetv3_small_050', 64), 'static', .35),
     'efficientnet': (lambda: student('tf_efficientnet_lite0', 64), 'static', .3)}
-QUICK = 'resnet','vit','half'
+QUICK = 'resnet',
 every = [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow(10)) for k in {**KINDS, **MORE}]
 
 

@@ -65,6 +65,7 @@ def test_a_collage_of_two_sources_does_not_join_their_copies():
 
 # -- real images
 
+@pytest.mark.slow
 @needs_opencv
 @pytest.mark.parametrize('name', ['ham10000', 'pneumonia', 'breakhis'])
 def test_copies_of_real_images_are_found(name):

@@ -194,6 +194,7 @@ def test_few_groups_are_said():
 
 DATA = dict(card=['Skin lesions of 7 kinds | two clinics'], copies=['12 test images have copies in training.'], guessed_groups=True, left_out={'not an image': 3})
 
+@pytest.mark.slow
 def test_what_is_known_of_the_data_stands_first(tmp_path):
     c = study()
     c.about['data'] = DATA
@@ -209,6 +210,7 @@ def test_what_is_known_of_the_data_stands_first(tmp_path):
 def test_without_facts_of_the_data_there_is_no_such_section():
     assert study().sections()[0].title == 'Metrics'
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_at_the_top(tmp_path):
     c = study()
     c.about['missing'] = ['Predictions of seed 2 are missing: not enough memory.']
@@ -244,6 +246,7 @@ def test_names_are_escaped_for_markdown(name, shown): assert escape_markdown(nam
 def test_headers_and_index_of_a_table_are_escaped():
     assert markdown_table(pd.DataFrame({'a|b': [1]}, index=['<i>'])) == '|  | a\\|b |\n| --- | --- |\n| \\<i> | 1 |'
 
+@pytest.mark.slow
 def test_pictures_of_long_names_have_files(tmp_path):
     c = compare_predictions({'plain': answers(1.), 'x'*300: answers(1.)}, TRUTH, NAMES, n_boot=5)
     assert len(list((c.save(tmp_path/'r')/'figures').glob('confusion-x*.png'))) == 1
@@ -254,6 +257,7 @@ def test_names_of_models_that_would_be_mistaken_are_refused(name):
 
 # -- what fails costs only its own part
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize('part,error', [('draw_harm', MemoryError()), ('draw_roc', RuntimeError('no GPU')), ('draw_scores', ValueError('/data/jane/x.png cannot be read')), ('draw_reliability', KeyError('x'))])
 def test_a_picture_that_fails_leaves_the_rest_of_the_report(part, error, tmp_path, monkeypatch):
     def fail(*args, **kwargs): raise error
@@ -268,6 +272,7 @@ def test_a_picture_that_fails_leaves_the_rest_of_the_report(part, error, tmp_pat
     assert len(again.about['missing']) == 1 and again.table().equals(c.table())
     assert len(list((folder/'figures').glob('*.svg'))) >= 4 and plt.get_fignums() == []
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize('part', ['_harm_section', '_cost_section', '_subgroups_section'])
 def test_a_section_that_fails_leaves_the_others(part, tmp_path, monkeypatch):
     def fail(comparison): raise MemoryError
@@ -276,6 +281,7 @@ def test_a_section_that_fails_leaves_the_others(part, tmp_path, monkeypatch):
     text = (study().save(tmp_path/'r')/'report.md').read_text()
     assert f"The section '{title}' is missing: not enough memory." in text and '## Each class' in text
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize('part,attribute', [('harm_check', 'harm'), ('subgroup_scores', 'subgroups'), ('calibration_scores', 'calibration'), ('agreement', 'agreements')])
 def test_a_part_that_cannot_be_computed_leaves_the_others(part, attribute, tmp_path, monkeypatch):
     import kdmed.evaluate.collect as module
@@ -383,6 +389,7 @@ def test_a_save_that_fails_leaves_the_report_before_it_whole(tmp_path, monkeypat
     monkeypatch.undo()
     assert {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()} == before
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
     dead = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, text=True).stdout.strip()
     (tmp_path/f'.report-{dead}-x').mkdir()
@@ -416,6 +423,7 @@ def test_bad_input_names_the_argument(argument, value, words):
     (['/a/b', 3, {'x': '/a/b'}], ['(path)', 3, {'x': '(path)'}])])
 def test_paths_and_names_of_files_are_private(text, public): assert without_private(text) == public
 
+@pytest.mark.slow
 def test_no_file_of_a_report_tells_where_data_lie(tmp_path):
     c = study()
     c.about |= dict(name='/data/jane/skin', data=dict(card=['Read from /data/jane/skin'], left_out={'/data/jane/skin/p01.png: cannot be read': 1}), missing=['p02.png is missing.'],
@@ -430,11 +438,13 @@ def test_errors_are_told_without_paths():
 
 # -- rehearsal
 
+@pytest.mark.slow(seconds=15)
 def test_a_rehearsal_makes_the_whole_report_and_leaves_nothing(dls, two, tmp_path):
     assert rehearse_report(dls, seeds=(0, 1), folder=tmp_path/'out') == []
     assert rehearse_report(dls, two, 1, folder=tmp_path/'out') == []
     assert list((tmp_path/'out').iterdir()) == []
 
+@pytest.mark.slow
 def test_a_rehearsal_tells_what_will_be_missing(dls):
     shared = image_dls(dls.valid.table.assign(split='train').pipe(lambda t: pd.concat([dls.train.table, t.assign(split='valid'), t.assign(split='test')])).pipe(_like, dls), size=32, bs=16, allow_leakage=True)
     assert rehearse_report(shared)[0].startswith('Calibration is missing')

@@ -287,11 +287,13 @@ def test_what_a_user_can_cause_is_one_line(images, tmp_path, capsys, monkeypatch
     assert status==2 and len(lines)==1 and said in lines[0] and 'Traceback' not in err
 
 
+@pytest.mark.slow
 def test_a_learning_rate_without_measure_is_an_error_and_keeps_what_was_trained(images, tmp_path, capsys):
     status,_,err = kdmed(capsys, *distill(images, tmp_path/'run', '--lr', '999999'))
     assert status==2 and 'Traceback' not in err and len([line for line in err.splitlines() if line.startswith('kdmed: error')])==1, err
 
 
+@pytest.mark.slow
 def test_a_failing_part_of_the_report_costs_itself_only(tmp_path, monkeypatch):
     from kdmed.evaluate import costs
     dls = image_dls(split_groups(synthetic_table(n=90, classes=3, size=32), sizes=(.5, .2, .3)), 32, 16)

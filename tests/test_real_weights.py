@@ -80,6 +80,7 @@ TORCHVISION = dict(
     swin=('swin_tiny_patch4_window7_224', tv_swin, dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=2)),
     convnext=('convnext_tiny', tv_convnext, dict(depths=(1, 1, 3, 1), dims=(16, 32, 48, 64))))
 
+@pytest.mark.slow_after(5)
 @pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
 @pytest.mark.parametrize('kind', TORCHVISION)
 def test_torchvision_weights_give_torchvisions_logits(kind, suffix, tmp_path, capsys):
@@ -571,6 +572,7 @@ def test_the_command_checks_teachers_and_their_weights(arguments, message, tmp_p
     assert main(['distill', '--data', 'images', '--dataset', 'folder', '--out', 'run', '--size', '32', *arguments])==2
     assert message in capsys.readouterr().err
 
+@pytest.mark.slow
 def test_teachers_of_one_architecture_are_not_one_model_twice(small_dls, tmp_path):
     from kdmed.studies.study import distillation_study
     distillation_study(small_dls, ['test_resnet']*2, 'test_efficientnet', 'logit', 1, 1, seeds=(0,), progress=False,

@@ -23,6 +23,7 @@ def tissue(task='multiclass', n=120):
     return split_groups(synthetic_table(n=n, classes=2 if task=='binary' else 3, size=32, task=task, seed=3), sizes=(.5, .2, .3))
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize('task', ['binary', 'multiclass', 'multilabel'])
 @pytest.mark.parametrize('name', RECIPES)
 def test_every_row_can_be_trained_on_every_task(name, task):

@@ -76,6 +76,7 @@ def test_data_without_a_part_are_refused(data, lost, said):
         search_method(image_dls(table[table.split!=lost], size=32, bs=32), teacher, STUDENT, '90 epochs', **QUICK)
 
 
+@pytest.mark.slow
 def test_a_refused_budget_leaves_no_search_behind(data, tmp_path):
     dls,teacher = data
     for budget in ('8 epochs', '2s'):

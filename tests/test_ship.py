@@ -347,7 +347,7 @@ def exported(ship, tmp_path_factory):
     return ship.export_onnx(student(), tmp_path_factory.mktemp('onnx')/'s.onnx').read_bytes()
 
 
-QUICK = 'resnet','token','exits'
+QUICK = 'token','exits'
 exports = [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow(6)) for k in {**KINDS, **MORE}]
 
 

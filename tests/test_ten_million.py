@@ -160,6 +160,7 @@ def seen(dl, seed=0, processes=RANKS):
     return found
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize('views', [None, 4])
 @pytest.mark.parametrize('n', [1280, 1301, 1343])
 def test_64_processes_see_each_image_once_an_epoch(n, views):
