@@ -15,6 +15,9 @@ help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 	@echo 'PYTHON=python3.12 make … picks the Python that .venv is made with; WORKERS=4 how many notebooks run at once'
 
+# Where Python may not keep compiled modules, each of hundreds of processes compiles PyTorch and timm again: 16 s each
+unexport PYTHONDONTWRITEBYTECODE
+
 # Threads with nothing to do sleep instead of spin: timings then depend far less on what else the machine does
 bench: export OMP_WAIT_POLICY ?= PASSIVE
 
