@@ -5,7 +5,8 @@
     python tools/evidence.py valid --data FOLDER --work FOLDER   # validation figures of finished fits: to choose by
     python tools/evidence.py collect --data FOLDER --work FOLDER # tables of all finished fits, into `results/evidence`
 
-`--data` holds the folders `ham10000` and `pneumonia` as Kaggle lays them out, and `breastmnist.npz`."""
+Logits that a teacher has computed for all views land, too: students of methods that need no more can then be trained
+without it. `--data` holds the folders `ham10000` and `pneumonia` as Kaggle lays them out, and `breastmnist.npz`."""
 import argparse
 import io
 import json
@@ -15,6 +16,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
+from hashlib import blake2b
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from kdmed.data.splits import split_groups
 from kdmed.data.transforms import chest_augment, skin_augment, tissue_augment
 from kdmed.distill.cache import TeacherCache
 from kdmed.distill.methods import distill, fit_classifier
+from kdmed.distill.teacher import Teacher
 from kdmed.evaluate.harm import harm_check
 from kdmed.evaluate.intervals import evaluate, gap_closed, paired_difference
 from kdmed.evaluate.metrics import MetricByName
@@ -150,13 +153,36 @@ class Job:
             cbs += [KeepBest(home/'best', monitor='macro_auroc')]
             return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False, MetricByName('macro_auroc'))
         if run.method=='plain': return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False)
-        teacher = TeacherCache(self.teacher(run.teacher), self.work/'caches')
+        teacher = TeacherCache(self.teacher_for(run, dls), self.work/'caches')
         return distill(dls, make, teacher, self.method(run), run.epochs, run.lr, run.seed, cbs, False)
 
     def method(self, run): return run.method
 
     @lru_cache(maxsize=1)
-    def teacher(self, name): return load_student(self.work/name).to(memory_format=torch.channels_last)
+    def teacher(self, name):
+        "A trained teacher; its logits for each image that it sees are noted in `self.noted`"
+        model,self.noted = load_student(self.work/name).to(memory_format=torch.channels_last),{}
+        def note(_, images, logits): self.noted.update(zip(image_digests(*images).tolist(), logits.half().numpy()))
+        model.register_forward_hook(note)
+        return model
+
+    def teacher_for(self, run, dls):
+        "The trained teacher of a run; where there is none, one that knows its logits, for methods that need no more"
+        file = landed_outputs(run.teacher)
+        if (self.work/run.teacher).exists() or run.method not in BY_LOGITS or not file.exists():
+            return self.teacher(run.teacher)
+        return Teacher(LandedTeacher(file), dls.classes, run.size, STATS)
+
+    def note_outputs(self, run):
+        "Keep the logits that the teacher of a run has computed since it was loaded, beside it"
+        if run.method not in BY_LOGITS or not getattr(self, 'noted', None): return
+        file,noted = self.work/run.teacher/'outputs.npz',self.noted
+        if file.exists():
+            before = np.load(file)
+            noted = dict(zip(before['digests'].tolist(), before['logits'])) | noted
+        digests,data = np.array(sorted(noted), np.uint64),io.BytesIO()
+        np.savez_compressed(data, digests=digests, logits=np.stack([noted[d] for d in digests.tolist()]))
+        write_atomic(file, data.getvalue())
 
     def do(self, run):
         "Train one run, unless it is finished; its facts are in `run.json`"
@@ -166,6 +192,7 @@ class Job:
         clock = Clock(folder/'seconds.json')
         train = partial(self.train, run, clock=clock)
         run_cell(folder, lambda: self.loaders(run, load_if_started(run, self)), train)
+        self.note_outputs(run)
         facts = asdict(run) | dict(zip(('seconds', 'cpu_seconds'), clock.seconds())) | about()
         write_atomic(folder/'run.json', json.dumps(facts))
         return True
@@ -187,6 +214,37 @@ class Job:
         part = getattr(dls, on)
         found = evaluate(probs, targets_of(part), dls.classes, part.table.group.to_numpy(), dls.task, n_boot=n_boot)
         return found.loc[[m for m in METRICS if m in found.index]]
+
+# -- what lands
+
+BY_LOGITS = 'logit','decoupled','dist' # methods that need a teacher's logits for images as they are, and no more
+STATS = [.5]*3,[.5]*3 # the normalization of all teachers
+
+def image_digests(images):
+    "Of images as a teacher receives them, normalized, in 256 steps; uint64 [B]"
+    pixels = (127.5*images+127.5).round().clamp(0, 255).to(torch.uint8).contiguous()
+    return np.array([int.from_bytes(blake2b(p.numpy(), digest_size=8).digest(), 'little') for p in pixels], np.uint64)
+
+def needs_trained(run):
+    "Whether a run learns from more than the logits that its teacher has landed"
+    return bool(run.teacher) and not (run.method in BY_LOGITS and landed_outputs(run.teacher).exists())
+
+class LandedTeacher(torch.nn.Module):
+    "A teacher without weights (they are too large to land), which knows its logits for the images of a study"
+    def __init__(self, file):
+        super().__init__()
+        outputs = np.load(file)
+        self.register_buffer('digests', torch.tensor(outputs['digests'].view(np.int64)))
+        self.register_buffer('known', torch.tensor(outputs['logits']).float())
+        self.rows = {d: k for k,d in enumerate(outputs['digests'].tolist())}
+
+    def forward(self, images):
+        rows = [self.rows.get(d) for d in image_digests(images).tolist()]
+        if None in rows: raise ValueError(f'{rows.count(None)} of {len(rows)} images are not among those whose logits '
+                                          'have landed: they need the trained teacher')
+        return self.known[rows]
+
+def landed_outputs(teacher): return RESULTS/'teachers'/f'{Path(teacher).parts[0]}.npz'
 
 def landed_file(run, folder=RESULTS): return folder/'predictions'/f'{run.name}.npz'
 
@@ -248,9 +306,15 @@ CHOSEN = dict(epochs=12, views=12, sampling='balanced')
 METHODS = 'plain', 'logit', 'decoupled', 'dist', 'srd', 'lelp', 'function_matching'
 
 def core_runs(seeds=5):
-    "Two sets, two students, six methods, all of the tiny student first; each method on both sets before the next"
-    for student,seed,method,data in product((TINY, SMALL), range(seeds), METHODS, ('ham10000', 'pneumonia')):
-        yield from runs_of(data, student, [method], seed=seed, **CHOSEN)
+    "Two sets, two students, six methods; one seed of the tiny student first, then further seeds without its teacher"
+    def of(student, seeds, methods):
+        for seed,method,data in product(seeds, methods, ('ham10000', 'pneumonia')):
+            yield from runs_of(data, student, [method], seed=seed, **CHOSEN)
+    others = [m for m in METHODS if m not in ('plain', *BY_LOGITS)]
+    yield from of(TINY, [0], METHODS)
+    yield from of(TINY, range(1, seeds), ('plain', *BY_LOGITS))
+    yield from of(TINY, range(1, seeds), others)
+    yield from of(SMALL, range(seeds), METHODS)
 
 def small_runs(seeds=3):
     "Two small sets at 64 px: BreastMNIST (benign or malignant) and synthetic findings, with methods for their task"
@@ -353,6 +417,16 @@ def land(job, run):
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, data.getvalue())
 
+def land_outputs(job, teacher):
+    "Keep what a teacher computed for all views of all images, so that students can learn from it without its weights"
+    file = job.folder(teacher)/'outputs.npz'
+    if not file.exists(): return
+    dls = job.dls(teacher.data, teacher.size, teacher.sampling, CHOSEN['views'])
+    seen,needed = len(np.load(file)['digests']),CHOSEN['views']*dls.train.n
+    if seen < needed: return print(f'{file}: only {seen:,} of {needed:,} views, so it does not land')
+    landed_outputs(teacher.name).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(landed_outputs(teacher.name), file.read_bytes())
+
 def check_teachers(job, within=.001):
     "Stop if a teacher was trained again and is another one: another processor is enough. Its students do not mix"
     landed = {run: row for run,row in landed_rows()}
@@ -370,6 +444,7 @@ def collect(job):
     RESULTS.mkdir(parents=True, exist_ok=True)
     tables = dict(fits=fits_table(job), compared=comparisons(job), histories=histories(job))
     for run,_ in finished(job): land(job, run)
+    for teacher in teacher_runs().values(): land_outputs(job, teacher)
     for name,table in tables.items():
         write_atomic(RESULTS/f'{name}.csv', table.to_csv(index=False))
         print(f'{name}.csv: {len(table)} rows')
@@ -380,19 +455,22 @@ def main():
     args.add_argument('what', choices=['run', 'list', 'valid', 'collect'])
     args.add_argument('--data', required=True)
     args.add_argument('--work', required=True)
+    args.add_argument('--sets', nargs='+', choices=list(SETS), default=list(SETS), help='train on these only')
     args = args.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
     job = Job(args.data, args.work)
     if args.what=='collect': return collect(job)
     factors = {*factor_runs()} - {*core_runs()} # their rows are enough
-    for run in plan():
+    for run in (run for run in plan() if run.data in args.sets):
         done = is_finished(job.folder(run)) or is_landed(run) or (run in factors and has_row(run, 'factor_fits'))
+        done = done or run.method=='teacher' and landed_outputs(run.name).exists() # trained when a student needs it
         if args.what=='list': print('done' if done else 'open', run.name)
         if args.what=='valid' and is_finished(job.folder(run)):
             print({k: round(v, 3) for k,v in job.figures(run, 'valid').items()}, run.name)
         if args.what!='run' or done: continue
         print(time.strftime('%H:%M:%S'), run.name, flush=True)
+        if needs_trained(run) and job.do(teacher_of(run)): print(time.strftime('%H:%M:%S'), 'its teacher is trained')
         job.do(run)
         print(time.strftime('%H:%M:%S'), 'done', job.figures(run, 'valid'), flush=True)
 
