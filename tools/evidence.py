@@ -173,6 +173,11 @@ class Job:
             return self.teacher(run.teacher)
         return Teacher(LandedTeacher(file), dls.classes, run.size, STATS)
 
+    def fill(self, run):
+        "Compute the logits of all views of all training images, unless they are in the cache"
+        TeacherCache(self.teacher(run.teacher), self.work/'caches').fill(self.loaders(run), progress=False)
+        self.note_outputs(run)
+
     def note_outputs(self, run):
         "Keep the logits that the teacher of a run has computed since it was loaded, beside it"
         if run.method not in BY_LOGITS or not getattr(self, 'noted', None): return
@@ -471,6 +476,7 @@ def main():
         if args.what!='run' or done: continue
         print(time.strftime('%H:%M:%S'), run.name, flush=True)
         if needs_trained(run) and job.do(teacher_of(run)): print(time.strftime('%H:%M:%S'), 'its teacher is trained')
+        if needs_trained(run) and run.method in BY_LOGITS: job.fill(run)
         job.do(run)
         print(time.strftime('%H:%M:%S'), 'done', job.figures(run, 'valid'), flush=True)
 
