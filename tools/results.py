@@ -56,6 +56,9 @@ MAKERS = dict(
                    ('ham10000', 'pneumonia'), 40),
     few_labels=Maker(tuple(('tools/few_labels_evidence.py', what, '--data', '{data}', '--work', '{work}')
                            for what in ('run', 'collect')), (), ('ham10000',), 5),
+    scarce_classes=Maker((('tools/scarce_evidence.py', 'collect', '--data', '{data}', '--work', '{work}'),), (),
+                         ('ham10000',), .8),
+    diffusion=Maker((('tools/diffusion_evidence.py', '--data', '{data}', '--work', '{work}'),), (), ('ham10000',), .4),
     ship=Maker((('tools/ship_results.py', *EVIDENCE),), (), ('ham10000', 'pneumonia'), .5),
     baselines=Maker((('tools/handmade_evidence.py', '--data', '{data}', '--work', '{work}', '--features', *HANDMADE),
                      ('tools/zoo_evidence.py', '--data', '{data}', '--work', '{work}')), (), ('ham10000',), 4),

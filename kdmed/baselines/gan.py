@@ -7,11 +7,13 @@ Docs: https://kdmed.github.io/kdmed/baselines/gan.html.md"""
 # %% auto #0
 __all__ = ['GAN_SIZES', 'GAN_FORMAT', 'jitter_color', 'shift_image', 'cut_out', 'differentiable_augment', 'StyledNorm',
            'ConditionalGenerator', 'ConditionalDiscriminator', 'hinge_discriminator_loss', 'hinge_generator_loss',
-           'GANSettings', 'GAN', 'draw_latents', 'pixel_digests', 'save_gan', 'load_gan', 'fit_gan', 'show_walk']
+           'GANSettings', 'GAN', 'draw_latents', 'pixel_digests', 'save_gan', 'load_gan', 'fit_gan', 'check_gan',
+           'show_walk']
 
 # %% ../../nbs/baselines/30_gan.ipynb #gan00003
 import json, math
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -399,6 +401,18 @@ def _check_rates(lr):
     if len(rates)!=2: raise ValueError(f'lr must be two learning rates, of generator and discriminator, got {lr!r}')
     return tuple(check_number(rate, 'lr', above=0) for rate in rates)
 
+def _check_chosen(size, steps, seed, bs, strength, codes, latent, width, sampling, augment, lr, every):
+    "Settings of a GAN that do not depend on its images; `ValueError` for one that is out of range"
+    check_in(size, GAN_SIZES, 'size')
+    check_in(sampling, ('balanced', 'natural'), 'sampling')
+    check_integer(every, 'every', 1)
+    codes = check_integer(codes, 'codes', 0)
+    return dict(
+        size=size, steps=check_integer(steps, 'steps', 1), seed=check_seed(seed), bs=check_integer(bs, 'bs', 2),
+        strength=check_number(strength, 'strength', 0, 1), codes=codes,
+        latent=check_integer(latent, 'latent', codes+1), width=check_integer(width, 'width', 1), sampling=sampling,
+        lr=_check_rates(lr), augment='' if augment is None else value_text(augment))
+
 # %% ../../nbs/baselines/30_gan.ipynb #gan00028b
 def _resume(training, facts, file):
     "Load the checkpoint of an interrupted training, if there is one"
@@ -441,15 +455,7 @@ def fit_gan(
     device=None,        # Where it computes; default: fastai's default device
 )->GAN:
     "Train a class-conditional GAN on the training part of a table; seeded, and resumed where it was interrupted"
-    check_in(size, GAN_SIZES, 'size')
-    check_in(sampling, ('balanced', 'natural'), 'sampling')
-    check_integer(every, 'every', 1)
-    codes = check_integer(codes, 'codes', 0)
-    chosen = dict(
-        size=size, steps=check_integer(steps, 'steps', 1), seed=check_seed(seed), bs=check_integer(bs, 'bs', 2),
-        strength=check_number(strength, 'strength', 0, 1), codes=codes,
-        latent=check_integer(latent, 'latent', codes+1), width=check_integer(width, 'width', 1), sampling=sampling,
-        lr=_check_rates(lr), augment='' if augment is None else value_text(augment))
+    chosen = _check_chosen(size, steps, seed, bs, strength, codes, latent, width, sampling, augment, lr, every)
     pixels,labels = _training_images(table, size)
     settings = GANSettings(tuple(table.attrs['classes']), images=digest(pixels.tobytes(), labels.numpy().tobytes()),
                            **chosen)
@@ -466,6 +472,16 @@ def fit_gan(
         save_gan(gan, folder)
         (folder/'checkpoint.pt').unlink(missing_ok=True)
     return gan
+
+# %% ../../nbs/baselines/30_gan.ipynb #bdb0c120
+def check_gan(
+    **settings, # Arguments of `fit_gan`, but for the table, the folder and the device; the others are its defaults
+)->dict: # What `fit_gan` would note of them
+    "Raise an error for settings with which `fit_gan` could not train, before it reads any image"
+    known = {name: p.default for name,p in signature(fit_gan).parameters.items()
+             if name not in ('table', 'folder', 'device')}
+    for name in settings: check_in(name, known, 'setting of fit_gan')
+    return _check_chosen(**known | settings)
 
 def _finish(training, seen):
     "The averaged generator, and the losses as means of up to 50 stretches"

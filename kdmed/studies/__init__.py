@@ -7,9 +7,10 @@ Docs: https://kdmed.github.io/kdmed/studies/index.html.md"""
 # %% auto #0
 __all__ = ['Ablation', 'BarProgress', 'Budget', 'DeiTLung', 'KDConvNeXt', 'LineProgress', 'MultiDim', 'MultiStage', 'RECIPES',
            'Recipe', 'Row', 'SearchResult', 'Study', 'StudyProgress', 'ablate', 'compare_backbones', 'compare_methods',
-           'deit_lung', 'distillation_study', 'kd_convnext', 'keep_labels', 'label_curve', 'label_curve_table',
-           'load_ablation', 'methods_comparison', 'multi_dim_kd', 'multi_stage_kd', 'parse_budget', 'plot_label_curve',
-           'plot_methods', 'predict_teacher', 'register_recipe', 'rehearse', 'run', 'search_method']
+           'compare_scarce', 'deit_lung', 'distillation_study', 'kd_convnext', 'keep_labels', 'label_curve',
+           'label_curve_table', 'load_ablation', 'methods_comparison', 'multi_dim_kd', 'multi_stage_kd', 'parse_budget',
+           'plot_label_curve', 'plot_methods', 'plot_scarce', 'predict_teacher', 'register_recipe', 'rehearse', 'run',
+           'scarce_harm', 'scarce_table', 'search_method']
 
 # %% ../../nbs/studies/index.ipynb #ff16c2c6
 from .ablation import Ablation, ablate, compare_backbones, load_ablation
@@ -18,6 +19,7 @@ from .method_study import compare_methods, methods_comparison, plot_methods, pre
 from .recipes import (
     RECIPES, DeiTLung, KDConvNeXt, MultiDim, MultiStage, Recipe, Row, deit_lung, kd_convnext, multi_dim_kd,
     multi_stage_kd, register_recipe, rehearse, run)
+from .scarce_classes import compare_scarce, plot_scarce, scarce_harm, scarce_table
 from .search import Budget, SearchResult, parse_budget, search_method
 from .study import BarProgress, LineProgress, Study, StudyProgress, distillation_study
 
@@ -25,6 +27,7 @@ from .study import BarProgress, LineProgress, Study, StudyProgress, distillation
 _all_ = [
     'Ablation', 'BarProgress', 'Budget', 'DeiTLung', 'KDConvNeXt', 'LineProgress', 'MultiDim', 'MultiStage', 'RECIPES',
     'Recipe', 'Row', 'SearchResult', 'Study', 'StudyProgress', 'ablate', 'compare_backbones', 'compare_methods',
-    'deit_lung', 'distillation_study', 'kd_convnext', 'keep_labels', 'label_curve', 'label_curve_table',
-    'load_ablation', 'methods_comparison', 'multi_dim_kd', 'multi_stage_kd', 'parse_budget', 'plot_label_curve',
-    'plot_methods', 'predict_teacher', 'register_recipe', 'rehearse', 'run', 'search_method']
+    'compare_scarce', 'deit_lung', 'distillation_study', 'kd_convnext', 'keep_labels', 'label_curve',
+    'label_curve_table', 'load_ablation', 'methods_comparison', 'multi_dim_kd', 'multi_stage_kd', 'parse_budget',
+    'plot_label_curve', 'plot_methods', 'plot_scarce', 'predict_teacher', 'register_recipe', 'rehearse', 'run',
+    'scarce_harm', 'scarce_table', 'search_method']
