@@ -1,4 +1,4 @@
-"""Train a small diffusion model on the images that the GANs of `results/scarce_classes` learned from: `results/diffusion`.
+"""Train a small diffusion model on what the GANs of `results/scarce_classes` learned from: `results/diffusion`.
 
     pip install diffusers
     python tools/diffusion_evidence.py --data FOLDER --work FOLDER

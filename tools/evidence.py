@@ -19,6 +19,7 @@ from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 # One thread and one set of instructions: the same weights on any x86-64 processor that has AVX2
 os.environ.update(OMP_NUM_THREADS='1', ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='AVX2')
@@ -424,13 +425,33 @@ def land(job, run):
 
 def land_outputs(job, teacher):
     "Keep what a teacher computed for all views of all images, so that students can learn from it without its weights"
-    file = job.folder(teacher)/'outputs.npz'
-    if not file.exists(): return
+    file,landed = job.folder(teacher)/'outputs.npz',landed_outputs(teacher.name)
+    if not file.exists() or landed.exists(): return
+    outputs,needed = np.load(file),view_digests(job, teacher) # other methods have asked for mixed images, too
+    kept = np.isin(outputs['digests'], needed)
+    if kept.sum() < len(needed):
+        return print(f'{file}: only {kept.sum():,} of {len(needed):,} views, so it does not land')
+    landed.parent.mkdir(parents=True, exist_ok=True)
+    data = io.BytesIO()
+    np.savez_compressed(data, digests=outputs['digests'][kept], logits=outputs['logits'][kept])
+    write_atomic(landed, data.getvalue())
+
+class Noting(torch.nn.Module):
+    "Notes which images it receives, and returns zeros"
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.n_outputs,self.seen = n_outputs,set()
+    def forward(self, images):
+        self.seen.update(image_digests(images).tolist())
+        return torch.zeros(len(images), self.n_outputs)
+
+def view_digests(job, teacher):
+    "Of all views that students of a teacher see, as it receives them"
     dls = job.dls(teacher.data, teacher.size, teacher.sampling, CHOSEN['views'])
-    seen,needed = len(np.load(file)['digests']),CHOSEN['views']*dls.train.n
-    if seen < needed: return print(f'{file}: only {seen:,} of {needed:,} views, so it does not land')
-    landed_outputs(teacher.name).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(landed_outputs(teacher.name), file.read_bytes())
+    noting = Noting(1 if dls.task=='binary' else len(dls.classes))
+    with TemporaryDirectory() as folder:
+        TeacherCache(Teacher(noting, dls.classes, teacher.size, STATS), folder).fill(dls, progress=False)
+    return np.array(sorted(noting.seen), np.uint64)
 
 def check_teachers(job, within=.001):
     "Stop if a teacher was trained again and is another one: another processor is enough. Its students do not mix"
