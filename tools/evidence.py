@@ -309,10 +309,10 @@ def factor_runs():
 
 # What the validation figures of the factor runs chose; see the page `which_method`
 CHOSEN = dict(epochs=12, views=12, sampling='balanced')
-METHODS = 'plain', 'logit', 'decoupled', 'dist', 'srd', 'lelp', 'function_matching'
+METHODS = 'plain', 'logit', 'decoupled', 'dist', 'logit+feature', 'srd', 'lelp', 'function_matching'
 
 def core_runs(seeds=5):
-    "Two sets, two students, six methods; one seed of the tiny student first, then further seeds without its teacher"
+    "Two sets, two students, seven methods; one seed of the tiny student first, then further seeds without its teacher"
     def of(student, seeds, methods):
         for seed,method,data in product(seeds, methods, ('ham10000', 'pneumonia')):
             yield from runs_of(data, student, [method], seed=seed, **CHOSEN)
@@ -332,7 +332,7 @@ def small_runs(seeds=3):
 def plan():
     "In the order in which they are trained: a table for one seed of every set, then further seeds and students"
     teachers,core = teacher_runs(),list(core_runs())
-    return list(dict.fromkeys([teachers['ham10000'], *factor_runs(), teachers['pneumonia'], *core[:14],
+    return list(dict.fromkeys([teachers['ham10000'], *factor_runs(), teachers['pneumonia'], *core[:2*len(METHODS)],
                                teachers['breastmnist'], teachers['findings'], *small_runs(), *core]))
 
 
@@ -482,13 +482,18 @@ def main():
     args.add_argument('--data', required=True)
     args.add_argument('--work', required=True)
     args.add_argument('--sets', nargs='+', choices=list(SETS), default=list(SETS), help='train on these only')
+    args.add_argument('--methods', nargs='+', help='train these only; default: all')
+    args.add_argument('--students', nargs='+', choices=[TINY, SMALL], default=[TINY, SMALL], help='train these only')
     args = args.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
     job = Job(args.data, args.work)
     if args.what=='collect': return collect(job)
     factors = {*factor_runs()} - {*core_runs()} # their rows are enough
-    for run in (run for run in plan() if run.data in args.sets):
+    def is_asked(run):
+        own = run.model in args.students and (not args.methods or run.method in args.methods)
+        return run.data in args.sets and (own or run.method=='teacher' and not args.methods)
+    for run in filter(is_asked, plan()):
         done = is_finished(job.folder(run)) or is_landed(run) or (run in factors and has_row(run, 'factor_fits'))
         done = done or run.method=='teacher' and landed_outputs(run.name).exists() # trained when a student needs it
         if args.what=='list': print('done' if done else 'open', run.name)
