@@ -30,7 +30,7 @@ from fastai.callback.core import Callback
 
 from kdmed.core.files import write_atomic
 from kdmed.data.datasets import read_ham10000, read_medmnist
-from kdmed.data.images import image_table, synthetic_table
+from kdmed.data.images import image_table, is_unlabeled, synthetic_table
 from kdmed.data.loaders import image_dls
 from kdmed.data.splits import split_groups
 from kdmed.data.transforms import chest_augment, skin_augment, tissue_augment
@@ -41,6 +41,7 @@ from kdmed.evaluate.harm import harm_check
 from kdmed.evaluate.intervals import evaluate, gap_closed, paired_difference
 from kdmed.evaluate.metrics import MetricByName
 from kdmed.models.create import create_student, create_teacher, load_student, model_stats
+from kdmed.studies.label_curve import keep_labels
 from kdmed.studies.recipes import KeepBest
 from kdmed.studies.study import is_finished, run_cell, targets_of
 from kdmed.train.resume import Resume
@@ -81,7 +82,12 @@ def findings(data):
     noisy = [(image + rng.normal(0, 60, image.shape)).clip(0, 255).astype(np.uint8) for image in kept.image]
     return split_groups(kept.assign(image=noisy), SIZES)
 
+def few_labels(read, share=.1):
+    "A set of which this share of the lesions or children that are trained on keep their labels, in every class"
+    return lambda data: keep_labels(read(data), share)
+
 SETS = dict(ham10000=(ham10000, skin_augment), pneumonia=(pneumonia, chest_augment),
+            ham10000_few=(few_labels(ham10000), skin_augment), pneumonia_few=(few_labels(pneumonia), chest_augment),
             breastmnist=(breast, tissue_augment), findings=(findings, tissue_augment))
 
 
@@ -137,8 +143,26 @@ class Job:
     def folder(self, run): return self.work/run.name
 
     def loaders(self, run, model=None):
+        "Of the images that a run learns from: a teacher and a plain student, from those with labels"
         stats = model_stats(model) if model is not None else None
-        return self.dls(run.data, run.size, run.sampling, run.views, stats)
+        how = run.data,run.size,run.sampling,run.views,stats
+        alone = run.method in ('teacher', 'plain') and SETS[run.data][0](self.data).label.isna().any()
+        return self.labeled(*how) if alone else self.dls(*how)
+
+    @lru_cache(maxsize=2)
+    def labeled(self, name, size, sampling, views, stats=None):
+        "Labeled images alone, in new views each time: they are seen more often than all images are"
+        table = self.dls(name, size, sampling, views, stats).table
+        stats = {} if stats is None else dict(stats=stats)
+        how = dict(bs=64, sampling=sampling, device='cpu', store=self.work/'stores')
+        kept = table[~is_unlabeled(table)].reset_index(drop=True)
+        kept.attrs = dict(table.attrs)
+        return image_dls(kept, size, augment=SETS[name][1](0), **how, **stats)
+
+    def plain_epochs(self, run):
+        "As many steps as a distilled student has, which sees all images"
+        each = self.dls(run.data, run.size, run.sampling, run.views)
+        return round(run.epochs*len(each.train)/len(self.loaders(run).train))
 
     def train(self, run, home, clock):
         "A fitted Learner; killed, it resumes from its last checkpoint"
@@ -153,7 +177,7 @@ class Job:
         if run.method=='teacher':
             cbs += [KeepBest(home/'best', monitor='macro_auroc')]
             return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False, MetricByName('macro_auroc'))
-        if run.method=='plain': return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False)
+        if run.method=='plain': return fit_classifier(dls, make, self.plain_epochs(run), run.lr, run.seed, cbs, False)
         teacher = TeacherCache(self.teacher_for(run, dls), self.work/'caches')
         return distill(dls, make, teacher, self.method(run), run.epochs, run.lr, run.seed, cbs, False)
 
@@ -291,6 +315,8 @@ def teacher_runs():
     lite = dict(model='tf_efficientnet_lite2', method='teacher', weights='pip', views=0, lr=1e-3)
     small = lite | dict(size=64, epochs=8)
     return dict(ham10000=Run('ham10000', epochs=12, **lite), pneumonia=Run('pneumonia', epochs=8, **lite),
+                ham10000_few=Run('ham10000_few', epochs=30, **lite),
+                pneumonia_few=Run('pneumonia_few', epochs=30, **lite),
                 breastmnist=Run('breastmnist', **small, sampling='balanced'),
                 findings=Run('findings', **small, sampling='natural'))
 
@@ -329,11 +355,17 @@ def small_runs(seeds=3):
         yield from runs_of('breastmnist', TINY, binary, seed=seed, size=64, **CHOSEN)
         yield from runs_of('findings', TINY, findings, seed=seed, size=64, **CHOSEN | dict(sampling='natural'))
 
+def few_label_runs(seeds=3):
+    "One in ten lesions or children with labels: the teacher learns from these, and its student from all images"
+    for seed,data in product(range(seeds), ('pneumonia_few', 'ham10000_few')):
+        yield from runs_of(data, TINY, ('plain', 'logit'), seed=seed, **CHOSEN)
+
 def plan():
     "In the order in which they are trained: a table for one seed of every set, then further seeds and students"
     teachers,core = teacher_runs(),list(core_runs())
     return list(dict.fromkeys([teachers['ham10000'], *factor_runs(), teachers['pneumonia'], *core[:2*len(METHODS)],
-                               teachers['breastmnist'], teachers['findings'], *small_runs(), *core]))
+                               teachers['breastmnist'], teachers['findings'], *small_runs(),
+                               teachers['pneumonia_few'], teachers['ham10000_few'], *few_label_runs(), *core]))
 
 
 # -- what comes out
