@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Copies its process, and trains in the copy, which PyTorch refuses after some uses: it runs before all others
-COPIES_ITSELF = 'test_real_durability.py'
+# They copy their process, and train in the copy, which PyTorch refuses after some uses: they run before all others
+COPY_THEMSELVES = 'test_real_durability.py','test_cache.py'
 SEEN = pytest.StashKey() # cases by function
 
 def pytest_addoption(parser):
@@ -19,7 +19,7 @@ def pytest_configure(config): config.option.loadscopereorder = False # pytest-xd
 
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, 'workerinput'): begin_with_long_files(items)
-    items.sort(key=lambda item: item.path.name!=COPIES_ITSELF) # the order of the others stays
+    items.sort(key=lambda item: item.path.name not in COPY_THEMSELVES) # the order of the others stays
     if config.getoption('--lessons'): return
     chosen = [item for item in items if 'lessons' not in item.keywords]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
