@@ -146,23 +146,22 @@ class Job:
         "Of the images that a run learns from: a teacher and a plain student, from those with labels"
         stats = model_stats(model) if model is not None else None
         how = run.data,run.size,run.sampling,run.views,stats
-        alone = run.method in ('teacher', 'plain') and SETS[run.data][0](self.data).label.isna().any()
-        return self.labeled(*how) if alone else self.dls(*how)
+        if run.method not in ('teacher', 'plain') or not self.dls(*how).unlabeled: return self.dls(*how)
+        return self.labeled(*how, repeated=run.method=='plain')
 
     @lru_cache(maxsize=2)
-    def labeled(self, name, size, sampling, views, stats=None):
-        "Labeled images alone, in new views each time: they are seen more often than all images are"
-        table = self.dls(name, size, sampling, views, stats).table
+    def labeled(self, name, size, sampling, views, stats, repeated):
+        "Labeled images alone, always in new views; repeated, so that epochs are about as long as those of all images"
+        every = self.dls(name, size, sampling, views, stats)
+        table = every.table
         stats = {} if stats is None else dict(stats=stats)
         how = dict(bs=64, sampling=sampling, device='cpu', store=self.work/'stores')
         kept = table[~is_unlabeled(table)].reset_index(drop=True)
+        if repeated:
+            train = kept[kept.split=='train']
+            kept = pd.concat([*[train]*round(every.train.n/len(train)), kept[kept.split!='train']], ignore_index=True)
         kept.attrs = dict(table.attrs)
         return image_dls(kept, size, augment=SETS[name][1](0), **how, **stats)
-
-    def plain_epochs(self, run):
-        "As many steps as a distilled student has, which sees all images"
-        each = self.dls(run.data, run.size, run.sampling, run.views)
-        return round(run.epochs*len(each.train)/len(self.loaders(run).train))
 
     def train(self, run, home, clock):
         "A fitted Learner; killed, it resumes from its last checkpoint"
@@ -177,7 +176,7 @@ class Job:
         if run.method=='teacher':
             cbs += [KeepBest(home/'best', monitor='macro_auroc')]
             return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False, MetricByName('macro_auroc'))
-        if run.method=='plain': return fit_classifier(dls, make, self.plain_epochs(run), run.lr, run.seed, cbs, False)
+        if run.method=='plain': return fit_classifier(dls, make, run.epochs, run.lr, run.seed, cbs, False)
         teacher = TeacherCache(self.teacher_for(run, dls), self.work/'caches')
         return distill(dls, make, teacher, self.method(run), run.epochs, run.lr, run.seed, cbs, False)
 
