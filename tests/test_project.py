@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
@@ -203,6 +204,19 @@ def test_no_weights_or_data_are_committed():
     big = [f'{name(p)} ({p.stat().st_size/1e6:.1f} MB)' for p in committed()
            if (p.suffix in WEIGHTS and not is_result(p)) or (p.stat().st_size > MAX_BYTES and p.suffix != '.ipynb')]
     assert not big, f'weights, data or large files: {big}; keep them out of git (runs/ is ignored)'
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'tutorials').glob('*.ipynb')), ids=name)
+def test_a_reader_with_larger_settings_meets_no_check_of_this_pages_numbers(path):
+    "Hidden checks of what the text says hold for the small settings alone, with which the page is built"
+    code = code_of(path)
+    if not any('IN_TEST' in c and 'small =' in c for c in code): return
+    checks = [c for c in code if c.startswith('#| hide') and 'assert ' in c]
+    assert all('\nif small:' in c for c in checks), [c[:200] for c in checks if '\nif small:' not in c]
+
+def test_results_are_tables_and_no_images():
+    "Files of NumPy in results hold one row of numbers for each image, and nothing that has to be unpickled"
+    for path in ROOT.glob('results/**/*.npz'):
+        with np.load(path, allow_pickle=False) as found: assert all(found[k].ndim<=2 for k in found), name(path)
 
 def test_no_path_of_one_machine_is_committed():
     found = lines_with(r'(?<![\w.:~-])/(?:work|root|home|Users|tmp|opt)/[\w.-]*')
